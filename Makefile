@@ -1,0 +1,90 @@
+# Winnow: build, test, demo. `make help` lists the targets.
+# One file, no recursion. Modules are static libraries that link in one direction (docs/guide.md).
+
+BUILD ?= build
+ifeq ($(origin CC),default)
+CC = gcc
+endif
+MPICC ?= mpicc
+PKGS = yaml-0.1 jansson libpcre2-8
+CFLAGS ?= -O3 -march=native -g
+WARN = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wvla -Werror
+CPPFLAGS += -D_GNU_SOURCE -I. -Isrc $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
+# no -ffast-math: NaN, infinities and the order of sums mean what they say; FMA contraction is fine and fixed by the binary
+ALL_CFLAGS = -std=c11 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast $(WARN) $(CFLAGS) -MMD -MP
+LDLIBS += $(shell pkg-config --libs $(PKGS) 2>/dev/null) -lopenblas -lxxhash -lm -lpthread
+TEST_LDLIBS = -lcmocka
+
+# in link order: a module may use those to its right
+MODULES = cli stages train model dist data config io kernels base
+SRC_cli = $(filter-out src/cli/main.c,$(wildcard src/cli/*.c))
+SRC_stages = $(wildcard stages/*.c)
+SRC_train = $(wildcard src/train/*.c)
+SRC_model = $(wildcard src/model/*.c)
+SRC_dist = $(wildcard src/dist/*.c)
+SRC_data = $(wildcard data/*.c)
+SRC_config = $(wildcard src/config/*.c)
+SRC_io = $(wildcard src/io/*.c)
+SRC_kernels = $(wildcard kernels/cpu/*.c)
+SRC_base = $(wildcard src/base/*.c)
+
+libs_from = $(foreach m,$(1),$(BUILD)/lib$(m).a)
+ALL_LIBS = $(call libs_from,$(MODULES))
+# the modules a module's tests link: itself and everything to its right
+below = $(call libs_from,$(shell echo "$(MODULES)" | sed -E 's/.*(\b$(1)\b)/\1/'))
+
+.PHONY: all
+all: $(BUILD)/winnow cuda
+
+define module_rules
+OBJ_$(1) = $(patsubst %.c,$(BUILD)/obj/%.o,$(SRC_$(1)))
+ifeq ($(1),kernels)
+OBJ_$(1) += $(patsubst %.c,$(BUILD)/obj64/%.o,$(SRC_$(1)))
+endif
+$(BUILD)/lib$(1).a: $$(OBJ_$(1))
+	@rm -f $$@
+	@$(AR) rcs $$@ $$^
+-include $$(OBJ_$(1):.o=.d)
+endef
+$(foreach m,$(MODULES),$(eval $(call module_rules,$(m))))
+
+$(BUILD)/obj/src/dist/%.o: src/dist/%.c
+	@mkdir -p $(@D)
+	$(MPICC) $(CPPFLAGS) $(ALL_CFLAGS) -c $< -o $@
+$(BUILD)/obj/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(ALL_CFLAGS) -c $< -o $@
+$(BUILD)/obj64/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) -DWN_REAL64 $(ALL_CFLAGS) -c $< -o $@
+
+$(BUILD)/winnow: $(BUILD)/obj/src/cli/main.o $(ALL_LIBS)
+	$(MPICC) -fopenmp -o $@ $< $(ALL_LIBS) $(LDLIBS)
+-include $(BUILD)/obj/src/cli/main.d
+
+.PHONY: cuda
+cuda:
+	@command -v nvcc >/dev/null 2>&1 && echo "CUDA: nvcc found; this version has no CUDA operations yet" \
+	  || echo "CUDA: nvcc is absent; the CUDA half is left out"
+
+# ---- tests: tests/unit/<module>_*.c links <module> and what lies below it; the other folders link everything
+TESTS_SRC = $(wildcard tests/unit/*.c tests/gradient/*.c tests/parity/*.c tests/e2e/*.c)
+TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(TESTS_SRC))
+TEST_SUPPORT = $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/support/*.c))
+unit_module = $(firstword $(subst _, ,$(notdir $(1))))
+
+.SECONDEXPANSION:
+$(BUILD)/tests/unit/%: tests/unit/%.c $(TEST_SUPPORT) $$(call below,$$(call unit_module,$$*))
+	@mkdir -p $(@D)
+	$(MPICC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -MF $@.d -o $@ $< $(TEST_SUPPORT) $(call below,$(call unit_module,$*)) $(LDLIBS) $(TEST_LDLIBS)
+$(BUILD)/tests/%: tests/%.c $(TEST_SUPPORT) $(ALL_LIBS)
+	@mkdir -p $(@D)
+	$(MPICC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -MF $@.d -o $@ $< $(TEST_SUPPORT) $(ALL_LIBS) $(LDLIBS) $(TEST_LDLIBS)
+$(BUILD)/obj/tests/%.o: tests/%.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -c $< -o $@
+-include $(wildcard $(BUILD)/tests/*/*.d) $(TEST_SUPPORT:.o=.d)
+
+.PHONY: clean
+clean:
+	rm -rf $(BUILD)

@@ -1,0 +1,30 @@
+/* The one place that knows there are two builds: the scalar type, the BLAS names, and the suffix of every symbol
+ * that leaves a file. Every operation of this folder is declared here, so that table.c can list them. */
+#ifndef WN_KERNELS_CPU_REAL_H
+#define WN_KERNELS_CPU_REAL_H
+
+#include <cblas.h>
+
+#include "kernels/kernels.h"
+
+#ifdef WN_REAL64
+typedef double wn_real;
+#define WN_REAL_DTYPE WN_F64
+#define WN_CPU(name) wn_cpu_##name##_f64
+#define wn_gemm cblas_dgemm
+#define wn_gemv cblas_dgemv
+#define wn_real_exp exp
+#define wn_real_log log
+#define wn_real_sqrt sqrt
+#else
+typedef float wn_real;
+#define WN_REAL_DTYPE WN_F32
+#define WN_CPU(name) wn_cpu_##name##_f32
+#define wn_gemm cblas_sgemm
+#define wn_gemv cblas_sgemv
+#define wn_real_exp expf
+#define wn_real_log logf
+#define wn_real_sqrt sqrtf
+#endif
+
+#endif

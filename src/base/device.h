@@ -1,0 +1,36 @@
+/* What model code knows of the machine it runs on: which dtype plays which role, the operation table, and
+ * three arenas. On the CPU queues and events do not exist: an operation has finished when it returns. */
+#ifndef WN_BASE_DEVICE_H
+#define WN_BASE_DEVICE_H
+
+#include "base/arena.h"
+#include "base/tensor.h"
+
+typedef enum wn_role {
+  WN_ACT,    /* activations and gathered weights */
+  WN_STAT,   /* log-sum-exp, probabilities, norms, router, losses */
+  WN_WGRAD,  /* weight gradients */
+  WN_MASTER, /* optimizer state */
+  WN_INDEX,  /* selections, expert choices: always I32 */
+  WN_N_ROLES
+} wn_role;
+
+typedef enum wn_device_kind { WN_CPU, WN_CUDA } wn_device_kind;
+
+typedef struct wn_ops wn_ops; /* kernels/kernels.h */
+
+typedef struct wn_device {
+  wn_device_kind kind;
+  const wn_ops *ops;
+  wn_dtype dtype_of[WN_N_ROLES];
+  wn_arena *weights; /* parameters and optimizer state: lives as long as the run */
+  wn_arena *stash;   /* what outlives a layer within a step: hidden states, replay */
+  wn_arena *scratch; /* stack of temporaries: mark on entry, release on exit */
+  int32_t threads;   /* CPU threads; no result depends on it */
+} wn_device;
+
+/* A tensor of the role's dtype from an arena of the device. Not zeroed. */
+WN_MUST_USE wn_status wn_device_tensor(const wn_device *device, wn_tensor *out, wn_arena *arena, const char *name,
+                                       wn_role role, int32_t rank, int64_t d0, int64_t d1, int64_t d2, int64_t d3);
+
+#endif

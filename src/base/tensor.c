@@ -1,0 +1,131 @@
+#include "base/tensor.h"
+
+#include <string.h>
+
+static const struct {
+  const char *name;
+  int64_t bytes;
+} dtypes[WN_N_DTYPES] = {
+    [WN_F32] = {"F32", 4},        [WN_F64] = {"F64", 8}, [WN_BF16] = {"BF16", 2}, [WN_F16] = {"F16", 2},
+    [WN_F8_E4M3] = {"F8_E4M3", 1}, [WN_I32] = {"I32", 4}, [WN_I64] = {"I64", 8},   [WN_U8] = {"U8", 1},
+};
+
+int64_t wn_dtype_bytes(wn_dtype dtype) {
+  WN_ASSERT((unsigned)dtype < WN_N_DTYPES, "dtype %d", (int)dtype);
+  return dtypes[dtype].bytes;
+}
+
+const char *wn_dtype_name(wn_dtype dtype) {
+  WN_ASSERT((unsigned)dtype < WN_N_DTYPES, "dtype %d", (int)dtype);
+  return dtypes[dtype].name;
+}
+
+static void set_dense_strides(wn_tensor *t) {
+  int64_t stride = 1;
+  for (int32_t i = t->rank - 1; i >= 0; i--) {
+    t->stride[i] = stride;
+    stride *= t->dim[i];
+  }
+}
+
+wn_tensor wn_tensor_of(void *data, wn_dtype dtype, int32_t rank, int64_t d0, int64_t d1, int64_t d2, int64_t d3) {
+  WN_ASSERT(rank >= 1 && rank <= WN_MAX_RANK, "rank %d", rank);
+  const int64_t dims[WN_MAX_RANK] = {d0, d1, d2, d3};
+  wn_tensor t = {.data = data, .dtype = dtype, .rank = rank};
+  for (int32_t i = 0; i < rank; i++) {
+    WN_ASSERT(dims[i] >= 0, "dimension %d is %lld", i, (long long)dims[i]);
+    t.dim[i] = dims[i];
+  }
+  set_dense_strides(&t);
+  return t;
+}
+
+wn_tensor wn_tensor_slice(wn_tensor t, int32_t axis, int64_t from, int64_t count) {
+  WN_ASSERT(axis >= 0 && axis < t.rank, "axis %d of rank %d", axis, t.rank);
+  WN_ASSERT(from >= 0 && count >= 0 && from + count <= t.dim[axis], "slice %lld+%lld of %lld", (long long)from,
+            (long long)count, (long long)t.dim[axis]);
+  if (t.data) t.data = (char *)t.data + from * t.stride[axis] * wn_dtype_bytes(t.dtype);
+  t.dim[axis] = count;
+  return t;
+}
+
+wn_tensor wn_tensor_view(wn_tensor t, int32_t rank, int64_t d0, int64_t d1, int64_t d2, int64_t d3) {
+  wn_tensor v = wn_tensor_of(t.data, t.dtype, rank, d0, d1, d2, d3);
+  WN_ASSERT(wn_tensor_dense(&t), "view of a strided tensor");
+  WN_ASSERT(wn_tensor_count(&v) == wn_tensor_count(&t), "view of %lld elements as %lld", (long long)wn_tensor_count(&t),
+            (long long)wn_tensor_count(&v));
+  return v;
+}
+
+wn_tensor wn_tensor_split_last(wn_tensor t, int64_t a, int64_t b) {
+  int32_t last = t.rank - 1;
+  WN_ASSERT(t.rank < WN_MAX_RANK && t.dim[last] == a * b, "split %lld into %lld x %lld", (long long)t.dim[last],
+            (long long)a, (long long)b);
+  t.rank += 1;
+  t.dim[last] = a;
+  t.stride[last] = b;
+  t.dim[last + 1] = b;
+  t.stride[last + 1] = 1;
+  return t;
+}
+
+int64_t wn_tensor_count(const wn_tensor *t) {
+  int64_t count = 1;
+  for (int32_t i = 0; i < t->rank; i++) count *= t->dim[i];
+  return count;
+}
+
+int64_t wn_tensor_bytes(const wn_tensor *t) { return wn_tensor_count(t) * wn_dtype_bytes(t->dtype); }
+
+bool wn_tensor_dense(const wn_tensor *t) {
+  int64_t stride = 1;
+  for (int32_t i = t->rank - 1; i >= 0; i--) {
+    if (t->dim[i] != 1 && t->stride[i] != stride) return false;
+    stride *= t->dim[i];
+  }
+  return true;
+}
+
+bool wn_tensor_same_shape(const wn_tensor *a, const wn_tensor *b) {
+  if (a->rank != b->rank) return false;
+  return memcmp(a->dim, b->dim, (size_t)a->rank * sizeof a->dim[0]) == 0;
+}
+
+wn_status wn_tensor_alloc(wn_tensor *out, wn_arena *arena, const char *name, wn_dtype dtype, int32_t rank, int64_t d0,
+                          int64_t d1, int64_t d2, int64_t d3) {
+  wn_tensor t = wn_tensor_of(NULL, dtype, rank, d0, d1, d2, d3);
+  WN_TRY(wn_arena_alloc(arena, &t.data, name, (size_t)wn_tensor_bytes(&t)));
+  *out = t;
+  return NULL;
+}
+
+uint16_t wn_bf16_from_f32(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);
+  bits += 0x7fffu + ((bits >> 16) & 1u);
+  return (uint16_t)(bits >> 16);
+}
+
+float wn_f32_from_bf16(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float wn_f32_from_f16(uint16_t x) {
+  uint32_t sign = (uint32_t)(x & 0x8000u) << 16, exponent = (x >> 10) & 0x1fu, mantissa = x & 0x3ffu, bits;
+  if (exponent == 0x1fu) {
+    bits = sign | 0x7f800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112u) << 23) | (mantissa << 13);
+  } else { /* zero or subnormal: mantissa * 2^-24 is exact in FP32 */
+    float magnitude = (float)mantissa * 0x1p-24f;
+    memcpy(&bits, &magnitude, sizeof bits);
+    bits |= sign;
+  }
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
