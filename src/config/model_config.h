@@ -1,0 +1,41 @@
+/* config.json: the shape of a DeepSeek-V3 (dense) or V3.2 (indexer on every layer) model. Names are Hugging Face's. */
+#ifndef WN_CONFIG_MODEL_CONFIG_H
+#define WN_CONFIG_MODEL_CONFIG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/status.h"
+
+typedef struct wn_model_config {
+  int32_t vocab_size, hidden_size, intermediate_size, moe_intermediate_size;
+  int32_t num_hidden_layers, first_k_dense_replace, num_attention_heads;
+  int32_t n_routed_experts, n_shared_experts, num_experts_per_tok, n_group, topk_group;
+  bool norm_topk_prob;
+  double routed_scaling_factor;
+  int32_t q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
+  bool has_indexer; /* index_topk is there: a V3.2 model */
+  int32_t index_n_heads, index_head_dim, index_topk;
+  double rms_norm_eps, rope_theta, initializer_range;
+  int32_t max_position_embeddings;
+  bool yarn;
+  double rope_factor, beta_fast, beta_slow, mscale, mscale_all_dim;
+  int32_t original_max_position_embeddings;
+  int32_t bos_token_id, eos_token_id; /* -1: null */
+  bool tie_word_embeddings;
+} wn_model_config;
+
+/* Reads DIR/config.json. WN_E_CONFIG, naming file and key: missing or ill-typed keys, sizes out of range, shapes that
+ * contradict each other (heads, groups, odd rope width, index_head_dim below the rope width), features Winnow does not
+ * have (q_lora_rank null, scoring_func other than sigmoid, attention_bias, tied embeddings, other rope types...). */
+WN_MUST_USE wn_status wn_model_config_load(wn_model_config *out, const char *dir);
+/* Writes DIR/config.json atomically: deepseek_v32 when it has an indexer, else deepseek_v3. `source_dir` may be NULL; keys of its config.json that
+ * Winnow does not know are carried over. torch_dtype is "bfloat16" or "float32". */
+WN_MUST_USE wn_status wn_model_config_save(const wn_model_config *config, const char *dir, const char *source_dir, const char *torch_dtype);
+/* inv_freq[qk_rope_head_dim / 2] in FP32, with YaRN where the config has it (model-spec 1.2). */
+void wn_model_config_inv_freq(const wn_model_config *config, float *inv_freq);
+/* (nope + rope)^-0.5, times mscale^2 under YaRN with mscale_all_dim. */
+double wn_model_config_softmax_scale(const wn_model_config *config);
+bool wn_model_config_is_moe(const wn_model_config *config, int32_t layer);
+
+#endif

@@ -1,0 +1,36 @@
+/* Files that are whole or absent: written beside their place, synced, renamed, and the directory synced. */
+#ifndef WN_IO_FILES_H
+#define WN_IO_FILES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+
+enum { WN_PATH_BYTES = 4096 };
+
+/* "a/b" into out[WN_PATH_BYTES]; printf-like. WN_E_USAGE when it does not fit. */
+WN_MUST_USE wn_status wn_path(char out[WN_PATH_BYTES], const char *format, ...) WN_PRINTF(2, 3);
+bool wn_path_exists(const char *path);
+bool wn_path_is_dir(const char *path);
+WN_MUST_USE wn_status wn_make_dirs(const char *path); /* like mkdir -p */
+WN_MUST_USE wn_status wn_remove_tree(const char *path); /* fine when absent */
+WN_MUST_USE wn_status wn_read_file(char **text, size_t *bytes, const char *path, size_t most_bytes); /* NUL-terminated, malloc'ed */
+WN_MUST_USE wn_status wn_write_file_atomic(const char *path, const void *data, size_t bytes);
+WN_MUST_USE wn_status wn_sync_file(const char *path);
+WN_MUST_USE wn_status wn_sync_dir(const char *path);
+/* rename(from, to) and sync of the parent directory. */
+WN_MUST_USE wn_status wn_rename_sync(const char *from, const char *to);
+/* Creates `path` with its full length (sparse); refuses when it exists. */
+WN_MUST_USE wn_status wn_create_sized(const char *path, uint64_t bytes);
+/* pwrite / pread of everything, or an error naming file and offset. */
+WN_MUST_USE wn_status wn_write_at(int fd, const char *path, const void *data, size_t bytes, uint64_t offset);
+WN_MUST_USE wn_status wn_read_at(int fd, const char *path, void *data, size_t bytes, uint64_t offset);
+/* Hard link, else symbolic link to the absolute path, else copy; *how is "linked", "symlinked" or "copied". */
+WN_MUST_USE wn_status wn_link_or_copy(const char *from, const char *to, const char **how);
+/* Names in a directory, sorted, without . and ..; free with wn_list_free. */
+WN_MUST_USE wn_status wn_list_dir(char ***names, size_t *n, const char *path);
+void wn_list_free(char **names, size_t n);
+
+#endif
