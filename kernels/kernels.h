@@ -205,7 +205,7 @@ struct wn_ops {
   /* Sorts (row, choice) pairs by expert, then row: xp[n*K,D] = x[row], slot[n*K] INDEX: place of pair row*K+choice in
    * xp; offset[E+1] host memory: expert e owns places offset[e] .. offset[e+1]-1 (the one host read of an MoE layer). */
   wn_status (*moe_permute)(wn_device *, wn_tensor *xp, wn_tensor *slot, int64_t *offset, const wn_tensor *x,
-                           const wn_tensor *index);
+                           const wn_tensor *index, int32_t n_experts);
   /* dx[n,D] += sum over choices of dxp[slot] */
   wn_status (*moe_permute_backward)(wn_device *, wn_tensor *dx, const wn_tensor *dxp, const wn_tensor *slot);
   /* for each expert e: y[offset[e]..] = x[offset[e]..] w[e]^T; w is an array of E tensors [O,I] */

@@ -1,0 +1,46 @@
+/* The CPU device: three arenas, roles as dtypes, thread counts. One place sets both OpenMP and OpenBLAS, because
+ * OpenBLAS's own threads would make the order of sums depend on their number. */
+#include "kernels/cpu/cpu.h"
+
+#include <omp.h>
+#include <stdlib.h>
+
+#include "kernels/cpu/operations.h"
+
+static const size_t default_arena_bytes = (size_t)64 << 30;
+
+static size_t capacity(size_t wanted) { return wanted ? wanted : default_arena_bytes; }
+
+static void free_device(wn_device *device) {
+  if (!device) return;
+  wn_arena_free(device->weights);
+  wn_arena_free(device->stash);
+  wn_arena_free(device->scratch);
+  free(device);
+}
+
+static wn_status create(wn_device **out, wn_cpu_settings settings) {
+  WN_ASSERT(settings.threads >= 0, "threads %d", settings.threads);
+  wn_status status = NULL;
+  wn_device *device = calloc(1, sizeof *device);
+  if (!device) return WN_FAIL(WN_E_MEMORY, "no memory for the device (%zu bytes)", sizeof *device);
+  WN_TRY_GOTO(status, fail, wn_arena_create(&device->weights, "weights", capacity(settings.weights_bytes)));
+  WN_TRY_GOTO(status, fail, wn_arena_create(&device->stash, "stash", capacity(settings.stash_bytes)));
+  WN_TRY_GOTO(status, fail, wn_arena_create(&device->scratch, "scratch", capacity(settings.scratch_bytes)));
+  device->kind = WN_CPU;
+  device->ops = &WN_CPU(ops);
+  for (int32_t role = 0; role < WN_N_ROLES; role++) device->dtype_of[role] = WN_REAL_DTYPE;
+  device->dtype_of[WN_INDEX] = WN_I32;
+  device->threads = settings.threads ? settings.threads : omp_get_num_procs();
+  omp_set_num_threads(device->threads);
+  openblas_set_num_threads(1);
+  *out = device;
+  return NULL;
+fail:
+  free_device(device);
+  return status;
+}
+
+wn_status WN_CPU(create)(wn_device **out, wn_cpu_settings settings) { return create(out, settings); }
+
+void WN_CPU(free)(wn_device *device) { free_device(device); }
