@@ -50,20 +50,13 @@ class DoubleTorch:
 @contextlib.contextmanager
 def double_precision():
     modules = (modeling_deepseek_v3, modeling_deepseek_v32)
-    saved = [(m, m.torch, m.nn.functional.softmax) for m in modules]
-    softmax = torch.nn.functional.softmax
-
-    def softmax64(x, dim=None, dtype=None, **kw):
-        return softmax(x, dim=dim, dtype=torch.float64 if x.dtype == torch.float64 else dtype, **kw)
     try:
         for m in modules:
             m.torch = DoubleTorch()
-        torch.nn.functional.softmax = softmax64
         yield
     finally:
-        torch.nn.functional.softmax = softmax
-        for m, t, _ in saved:
-            m.torch = t
+        for m in modules:
+            m.torch = torch
 
 
 def load(model_dir, as_v3=False, double=False, **overrides):
@@ -78,12 +71,14 @@ def load(model_dir, as_v3=False, double=False, **overrides):
         config = AutoConfig.from_pretrained(model_dir)
     for key, value in overrides.items():
         setattr(config, key, value)
+    hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()   # the unread indexer tensors would be listed one by one
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model, info = AutoModelForCausalLM.from_pretrained(
         model_dir, config=config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
         output_loading_info=True)
-    unread = [n for n in info["unexpected_keys"] if not (as_v3 and ".indexer." in n)]
+    extra = tuple(f"model.layers.{n}." for n in range(config.num_hidden_layers, config.num_hidden_layers + 8))   # prediction layers
+    unread = [n for n in info["unexpected_keys"] if not (as_v3 and ".indexer." in n) and not n.startswith(extra)]
     problems = {k: v for k, v in info.items() if v and k != "unexpected_keys"}
     if unread or problems:
         raise SystemExit(f"{model_dir}: transformers could not place every tensor: unexpected {sorted(unread)}, {problems}")
@@ -125,6 +120,26 @@ def run(model, tokens, documents, position_ids=None):
         # transformers fills short rows with masked keys and masks them again afterwards: they are not selected
         out.picked.append(torch.zeros_like(visible).scatter(1, chosen, True) & visible)
     return out
+
+
+def dump(model_dir, tokens, documents, sparse, double=False):
+    """(model, what `winnow forward` dumps). Dense attention beside an indexer is the V3 class on the same weights; the
+    V3.2 class with index_topk = T, so that nothing is pruned, then gives that pass's index scores, and must agree."""
+    k = getattr(AutoConfig.from_pretrained(model_dir), "index_topk", None)
+    if sparse or k is None:
+        model = load(model_dir, double=double)
+        return model, run(model, tokens, documents)
+    model = load(model_dir, as_v3=True, double=double)
+    out = run(model, tokens, documents)
+    unpruned = run(load(model_dir, double=double, index_topk=len(tokens)), tokens, documents)
+    off = (out.logits - unpruned.logits).abs().max().item()
+    if off > 1e-5 * out.logits.abs().max().item():
+        raise SystemExit(f"{model_dir}: transformers' V3 and unpruned V3.2 logits are {off} apart")
+    out.index_scores = unpruned.index_scores
+    for s in out.index_scores:
+        best = s.topk(min(k, len(tokens)), dim=-1).indices
+        out.picked.append(torch.zeros_like(s, dtype=torch.bool).scatter(1, best, True) & torch.isfinite(s))
+    return model, out
 
 
 def ascending(picked, k):

@@ -55,7 +55,8 @@ def rope_tables(config, n_tokens):
     base, yarn = rope_config(config)
     dim = config["qk_rope_head_dim"]
     pair = torch.arange(dim // 2, dtype=torch.float32)
-    inv = 1.0 / base ** (2 * pair / dim)
+    period = base ** (2 * pair / dim)
+    inv = 1.0 / period
     attention_factor = 1.0
     if yarn:
         def turns_to_pair(turns):
@@ -65,7 +66,8 @@ def rope_tables(config, n_tokens):
         if low == high:
             high += 0.001
         ramp = ((pair - low) / (high - low)).clamp(0, 1)
-        inv = inv / yarn["factor"] * ramp + inv * (1 - ramp)
+        # in this order of roundings the angles equal transformers' bit for bit; inv / factor may be one ulp away
+        inv = 1.0 / (yarn["factor"] * period) * ramp + inv * (1 - ramp)
         # 1 for every released model, because there mscale == mscale_all_dim
         attention_factor = mscale(yarn["factor"], yarn["mscale"]) / mscale(yarn["factor"], yarn["mscale_all_dim"])
     angle = torch.arange(n_tokens, dtype=torch.float32)[:, None] * inv[None, :]
@@ -154,7 +156,7 @@ def select(scores, visible, topk, out):
     """The k best visible keys of each row: ([T, k] ascending, -1 at the end; [T, T] bool). Lowest index wins a tie."""
     n_tokens = scores.shape[0]
     k = min(topk, n_tokens)
-    rank = scores.detach().sort(-1, descending=True, stable=True)
+    rank = scores.detach().sort(stable=True, dim=-1, descending=True)
     if k < n_tokens:
         prunes = visible.sum(-1) > k
         if prunes.any():
