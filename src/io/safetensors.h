@@ -13,13 +13,13 @@ typedef struct wn_st_entry {
   wn_dtype dtype;
   int32_t rank;
   int64_t dim[WN_MAX_RANK]; /* a scalar has rank 0 */
-  const void *data;         /* mapped, little-endian, dense */
+  const void *data;         /* mapped, little-endian, dense; may be unaligned (wn_hf_read copes) */
   uint64_t bytes;
 } wn_st_entry;
 
 /* WN_E_IO, or WN_E_INPUT naming file and what lies: header length beyond the file or above 100 MB, bad JSON, unknown
- * dtype, rank above WN_MAX_RANK, offsets out of order, overlapping, with holes or past the end, size not matching
- * the shape, duplicate names, trailing bytes. */
+ * dtype, rank above WN_MAX_RANK, offsets reversed, overlapping, with holes or past the end, size not matching the
+ * shape, duplicate names, trailing bytes. Source: huggingface/safetensors, safetensors/src/tensor.rs. */
 WN_MUST_USE wn_status wn_safetensors_open(wn_safetensors **out, const char *path);
 void wn_safetensors_close(wn_safetensors *file);
 const char *wn_safetensors_path(const wn_safetensors *file);
@@ -29,9 +29,16 @@ const wn_st_entry *wn_safetensors_find(const wn_safetensors *file, const char *n
 const char *wn_safetensors_metadata(const wn_safetensors *file, const char *key); /* NULL: absent */
 
 /* Layout of a file to be written, from shapes alone: every rank computes the same one, so pieces can be written in
- * place by whoever owns them. Offsets are absolute. Tensors stand in the order given, the header is padded to 8. */
+ * place by whoever owns them. Offsets are absolute. Tensors stand in the order given (widest dtype first keeps them
+ * aligned), the header is padded to 8, and its metadata is {"format": "pt"}, which transformers wants to see. */
 typedef struct wn_st_layout wn_st_layout;
-typedef struct wn_st_spec { const char *name; wn_dtype dtype; int32_t rank; int64_t dim[WN_MAX_RANK]; } wn_st_spec;
+typedef struct wn_st_spec {
+  const char *name;
+  wn_dtype dtype;
+  int32_t rank;
+  int64_t dim[WN_MAX_RANK];
+} wn_st_spec;
+/* WN_E_INPUT when a name stands twice. `specs` are not kept. */
 WN_MUST_USE wn_status wn_st_layout_create(wn_st_layout **out, const wn_st_spec *specs, int64_t n);
 void wn_st_layout_free(wn_st_layout *layout);
 uint64_t wn_st_layout_file_bytes(const wn_st_layout *layout);
