@@ -1,0 +1,251 @@
+#include "io/hf_dir.h"
+
+#include <jansson.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/files.h"
+
+#define SINGLE_NAME "model.safetensors"
+#define INDEX_NAME "model.safetensors.index.json"
+
+enum { MOST_INDEX_BYTES = 256 << 20, MOST_SHARDS = 100000 };
+
+typedef struct place { const wn_st_entry *entry; int32_t shard; } place;
+
+struct wn_hf_dir {
+  char *path;
+  wn_safetensors **shards; /* by file name */
+  int32_t n_shards;
+  place *places;  /* shard by shard, in file order */
+  place *by_name; /* sorted */
+  int64_t n;
+};
+
+/* A shard's name from the index is a plain name: whatever could lead out of the directory is refused. */
+static wn_status check_shard_name(const char *index_path, const char *tensor, const json_t *value) {
+  const char *name = json_string_value(value);
+  if (!name) return WN_FAIL(WN_E_INPUT, "%s: the file of tensor %s is not a string", index_path, tensor);
+  if (strchr(name, '/') || !strcmp(name, ".") || !strcmp(name, "..") || name[0] == 0)
+    return WN_FAIL(WN_E_INPUT, "%s: tensor %s lies in '%.200s', which is not the name of a file in the directory",
+                   index_path, tensor, name);
+  return NULL;
+}
+
+static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+
+/* The distinct file names of the map, sorted; they stay owned by the map. */
+static wn_status shard_names(const char ***out, int32_t *n, const char *index_path, json_t *map) {
+  const char *tensor;
+  json_t *value;
+  size_t used = 0, distinct = 0;
+  const char **names = calloc(json_object_size(map) + 1, sizeof *names);
+  if (!names) return WN_FAIL(WN_E_MEMORY, "out of memory reading %s", index_path);
+  *out = names;
+  json_object_foreach(map, tensor, value) {
+    WN_TRY(check_shard_name(index_path, tensor, value));
+    names[used++] = json_string_value(value);
+  }
+  qsort(names, used, sizeof *names, by_text);
+  for (size_t i = 0; i < used; i++)
+    if (i == 0 || strcmp(names[i], names[i - 1]) != 0) names[distinct++] = names[i];
+  if (distinct > MOST_SHARDS) return WN_FAIL(WN_E_INPUT, "%s names %zu files; at most %d", index_path, distinct, MOST_SHARDS);
+  *n = (int32_t)distinct;
+  return NULL;
+}
+
+static wn_status load_index(json_t **out, const char *index_path) {
+  char *text = NULL;
+  size_t bytes = 0;
+  json_error_t error;
+  WN_TRY(wn_read_file(&text, &bytes, index_path, MOST_INDEX_BYTES));
+  json_t *index = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
+  free(text);
+  if (!index) return WN_FAIL(WN_E_INPUT, "%s:%d: bad JSON: %s", index_path, error.line, error.text);
+  *out = index;
+  if (!json_is_object(json_object_get(index, "weight_map")))
+    return WN_FAIL(WN_E_INPUT, "%s holds no weight_map", index_path);
+  return NULL;
+}
+
+static wn_status open_shards(wn_hf_dir *dir, const char *const *names, int32_t n) {
+  char path[WN_PATH_BYTES];
+  dir->shards = calloc((size_t)n + 1, sizeof(wn_safetensors *));
+  if (!dir->shards) return WN_FAIL(WN_E_MEMORY, "out of memory opening %s", dir->path);
+  for (int32_t i = 0; i < n; i++) {
+    WN_TRY(wn_path(path, "%s/%s", dir->path, names[i]));
+    if (!wn_path_exists(path))
+      return WN_FAIL_HINT(WN_E_INPUT, "the directory may be an incomplete download", "%s: " INDEX_NAME " names %s, which is absent",
+                          dir->path, names[i]);
+    WN_TRY(wn_safetensors_open(&dir->shards[dir->n_shards], path));
+    dir->n_shards++;
+  }
+  return NULL;
+}
+
+static int by_name(const void *a, const void *b) {
+  const place *x = a, *y = b;
+  int order = strcmp(x->entry->name, y->entry->name);
+  return order ? order : (x->shard > y->shard) - (x->shard < y->shard);
+}
+
+static wn_status gather(wn_hf_dir *dir) {
+  size_t n = 0;
+  for (int32_t s = 0; s < dir->n_shards; s++) n += (size_t)wn_safetensors_count(dir->shards[s]);
+  dir->places = calloc(n + 1, sizeof *dir->places);
+  dir->by_name = calloc(n + 1, sizeof *dir->by_name);
+  if (!dir->places || !dir->by_name) return WN_FAIL(WN_E_MEMORY, "out of memory opening %s", dir->path);
+  for (int32_t s = 0; s < dir->n_shards; s++)
+    for (int64_t i = 0; i < wn_safetensors_count(dir->shards[s]); i++)
+      dir->places[dir->n++] = (place){wn_safetensors_at(dir->shards[s], i), s};
+  memcpy(dir->by_name, dir->places, n * sizeof *dir->by_name);
+  qsort(dir->by_name, n, sizeof *dir->by_name, by_name);
+  for (size_t i = 1; i < n; i++) {
+    const place *a = &dir->by_name[i - 1], *b = &dir->by_name[i];
+    if (strcmp(a->entry->name, b->entry->name) == 0)
+      return WN_FAIL(WN_E_INPUT, "tensor %s stands in two shards, %s and %s", a->entry->name,
+                     wn_safetensors_path(dir->shards[a->shard]), wn_safetensors_path(dir->shards[b->shard]));
+  }
+  return NULL;
+}
+
+static const char *file_name(const char *path) { return strrchr(path, '/') + 1; }
+
+/* Index and shards must tell the same story, in both directions. */
+static wn_status compare_with_index(const wn_hf_dir *dir, json_t *map) {
+  const char *tensor;
+  json_t *value;
+  json_object_foreach(map, tensor, value) {
+    const char *claimed = json_string_value(value);
+    int32_t shard = -1;
+    const wn_st_entry *entry = wn_hf_dir_find(dir, tensor, &shard);
+    const char *found = entry ? file_name(wn_safetensors_path(dir->shards[shard])) : "no file";
+    if (strcmp(found, claimed) != 0)
+      return WN_FAIL(WN_E_INPUT, "%s: " INDEX_NAME " places tensor %s in %s, but it lies in %s", dir->path, tensor,
+                     claimed, found);
+  }
+  for (int64_t i = 0; i < dir->n; i++) {
+    const char *name = dir->places[i].entry->name;
+    if (!json_object_get(map, name))
+      return WN_FAIL(WN_E_INPUT, "%s holds tensor %s, which " INDEX_NAME " does not list",
+                     wn_safetensors_path(dir->shards[dir->places[i].shard]), name);
+  }
+  return NULL;
+}
+
+static wn_status open_indexed(wn_hf_dir *dir, const char *index_path) {
+  wn_status status = NULL;
+  json_t *index = NULL;
+  const char **names = NULL;
+  int32_t n = 0;
+  WN_TRY_GOTO(status, done, load_index(&index, index_path));
+  json_t *map = json_object_get(index, "weight_map");
+  WN_TRY_GOTO(status, done, shard_names(&names, &n, index_path, map));
+  WN_TRY_GOTO(status, done, open_shards(dir, names, n));
+  WN_TRY_GOTO(status, done, gather(dir));
+  WN_TRY_GOTO(status, done, compare_with_index(dir, map));
+done:
+  free(names);
+  json_decref(index);
+  return status;
+}
+
+static wn_status open_dir(wn_hf_dir *dir) {
+  char single[WN_PATH_BYTES], index[WN_PATH_BYTES];
+  if (!wn_path_exists(dir->path)) return WN_FAIL(WN_E_INPUT, "model directory %s is absent", dir->path);
+  if (!wn_path_is_dir(dir->path)) return WN_FAIL(WN_E_INPUT, "%s is not a directory", dir->path);
+  WN_TRY(wn_path(single, "%s/" SINGLE_NAME, dir->path));
+  WN_TRY(wn_path(index, "%s/" INDEX_NAME, dir->path));
+  bool has_single = wn_path_exists(single), has_index = wn_path_exists(index);
+  if (has_single && has_index)
+    return WN_FAIL_HINT(WN_E_INPUT, "keep the one that is meant", "%s holds both " SINGLE_NAME " and " INDEX_NAME,
+                        dir->path);
+  if (!has_single && !has_index)
+    return WN_FAIL_HINT(WN_E_INPUT, "a Hugging Face directory holds " SINGLE_NAME ", or shards and " INDEX_NAME,
+                        "%s holds no weights", dir->path);
+  if (has_index) return open_indexed(dir, index);
+  const char *const names[] = {SINGLE_NAME};
+  WN_TRY(open_shards(dir, names, 1));
+  return gather(dir);
+}
+
+wn_status wn_hf_dir_open(wn_hf_dir **out, const char *path) {
+  *out = NULL;
+  wn_hf_dir *dir = calloc(1, sizeof *dir);
+  if (dir) dir->path = strdup(path);
+  wn_status status =
+      dir && dir->path ? open_dir(dir) : WN_FAIL(WN_E_MEMORY, "out of memory opening %s", path);
+  if (status) {
+    wn_hf_dir_close(dir);
+    return wn_status_trail(status, __FILE__, __LINE__);
+  }
+  *out = dir;
+  return NULL;
+}
+
+void wn_hf_dir_close(wn_hf_dir *dir) {
+  if (!dir) return;
+  for (int32_t s = 0; s < dir->n_shards; s++) wn_safetensors_close(dir->shards[s]);
+  free(dir->shards);
+  free(dir->places);
+  free(dir->by_name);
+  free(dir->path);
+  free(dir);
+}
+
+const char *wn_hf_dir_path(const wn_hf_dir *dir) { return dir->path; }
+int64_t wn_hf_dir_count(const wn_hf_dir *dir) { return dir->n; }
+int32_t wn_hf_dir_shards(const wn_hf_dir *dir) { return dir->n_shards; }
+
+const wn_st_entry *wn_hf_dir_at(const wn_hf_dir *dir, int64_t i, int32_t *shard) {
+  WN_ASSERT(i >= 0 && i < dir->n, "%s has %lld tensors, asked for %lld", dir->path, (long long)dir->n, (long long)i);
+  if (shard) *shard = dir->places[i].shard;
+  return dir->places[i].entry;
+}
+
+static int name_against(const void *name, const void *at) { return strcmp(name, ((const place *)at)->entry->name); }
+
+const wn_st_entry *wn_hf_dir_find(const wn_hf_dir *dir, const char *name, int32_t *shard) {
+  const place *found = bsearch(name, dir->by_name, (size_t)dir->n, sizeof *found, name_against);
+  if (!found) return NULL;
+  if (shard) *shard = found->shard;
+  return found->entry;
+}
+
+const char *wn_hf_dir_shard_path(const wn_hf_dir *dir, int32_t shard) {
+  WN_ASSERT(shard >= 0 && shard < dir->n_shards, "%s has %d shards, asked for %d", dir->path, (int)dir->n_shards,
+            (int)shard);
+  return wn_safetensors_path(dir->shards[shard]);
+}
+
+/* The sources may be unaligned, hence memcpy, which compiles to plain loads. */
+static float f32_at(const char *from, wn_dtype dtype, int64_t i) {
+  float wide;
+  uint16_t half;
+  if (dtype == WN_F32) {
+    memcpy(&wide, from + 4 * i, 4);
+    return wide;
+  }
+  memcpy(&half, from + 2 * i, 2);
+  return dtype == WN_BF16 ? wn_f32_from_bf16(half) : wn_f32_from_f16(half);
+}
+
+wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_st_entry *entry, int64_t first, int64_t count) {
+  WN_ASSERT(dtype == WN_F32 || dtype == WN_F64, "%s wanted as %s", entry->name, wn_dtype_name(dtype));
+  if (entry->dtype != WN_F32 && entry->dtype != WN_F16 && entry->dtype != WN_BF16)
+    return WN_FAIL_HINT(WN_E_INPUT, "weights are read from F32, F16 and BF16", "tensor %s is stored as %s", entry->name,
+                        wn_dtype_name(entry->dtype));
+  int64_t width = wn_dtype_bytes(entry->dtype), total = (int64_t)entry->bytes / width;
+  WN_ASSERT(first >= 0 && count >= 0 && first <= total && count <= total - first,
+            "%s: elements %lld + %lld of %lld", entry->name, (long long)first, (long long)count, (long long)total);
+  if (count == 0) return NULL;
+  const char *from = (const char *)entry->data + first * width;
+  if (dtype == WN_F64) {
+    for (int64_t i = 0; i < count; i++) ((double *)out)[i] = (double)f32_at(from, entry->dtype, i);
+  } else if (entry->dtype == WN_F32) {
+    memcpy(out, from, (size_t)(count * width));
+  } else {
+    for (int64_t i = 0; i < count; i++) ((float *)out)[i] = f32_at(from, entry->dtype, i);
+  }
+  return NULL;
+}

@@ -1,0 +1,212 @@
+#include "support/test.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/files.h"
+#include "io/hf_dir.h"
+
+static char root[WN_PATH_BYTES], outer[WN_PATH_BYTES];
+
+static int set_up(void **state) {
+  (void)state;
+  snprintf(outer, sizeof outer, "/tmp/winnow-io-hf-XXXXXX");
+  if (!mkdtemp(outer)) return -1;
+  OK(wn_path(root, "%s/model", outer));
+  OK(wn_make_dirs(root));
+  return 0;
+}
+
+static int tear_down(void **state) {
+  (void)state;
+  OK(wn_remove_tree(outer));
+  return 0;
+}
+
+static void write_text(const char *name, const char *text) {
+  char path[WN_PATH_BYTES];
+  OK(wn_path(path, "%s/%s", root, name));
+  OK(wn_write_file_atomic(path, text, strlen(text)));
+}
+
+/* A shard with F32 scalars of these names, each holding its place. */
+static void write_shard(const char *file, const char *const *names, int n) {
+  static const float values[] = {10, 11, 12, 13};
+  wn_st_spec specs[4];
+  const void *data[4];
+  char path[WN_PATH_BYTES];
+  for (int i = 0; i < n; i++) {
+    specs[i] = (wn_st_spec){.name = names[i], .dtype = WN_F32};
+    data[i] = &values[i];
+  }
+  OK(wn_path(path, "%s/%s", root, file));
+  OK(wn_safetensors_write(path, specs, data, n));
+}
+
+static void refuse(const char *part) {
+  wn_hf_dir *dir = NULL;
+  REFUSED(wn_hf_dir_open(&dir, root), WN_E_INPUT, part);
+  assert_null(dir);
+}
+
+static void index_of(const char *weight_map) {
+  char text[2 * WN_PATH_BYTES];
+  snprintf(text, sizeof text, "{\"metadata\": {\"total_size\": 8}, \"weight_map\": %s}", weight_map);
+  write_text("model.safetensors.index.json", text);
+}
+
+static const char *const ab[] = {"a", "b"}, *const cd[] = {"d", "c"}, *const b_only[] = {"b"};
+
+static void a_single_file(void **state) {
+  (void)state;
+  write_shard("model.safetensors", ab, 2);
+  write_shard("stray.safetensors", ab, 2); /* other files are none of ours */
+  wn_hf_dir *dir;
+  OK(wn_hf_dir_open(&dir, root));
+  assert_int_equal(wn_hf_dir_count(dir), 2);
+  assert_int_equal(wn_hf_dir_shards(dir), 1);
+  assert_string_equal(wn_hf_dir_path(dir), root);
+  int32_t shard = -1;
+  assert_string_equal(wn_hf_dir_find(dir, "b", &shard)->name, "b");
+  assert_int_equal(shard, 0);
+  assert_null(wn_hf_dir_find(dir, "c", NULL));
+  wn_hf_dir_close(dir);
+}
+
+static void shards(void **state) {
+  (void)state;
+  write_shard("model-00001-of-000002.safetensors", cd, 2);
+  write_shard("model-00002-of-000002.safetensors", ab, 2);
+  index_of("{\"a\": \"model-00002-of-000002.safetensors\", \"b\": \"model-00002-of-000002.safetensors\","
+           " \"c\": \"model-00001-of-000002.safetensors\", \"d\": \"model-00001-of-000002.safetensors\"}");
+  wn_hf_dir *dir;
+  OK(wn_hf_dir_open(&dir, root));
+  assert_int_equal(wn_hf_dir_count(dir), 4);
+  assert_int_equal(wn_hf_dir_shards(dir), 2);
+  static const char *const order[] = {"d", "c", "a", "b"};
+  for (int i = 0; i < 4; i++) {
+    int32_t shard = -1, again = -1;
+    const wn_st_entry *entry = wn_hf_dir_at(dir, i, &shard);
+    assert_string_equal(entry->name, order[i]);
+    assert_int_equal(shard, i / 2);
+    assert_ptr_equal(wn_hf_dir_find(dir, order[i], &again), entry);
+    assert_int_equal(again, shard);
+    float value;
+    OK(wn_hf_read(&value, WN_F32, entry, 0, 1));
+    assert_true(value == (float)(10 + i % 2));
+  }
+  assert_non_null(strstr(wn_hf_dir_shard_path(dir, 1), "model-00002-of-000002.safetensors"));
+  wn_hf_dir_close(dir);
+}
+
+static void directories_without_weights(void **state) {
+  (void)state;
+  refuse("holds no weights");
+  wn_hf_dir *dir;
+  char path[WN_PATH_BYTES];
+  OK(wn_path(path, "%s/absent", root));
+  REFUSED(wn_hf_dir_open(&dir, path), WN_E_INPUT, "is absent");
+  write_text("file", "");
+  OK(wn_path(path, "%s/file", root));
+  REFUSED(wn_hf_dir_open(&dir, path), WN_E_INPUT, "not a directory");
+  write_text("model.safetensors", "{}");
+  refuse("too few");
+  write_shard("model.safetensors", ab, 2);
+  index_of("{\"a\": \"model.safetensors\", \"b\": \"model.safetensors\"}");
+  refuse("holds both");
+}
+
+static void an_index_that_is_none(void **state) {
+  (void)state;
+  write_shard("s.safetensors", ab, 2);
+  write_text("model.safetensors.index.json", "");
+  refuse("bad JSON");
+  write_text("model.safetensors.index.json", "[]");
+  refuse("holds no weight_map");
+  write_text("model.safetensors.index.json", "{\"weight_map\": [\"a\"]}");
+  refuse("holds no weight_map");
+  index_of("{\"a\": 3}");
+  refuse("is not a string");
+  index_of("{\"a\": \"s.safetensors\", \"a\": \"s.safetensors\"}");
+  refuse("duplicate");
+}
+
+static void names_that_lead_out(void **state) {
+  (void)state;
+  char path[WN_PATH_BYTES];
+  write_shard("s.safetensors", ab, 2);
+  OK(wn_path(path, "%s/x.safetensors", outer));
+  static const float one = 1;
+  const wn_st_spec spec = {.name = "a", .dtype = WN_F32};
+  const void *data = &one;
+  OK(wn_safetensors_write(path, &spec, &data, 1)); /* it exists and is good: only the name is wrong */
+  index_of("{\"a\": \"../x.safetensors\"}");
+  refuse("'../x.safetensors', which is not the name of a file in the directory");
+  char map[WN_PATH_BYTES + 20];
+  snprintf(map, sizeof map, "{\"a\": \"%s\"}", path);
+  index_of(map);
+  refuse("not the name of a file");
+  index_of("{\"a\": \"..\"}");
+  refuse("not the name of a file");
+  index_of("{\"a\": \"\"}");
+  refuse("not the name of a file");
+}
+
+static void index_and_shards_disagree(void **state) {
+  (void)state;
+  write_shard("1.safetensors", ab, 2);
+  write_shard("2.safetensors", cd, 2);
+  index_of("{\"a\":\"1.safetensors\",\"b\":\"1.safetensors\",\"c\":\"3.safetensors\"}");
+  refuse("names 3.safetensors, which is absent");
+  index_of("{\"a\":\"1.safetensors\",\"b\":\"2.safetensors\",\"c\":\"2.safetensors\",\"d\":\"2.safetensors\"}");
+  refuse("places tensor b in 2.safetensors, but it lies in ");
+  index_of("{\"a\":\"1.safetensors\",\"b\":\"1.safetensors\",\"x\":\"1.safetensors\"}");
+  refuse("places tensor x in 1.safetensors, but it lies in no file");
+  index_of("{\"a\":\"1.safetensors\"}");
+  refuse("holds tensor b, which model.safetensors.index.json does not list");
+  write_shard("2.safetensors", b_only, 1);
+  index_of("{\"a\":\"1.safetensors\",\"b\":\"2.safetensors\"}");
+  refuse("tensor b stands in two shards");
+}
+
+static void conversions(void **state) {
+  (void)state;
+  static const float f32[3] = {1.5f, -0.f, 3e38f};
+  static const uint16_t bf16[3] = {0x3fc0, 0xff80, 0x0001}, f16[3] = {0x3e00, 0x0001, 0xfc00};
+  static const uint8_t odd[1] = {7}, f8[3] = {1, 2, 3};
+  static const wn_st_spec specs[] = {/* the odd byte leaves everything after it unaligned */
+                                     {"odd", WN_U8, 1, {1}}, {"f32", WN_F32, 1, {3}}, {"bf16", WN_BF16, 1, {3}},
+                                     {"f16", WN_F16, 1, {3}}, {"f8", WN_F8_E4M3, 1, {3}}};
+  const void *data[] = {odd, f32, bf16, f16, f8};
+  char path[WN_PATH_BYTES];
+  OK(wn_path(path, "%s/model.safetensors", root));
+  OK(wn_safetensors_write(path, specs, data, 5));
+  wn_hf_dir *dir;
+  OK(wn_hf_dir_open(&dir, root));
+  float single[3];
+  double wide[3];
+  OK(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "f32", NULL), 0, 3));
+  assert_memory_equal(single, f32, sizeof f32);
+  OK(wn_hf_read(wide, WN_F64, wn_hf_dir_find(dir, "f32", NULL), 1, 2));
+  assert_true(wide[0] == 0 && signbit(wide[0]) && wide[1] == (double)3e38f);
+  OK(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "bf16", NULL), 0, 3));
+  assert_true(single[0] == 1.5f && single[1] == -INFINITY && single[2] == 0x1p-133f);
+  OK(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "f16", NULL), 1, 2));
+  assert_true(single[0] == 0x1p-24f && single[1] == -INFINITY);
+  OK(wn_hf_read(wide, WN_F64, wn_hf_dir_find(dir, "bf16", NULL), 0, 1));
+  assert_true(wide[0] == 1.5);
+  OK(wn_hf_read(wide, WN_F64, wn_hf_dir_find(dir, "f16", NULL), 3, 0));
+  REFUSED(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "f8", NULL), 0, 3), WN_E_INPUT, "f8 is stored as F8_E4M3");
+  REFUSED(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "odd", NULL), 0, 1), WN_E_INPUT, "odd is stored as U8");
+  wn_hf_dir_close(dir);
+}
+
+int main(void) {
+#define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
+  const struct CMUnitTest tests[] = {
+      TEST(a_single_file),       TEST(shards),      TEST(directories_without_weights), TEST(an_index_that_is_none),
+      TEST(names_that_lead_out), TEST(index_and_shards_disagree), TEST(conversions),
+  };
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
