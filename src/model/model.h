@@ -14,7 +14,11 @@ typedef enum wn_selection {
 } wn_selection;
 const char *wn_selection_name(wn_selection selection);
 
-typedef enum wn_attention_form { WN_FORM_ABSORBED, WN_FORM_MASKED } wn_attention_form;
+typedef enum wn_attention_form {
+  WN_FORM_AUTO,     /* in a pass: wn_model_attention_form decides */
+  WN_FORM_ABSORBED, /* keys and values are the latents, shared by all heads */
+  WN_FORM_MASKED    /* a head's own keys and values, made from the latents */
+} wn_attention_form;
 
 typedef struct wn_model {
   wn_model_config config;
@@ -23,17 +27,23 @@ typedef struct wn_model {
   float *inv_freq;         /* [rope / 2] */
   double softmax_scale;    /* attention's, with mscale^2 */
   double index_scale;      /* index_head_dim^-0.5 */
+  int64_t *expert_offset;  /* [n_routed_experts + 1], working memory of the MoE layers: a model runs one pass at a time */
 } wn_model;
 
 WN_MUST_USE wn_status wn_model_create(wn_model **out, wn_device *device, const wn_model_config *config, wn_param_settings settings);
 void wn_model_free(wn_model *model);
-/* A pure function of the sizes (contract: attention form). */
+/* A pure function of the sizes (contract: attention form): ABSORBED when it takes fewer multiplications. Making k_nope and v from the
+ * latents (kv_b, a row) costs as much as absorbing q and un-absorbing o, so what differs, a row and head, is
+ *   absorbed: picked keys * (2 latent + rope)             picked = min(topk, n_keys)
+ *   masked:   visible keys * (nope + rope + v)            visible = (n_keys + 1) / 2, a causal row's mean: it reads every tile
+ * With V3.2's sizes and 2048 picks, absorbed from 13926 keys on. n_keys: the length of a sequence. */
 wn_attention_form wn_model_attention_form(const wn_model_config *config, int32_t n_keys, int32_t topk);
 
 /* What a pass does; the same for all layers and all micro-batches of a step. */
 typedef struct wn_pass {
   wn_selection selection;
   int32_t topk;              /* picks a row; for selection other than dense, and for stats */
+  wn_attention_form form;    /* of a sparse pass; leave it AUTO (0) but in tests */
   bool indexer_kl;           /* make kl: over all visible keys when dense, over the selection when sparse */
   bool indexer_grads;        /* and the indexer's gradients, times kl_coeff */
   double kl_coeff;
@@ -62,15 +72,18 @@ typedef struct wn_layer_measures {
   wn_tensor topk;        /* [n,k] INDEX, =: the indexer's picks even in a dense pass (dumps only) */
 } wn_layer_measures;
 
-/* h_out[n,D] from h_in[n,D] (may not overlap); h_mid[n,D] (the residual between attention and MLP) may be NULL. With pass->indexer_grads in a
- * DENSE pass (stage 1) the indexer's gradients are added to `grads` here. With a sparse pass, indexer_kl in a forward makes kl (p costs one
- * more pass); set it only where no backward follows. grads, replay, measures may be NULL. */
+/* h_out[n,D] from h_in[n,D] (may not overlap); h_mid[n,D] (the residual between attention and MLP) may be NULL. The rows are the keys:
+ * rows->n_rows == rows->n_keys. With pass->indexer_grads in a DENSE pass (stage 1) the indexer's gradients are added to `grads` here, where
+ * `grads` has them: a dense pass that also runs the backward gives `grads` to one of the two only. With a sparse pass, indexer_kl in a
+ * forward makes kl (p costs one more pass); set it only where no backward follows. grads, replay, measures may be NULL. Hidden states depend
+ * on the indexer only through the selection of WN_SELECT_INDEXER. WN_E_MEMORY when scratch runs out. */
 WN_MUST_USE wn_status wn_layer_forward(wn_model *model, int32_t layer, const wn_layer_tensors *weights, wn_layer_tensors *grads,
                                        const wn_pass *pass, const wn_rows *rows, wn_tensor *h_out, wn_tensor *h_mid,
                                        const wn_tensor *h_in, wn_replay *replay, wn_layer_measures *measures);
 /* Recomputes the layer from h_in and h_mid (the MLP first, from h_mid; then attention, with the choices of replay forced where it
  * holds them: selection and experts are exactly those of the forward). dh[n,D] comes in as the gradient of h_out and leaves as that of h_in. Gradients that
- * exist in `grads` are added to. The indexer's leaf follows the attention: from p (sparse) or, in a dense pass with indexer_grads, from indexer_kl_dense; no gradient flows from it into the base. */
+ * exist in `grads` are added to; the base's must exist. Of the measures only kl is made (loads and the like are the forward's).
+ * The indexer's leaf follows the attention: from p (sparse) or, in a dense pass with indexer_grads, from indexer_kl_dense; no gradient flows from it into the base. */
 WN_MUST_USE wn_status wn_layer_backward(wn_model *model, int32_t layer, const wn_layer_tensors *weights, wn_layer_tensors *grads,
                                         const wn_pass *pass, const wn_rows *rows, wn_tensor *dh, const wn_tensor *h_in,
                                         const wn_tensor *h_mid, wn_replay *replay, wn_layer_measures *measures);

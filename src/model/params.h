@@ -18,7 +18,7 @@ typedef enum wn_slot {
 } wn_slot;
 
 typedef struct wn_param_table {
-  wn_param *params; /* sorted by layer: -1, 0 .. L-1, L */
+  wn_param *params; /* sorted by layer (-1, 0 .. L-1, L), then slot, then expert; routed experts are in group 1, all else in 0 */
   int32_t n;
   int32_t *first;   /* first[layer + 1] .. first[layer + 2]: the layer's parameters */
 } wn_param_table;
