@@ -150,7 +150,7 @@ wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *conf
                         .slot = slot,
                         .expert = is_expert(slot) ? i : -1,
                         .kind = kind_of(slot, settings),
-                        .group = is_expert(slot) ? 1 : 0,
+                        .group = is_expert(slot) ? settings.expert_group : 0,
                         .file_dtype = always_f32(slot) ? WN_F32 : settings.file_dtype};
         set_shape(p, config);
         set_name(p);

@@ -18,7 +18,7 @@ typedef enum wn_slot {
 } wn_slot;
 
 typedef struct wn_param_table {
-  wn_param *params; /* sorted by layer (-1, 0 .. L-1, L), then slot, then expert; routed experts are in group 1, all else in 0 */
+  wn_param *params; /* sorted by layer (-1, 0 .. L-1, L), then slot, then expert */
   int32_t n;
   int32_t *first;   /* first[layer + 1] .. first[layer + 2]: the layer's parameters */
 } wn_param_table;
@@ -26,6 +26,7 @@ typedef struct wn_param_table {
 typedef struct wn_param_settings {
   bool train_base, train_indexer; /* false: FROZEN (and the router bias FROZEN with the base) */
   wn_dtype file_dtype;            /* of matrices and norms; k_norm and the router bias are always F32 */
+  int32_t expert_group;           /* the store's group of the routed experts; 0 where experts are not split over ranks */
 } wn_param_settings;
 
 WN_MUST_USE wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *config, wn_param_settings settings);
