@@ -1,0 +1,219 @@
+#include "train/run.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cpu/cpu.h"
+
+enum { SHARD_BYTES_LOG2 = 32 };
+
+/* ---- what model the job means ---- */
+
+static wn_status agree_or_take(int32_t *have, int32_t want, const char *key, const char *dir) {
+  if (want == 0 || want == *have) return NULL;
+  return WN_FAIL_HINT(WN_E_CONFIG, "leave the key out: the model's own value is used",
+                      "%s is %d, but the model in %s has an indexer with %d", key, want, dir, *have);
+}
+
+static wn_status resolve_indexer(wn_model_config *config, const wn_recipe *recipe, const wn_job *job, const char *dir) {
+  if (config->has_indexer) {
+    WN_TRY(agree_or_take(&config->index_n_heads, job->dsa.index_n_heads, "dsa.index_n_heads", dir));
+    WN_TRY(agree_or_take(&config->index_head_dim, job->dsa.index_head_dim, "dsa.index_head_dim", dir));
+    if (job->dsa.index_topk) config->index_topk = job->dsa.index_topk;
+    return NULL;
+  }
+  if (!recipe->train_indexer) return NULL;
+  if (recipe->stage == WN_STAGE_ADAPT)
+    return WN_FAIL_HINT(WN_E_CONFIG, "run `winnow warmup` first and give its checkpoint as init",
+                        "adapt needs a trained indexer, and the model in %s has none", dir);
+  if (!job->dsa.index_n_heads || !job->dsa.index_head_dim || !job->dsa.index_topk)
+    return WN_FAIL(WN_E_CONFIG, "the model in %s has no indexer, so dsa.index_n_heads, dsa.index_head_dim and dsa.index_topk must be given", dir);
+  if (job->dsa.index_head_dim < config->qk_rope_head_dim)
+    return WN_FAIL(WN_E_CONFIG, "dsa.index_head_dim is %d, less than the model's rope width %d", job->dsa.index_head_dim, config->qk_rope_head_dim);
+  config->has_indexer = true;
+  config->index_n_heads = job->dsa.index_n_heads;
+  config->index_head_dim = job->dsa.index_head_dim;
+  config->index_topk = job->dsa.index_topk;
+  return NULL;
+}
+
+static wn_status resolve_model(wn_model_config *config, const wn_recipe *recipe, const wn_job *job) {
+  const char *dir = job->init[0] ? job->init : job->model;
+  WN_TRY(wn_model_config_load(config, dir));
+  WN_TRY(resolve_indexer(config, recipe, job, dir));
+  if (job->data.seq_len > config->max_position_embeddings)
+    return WN_FAIL(WN_E_CONFIG, "data.seq_len is %d, but the model in %s has max_position_embeddings %d", job->data.seq_len, dir,
+                   config->max_position_embeddings);
+  return NULL;
+}
+
+static wn_status check_stage(const wn_recipe *recipe, const wn_job *job, bool *indexer_trained) {
+  wn_state state = {0};
+  wn_stage stage = WN_STAGE_PRETRAIN;
+  bool found = false;
+  if (job->init[0]) WN_TRY(wn_checkpoint_read_state(job->init, &state, &stage, &found));
+  *indexer_trained = found ? state.indexer_trained : true; /* a plain directory with an indexer is a finished V3.2 model */
+  if (recipe->stage == WN_STAGE_ADAPT && !*indexer_trained)
+    return WN_FAIL_HINT(WN_E_CONFIG, "run `winnow warmup` from it first",
+                        "adapt needs a trained indexer, and the one in %s has not been through a warm-up", job->init);
+  return NULL;
+}
+
+static wn_status check_world(const wn_job *job, wn_world *world) {
+  int32_t ranks = wn_world_size(world), per_round = job->training.micro_batch_seqs * ranks;
+  if (job->training.global_batch_seqs % per_round != 0)
+    return WN_FAIL_HINT(WN_E_CONFIG, "change training.global_batch_seqs, training.micro_batch_seqs or the number of ranks",
+                        "training.global_batch_seqs %d is not a multiple of %d ranks times training.micro_batch_seqs %d",
+                        job->training.global_batch_seqs, ranks, job->training.micro_batch_seqs);
+  return NULL;
+}
+
+static wn_status open_data(wn_dataset **out, const char *prefix, const char *key, const wn_model_config *config, int32_t seq_len) {
+  wn_dataset *dataset = NULL;
+  wn_status status = NULL;
+  WN_TRY_GOTO(status, fail, wn_dataset_open(&dataset, prefix));
+  WN_TRY_GOTO(status, fail, wn_dataset_check_vocab(dataset, config->vocab_size));
+  if (wn_dataset_windows(dataset, seq_len) < 1) {
+    status = WN_FAIL(WN_E_INPUT, "%s %s holds %lld tokens, too few for one window of data.seq_len %d", key, prefix,
+                     (long long)wn_dataset_tokens(dataset), seq_len);
+    goto fail;
+  }
+  *out = dataset;
+  return NULL;
+fail:
+  wn_dataset_close(dataset);
+  return status;
+}
+
+static wn_param_settings param_settings(const wn_recipe *recipe, const wn_job *job) {
+  return (wn_param_settings){recipe->train_base, recipe->train_indexer, job->checkpoint.dtype == WN_FILE_BF16 ? WN_BF16 : WN_F32};
+}
+
+static wn_status make_device(wn_device **out, const wn_job *job, wn_log *log) {
+  if (job->device == WN_JOB_CUDA)
+    return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu or device: auto", "device is cuda, but this build has no CUDA operations");
+  WN_TRY(wn_cpu_create_f32(out, (wn_cpu_settings){.threads = job->threads}));
+  wn_info(log, "device: cpu, %d thread%s", (*out)->threads, (*out)->threads == 1 ? "" : "s");
+  return NULL;
+}
+
+/* ---- creation ---- */
+
+wn_checkpoint_plan wn_run_checkpoint_plan(const wn_run *run) {
+  return (wn_checkpoint_plan){
+      .model = run->model,
+      .store = run->store,
+      .world = run->world,
+      .log = run->log,
+      .stage = run->recipe.stage,
+      .seed = run->job.training.seed,
+      .run_dir = run->job.run_dir,
+      .init_dir = run->job.init,
+      .shard_bytes = (int64_t)1 << SHARD_BYTES_LOG2,
+      .keep = run->job.checkpoint.keep,
+  };
+}
+
+static wn_status prepare_run_dir(wn_run *run) {
+  char path[WN_PATH_BYTES];
+  WN_TRY(wn_path(path, "%s/checkpoints", run->job.run_dir));
+  WN_TRY(wn_make_dirs(path));
+  WN_TRY(wn_path(path, "%s/metrics", run->job.run_dir));
+  WN_TRY(wn_make_dirs(path));
+  WN_TRY(wn_path(path, "%s/config.resolved.yaml", run->job.run_dir));
+  if (wn_path_exists(path)) WN_TRY(wn_job_check_resume(&run->job, path));
+  return wn_job_save(&run->job, run->source, path);
+}
+
+static wn_status load_weights(wn_run *run, bool init_indexer_trained) {
+  wn_checkpoint_plan plan = wn_run_checkpoint_plan(run);
+  char path[WN_PATH_BYTES];
+  WN_TRY(wn_checkpoint_newest(&plan, path, &run->resumed));
+  if (run->resumed) {
+    WN_TRY(wn_checkpoint_load(&plan, path, &run->state));
+    wn_info(run->log, "resumed from %s (step %lld)", path, (long long)run->state.step);
+    return NULL;
+  }
+  if (!run->job.init[0]) return wn_init_random(&plan);
+  WN_TRY(wn_init_load(&plan, run->job.init, run->recipe.stage == WN_STAGE_WARMUP));
+  run->state.indexer_trained = run->model->config.has_indexer && init_indexer_trained;
+  if (run->recipe.stage == WN_STAGE_ADAPT && run->job.optimizer.carry_indexer) {
+    bool carried;
+    WN_TRY(wn_init_carry_indexer(&plan, run->job.init, &run->state, &carried));
+    wn_info(run->log, carried ? "carried the indexer's moments over (Adam step %lld)" : "init has no indexer moments to carry (Adam step %lld)",
+            (long long)run->state.adam_indexer);
+  }
+  return NULL;
+}
+
+wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world, wn_log *log) {
+  wn_status status = NULL;
+  bool indexer_trained = false;
+  wn_model_config config;
+  wn_run *run = calloc(1, sizeof *run);
+  if (!run) return WN_FAIL(WN_E_MEMORY, "out of memory for the run");
+  *run = (wn_run){.log = log, .world = world, .recipe = recipe, .job = *job, .source = source};
+  WN_TRY_GOTO(status, fail, check_world(job, world));
+  WN_TRY_GOTO(status, fail, resolve_model(&config, &recipe, job));
+  WN_TRY_GOTO(status, fail, check_stage(&recipe, job, &indexer_trained));
+  WN_TRY_GOTO(status, fail, open_data(&run->train, job->data.train, "data.train", &config, job->data.seq_len));
+  if (job->data.valid[0]) WN_TRY_GOTO(status, fail, open_data(&run->valid, job->data.valid, "data.valid", &config, job->data.seq_len));
+  WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? prepare_run_dir(run) : NULL));
+  WN_TRY_GOTO(status, fail, make_device(&run->device, job, log));
+  WN_TRY_GOTO(status, fail, wn_model_create(&run->model, run->device, &config, param_settings(&recipe, job)));
+  wn_group *all = wn_world_all(world);
+  WN_TRY_GOTO(status, fail, wn_store_create(&run->store, run->device, world, &all, 1, run->model->table.params, run->model->table.n));
+  run->by_param = calloc((size_t)run->model->table.n, sizeof *run->by_param);
+  run->grads_by_param = calloc((size_t)run->model->table.n, sizeof *run->grads_by_param);
+  if (!run->by_param || !run->grads_by_param) {
+    status = WN_FAIL(WN_E_MEMORY, "out of memory for the run's tables");
+    goto fail;
+  }
+  WN_TRY_GOTO(status, fail, wn_world_agree(world, load_weights(run, indexer_trained)));
+  *out = run;
+  return NULL;
+fail:
+  wn_run_free(run);
+  return status;
+}
+
+void wn_run_free(wn_run *run) {
+  if (!run) return;
+  wn_dataset_close(run->train);
+  wn_dataset_close(run->valid);
+  wn_store_free(run->store);
+  wn_model_free(run->model);
+  if (run->device) wn_cpu_free_f32(run->device);
+  free(run->by_param);
+  free(run->grads_by_param);
+  free(run);
+}
+
+/* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32. */
+static int64_t element_bytes(wn_kind kind) { return kind == WN_BASE || kind == WN_INDEXER ? 16 : 4; }
+
+wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_log *log) {
+  static const char *const kinds[WN_N_KINDS] = {"base, trained", "indexer, trained", "frozen", "buffers"};
+  wn_model_config config;
+  bool indexer_trained;
+  wn_param_table table = {0};
+  int64_t elements[WN_N_KINDS] = {0}, total = 0, ranks = wn_world_size(world);
+  WN_TRY(check_world(job, world));
+  WN_TRY(resolve_model(&config, &recipe, job));
+  if (job->init[0]) WN_TRY(check_stage(&recipe, job, &indexer_trained));
+  WN_TRY(wn_param_table_create(&table, &config, param_settings(&recipe, job)));
+  for (int32_t i = 0; i < table.n; i++) {
+    int64_t count = 1;
+    for (int32_t d = 0; d < table.params[i].rank; d++) count *= table.params[i].dim[d];
+    elements[table.params[i].kind] += count;
+  }
+  wn_param_table_free(&table);
+  for (int32_t k = 0; k < WN_N_KINDS; k++) {
+    if (!elements[k]) continue;
+    int64_t bytes = elements[k] * element_bytes((wn_kind)k) / ranks;
+    total += bytes;
+    wn_info(log, "%-17s %15lld parameters %12.3f GB a rank", kinds[k], (long long)elements[k], (double)bytes * 1e-9);
+  }
+  wn_info(log, "state in FP32 on %lld rank%s: %.3f GB a rank", (long long)ranks, ranks == 1 ? "" : "s", (double)total * 1e-9);
+  return NULL;
+}
