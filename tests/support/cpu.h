@@ -75,6 +75,10 @@ static inline void wn_test_close_to(const char *what, const wn_tensor *got, doub
   wn_test_close(what, got, &reference, absolute, relative);
 }
 
+static inline void wn_test_near(const char *what, double got, double expected, double tolerance) {
+  if (!(fabs(got - expected) <= tolerance)) fail_msg("%s is %.9g, expected %.9g", what, got, expected);
+}
+
 /* An output of the operation under test, and what it holds beforehand. */
 typedef struct wn_test_out {
   wn_tensor *t;

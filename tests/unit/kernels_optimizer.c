@@ -1,0 +1,121 @@
+/* AdamW against a plain FP64 loop over several steps, and the sum of squares with what is not finite. */
+#include "support/cpu.h"
+
+typedef struct adam {
+  wn_tensor w, m, v, weight, grad;
+  wn_adamw_params params;
+} adam;
+
+static void run_adam(wn_device *d, void *context) {
+  adam *c = context;
+  for (int64_t i = 0; i < wn_tensor_count(&c->v); i++) wn_test_set(&c->v, i, fabs(wn_test_get(&c->v, i)));
+  for (c->params.step = 1; c->params.step <= 3; c->params.step++)
+    OK(d->ops->adamw(d, &c->w, &c->m, &c->v, &c->weight, &c->grad, &c->params));
+}
+
+static void check_adam(wn_device *d, int64_t n, double decay) {
+  size_t mark = wn_arena_mark(d->stash);
+  adam c = {.params = {.lr = 0.02, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-3, .weight_decay = decay, .grad_scale = 0.25}};
+  wn_tensor *all[] = {&c.w, &c.m, &c.v, &c.weight};
+  for (int i = 0; i < 4; i++) *all[i] = wn_test_tensor(d, WN_F32, 1, n, 0, 0);
+  c.grad = wn_test_random(d, WN_F32, 5, 1, 0, 1, n, 0, 0);
+  const wn_test_out outs[] = {{&c.w, true}, {&c.m, true}, {&c.v, true}, {&c.weight, false}};
+  double *w = wn_test_before(d, &outs[0]), *m = wn_test_before(d, &outs[1]), *v = wn_test_before(d, &outs[2]);
+  const double *grad = wn_test_doubles(d, &c.grad);
+  for (int64_t i = 0; i < n; i++) {
+    v[i] = fabs(v[i]);
+    for (int t = 1; t <= 3; t++) {
+      double g = grad[i] * 0.25;
+      m[i] = 0.9 * m[i] + 0.1 * g;
+      v[i] = 0.95 * v[i] + 0.05 * g * g;
+      double m_hat = m[i] / (1 - pow(0.9, t)), v_hat = v[i] / (1 - pow(0.95, t));
+      w[i] = w[i] - 0.02 * decay * w[i] - 0.02 * m_hat / (sqrt(v_hat) + 1e-3);
+    }
+  }
+  wn_test_repeats(d, run_adam, &c, outs, 4);
+  wn_test_close_to("w", &c.w, w, 2e-6, 2e-6);
+  wn_test_close_to("m", &c.m, m, 1e-6, 1e-6);
+  wn_test_close_to("v", &c.v, v, 1e-6, 1e-6);
+  wn_test_close("weight", &c.weight, &c.w, 0, 0);
+  c.params.step = 4;
+  OK(d->ops->adamw(d, &c.w, &c.m, &c.v, NULL, &c.grad, &c.params)); /* the master is the weight */
+  wn_arena_release(d->stash, mark);
+}
+
+static void test_adamw(void **state) {
+  check_adam(*state, 1, 0);
+  check_adam(*state, 40009, 0.1);
+}
+
+/* The very first step of a fresh state is lr in the gradient's direction, whatever its size: the bias correction. */
+static void test_first_step(void **state) {
+  wn_device *d = *state;
+  float w[2] = {1, 1}, m[2] = {0}, v[2] = {0}, grad[2] = {1e-3f, -50};
+  wn_tensor tw = wn_tensor_of(w, WN_F32, 1, 2, 0, 0, 0), tm = wn_tensor_of(m, WN_F32, 1, 2, 0, 0, 0),
+            tv = wn_tensor_of(v, WN_F32, 1, 2, 0, 0, 0), tg = wn_tensor_of(grad, WN_F32, 1, 2, 0, 0, 0);
+  const wn_adamw_params params = {.lr = 0.5, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-12, .grad_scale = 1, .step = 1};
+  OK(d->ops->adamw(d, &tw, &tm, &tv, NULL, &tg, &params));
+  wn_test_near("w[0]", (double)w[0], 0.5, 1e-5);
+  wn_test_near("w[1]", (double)w[1], 1.5, 1e-5);
+}
+
+typedef struct squares {
+  wn_tensor x;
+  double sum[3];
+  int64_t bad;
+  int calls;
+} squares;
+
+static void run_squares(wn_device *d, void *context) {
+  squares *c = context;
+  OK(d->ops->sum_squares(d, &c->sum[c->calls++], &c->bad, &c->x));
+}
+
+static void test_sum_squares(void **state) {
+  wn_device *d = *state;
+  squares c = {.x = wn_test_random(d, WN_F32, 1, 3, 0, 1, 100003, 0, 0)};
+  double expected = 0;
+  for (int64_t i = 0; i < 100003; i++) expected += wn_test_get(&c.x, i) * wn_test_get(&c.x, i);
+  wn_test_repeats(d, run_squares, &c, NULL, 0);
+  assert_true(fabs(c.sum[0] - expected) <= 1e-12 * expected);
+  assert_memory_equal(&c.sum[0], &c.sum[1], sizeof c.sum[0]);
+  assert_memory_equal(&c.sum[0], &c.sum[2], sizeof c.sum[0]);
+  assert_int_equal(c.bad, 0);
+  const int64_t at[] = {0, 50001, 100002};
+  const double values[] = {(double)NAN, (double)INFINITY, -(double)INFINITY};
+  for (int i = 0; i < 3; i++) {
+    expected -= wn_test_get(&c.x, at[i]) * wn_test_get(&c.x, at[i]);
+    wn_test_set(&c.x, at[i], values[i]);
+  }
+  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &c.x));
+  assert_int_equal(c.bad, 3);
+  assert_true(fabs(c.sum[0] - expected) <= 1e-12 * expected);
+  /* squares beyond FP32's range */
+  float large[2] = {3e38f, -3e38f};
+  wn_tensor t = wn_tensor_of(large, WN_F32, 1, 2, 0, 0, 0);
+  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &t));
+  assert_int_equal(c.bad, 0);
+  assert_true(fabs(c.sum[0] - 1.8e77) < 1e71);
+  wn_tensor nothing = wn_tensor_of(large, WN_F32, 1, 0, 0, 0, 0);
+  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &nothing));
+  assert_true(c.sum[0] == 0 && c.bad == 0);
+}
+
+static int set_up(void **state) {
+  *state = wn_test_cpu_f32();
+  return 0;
+}
+
+static int tear_down(void **state) {
+  wn_cpu_free_f32(*state);
+  return 0;
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_adamw),
+      cmocka_unit_test(test_first_step),
+      cmocka_unit_test(test_sum_squares),
+  };
+  return cmocka_run_group_tests(tests, set_up, tear_down);
+}
