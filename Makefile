@@ -85,6 +85,51 @@ $(BUILD)/obj/tests/%.o: tests/%.c
 	$(CC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -c $< -o $@
 -include $(wildcard $(BUILD)/tests/*/*.d) $(TEST_SUPPORT:.o=.d)
 
+
+# ---- what people call
+DEB_PACKAGES = gcc make pkg-config libopenmpi-dev openmpi-bin libyaml-dev libjansson-dev libopenblas-dev libpcre2-dev libxxhash-dev libcmocka-dev gnuplot-nox
+
+.PHONY: deps test test-build demo demo-base demo-data mutate install help
+deps:
+	@sh configs/deps.sh $(DEB_PACKAGES)
+
+test-build: deps
+	@$(MAKE) --no-print-directory $(BUILD)/winnow $(TESTS)
+
+# every test program, and the count
+test: test-build
+	@BUILD=$(BUILD) sh tests/run.sh $(TESTS)
+
+mutate: deps
+	@sh tests/faults/run.sh $(FAULTS)
+
+demo: deps
+	@$(MAKE) --no-print-directory $(BUILD)/winnow
+	@WINNOW=$(BUILD)/winnow sh configs/jobs/demo/demo.sh checkpoints/demo
+
+# trains the demo's base anew (hours on two cores); the result is committed in checkpoints/demo-base
+demo-base: deps
+	@$(MAKE) --no-print-directory $(BUILD)/winnow
+	@WINNOW=$(BUILD)/winnow sh configs/jobs/demo/base.sh checkpoints/demo
+
+PREFIX ?= /usr/local
+install: $(BUILD)/winnow
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BUILD)/winnow $(DESTDIR)$(PREFIX)/bin/winnow
+
+docs/options.md: $(BUILD)/winnow
+	$(BUILD)/winnow options --markdown > $@
+
+help:
+	@echo "make            build $(BUILD)/winnow"
+	@echo "make demo       warm-up, adapt and a dense control on real text, and a table of what came out"
+	@echo "make demo-base  train the demo's base model again (long)"
+	@echo "make test       unit, gradient, parity, trap and end-to-end tests; a count at the end"
+	@echo "make mutate     apply each fault in tests/faults to a copy and show that a test catches it"
+	@echo "make deps       install what is missing from Debian (root or sudo)"
+	@echo "make install    install the program under PREFIX ($(PREFIX))"
+	@echo "make clean      remove $(BUILD)"
+
 .PHONY: clean
 clean:
 	rm -rf $(BUILD)

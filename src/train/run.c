@@ -86,7 +86,11 @@ fail:
 }
 
 static wn_param_settings param_settings(const wn_recipe *recipe, const wn_job *job) {
-  return (wn_param_settings){recipe->train_base, recipe->train_indexer, job->checkpoint.dtype == WN_FILE_BF16 ? WN_BF16 : WN_F32};
+  return (wn_param_settings){
+      .train_base = recipe->train_base,
+      .train_indexer = recipe->train_indexer,
+      .file_dtype = job->checkpoint.dtype == WN_FILE_BF16 ? WN_BF16 : WN_F32,
+  };
 }
 
 static wn_status make_device(wn_device **out, const wn_job *job, wn_log *log) {
