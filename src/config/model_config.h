@@ -25,14 +25,20 @@ typedef struct wn_model_config {
   bool tie_word_embeddings;
 } wn_model_config;
 
-/* Reads DIR/config.json. WN_E_CONFIG, naming file and key: missing or ill-typed keys, sizes out of range, shapes that
- * contradict each other (heads, groups, odd rope width, index_head_dim below the rope width), features Winnow does not
- * have (q_lora_rank null, scoring_func other than sigmoid, attention_bias, tied embeddings, other rope types...). */
+/* Reads DIR/config.json: the released form, and the one that transformers 5 writes (rope_parameters, mlp_layer_types). A
+ * null stands for an absent key; quantization_config is not looked at (the weights decide). WN_E_CONFIG, naming file and
+ * key: missing or ill-typed keys, sizes out of range, shapes that contradict each other (heads, groups, odd rope width,
+ * index_head_dim below the rope width), features Winnow does not have (q_lora_rank null, scoring_func other than sigmoid,
+ * attention_bias, tied embeddings, other rope types, YaRN that scales cos and sin...). */
 WN_MUST_USE wn_status wn_model_config_load(wn_model_config *out, const char *dir);
-/* Writes DIR/config.json atomically: deepseek_v32 when it has an indexer, else deepseek_v3. `source_dir` may be NULL; keys of its config.json that
- * Winnow does not know are carried over. torch_dtype is "bfloat16" or "float32". */
-WN_MUST_USE wn_status wn_model_config_save(const wn_model_config *config, const char *dir, const char *source_dir, const char *torch_dtype);
-/* inv_freq[qk_rope_head_dim / 2] in FP32, with YaRN where the config has it (model-spec 1.2). */
+/* Writes DIR/config.json atomically with the released key set and order: deepseek_v32 when it has an indexer, else
+ * deepseek_v3. `source_dir` may be NULL; keys of its config.json that Winnow does not know are carried over, but for
+ * auto_map and quantization_config. num_nextn_predict_layers is carried over too (0 without a source).
+ * torch_dtype is "bfloat16" or "float32". WN_E_IO, WN_E_CONFIG for a source that is no JSON object. */
+WN_MUST_USE wn_status wn_model_config_save(const wn_model_config *config, const char *dir, const char *source_dir,
+                                           const char *torch_dtype);
+/* inv_freq[qk_rope_head_dim / 2] in FP32: rope_theta^(-2j / width), with YaRN where the config has it, rounded where
+ * transformers rounds. Source: transformers modeling_rope_utils.py, _compute_yarn_parameters. */
 void wn_model_config_inv_freq(const wn_model_config *config, float *inv_freq);
 /* (nope + rope)^-0.5, times mscale^2 under YaRN with mscale_all_dim. */
 double wn_model_config_softmax_scale(const wn_model_config *config);
