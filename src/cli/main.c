@@ -1,0 +1,63 @@
+/* Picks the command, and turns its outcome into the exit code. Nothing else in the program exits. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cli/commands.h"
+
+static const char usage[] =
+    "usage: winnow COMMAND ...\n"
+    "\n"
+    "  pretrain JOB.yaml [key=value ...]   dense base from scratch, or a dense control run\n"
+    "  warmup   JOB.yaml [key=value ...]   stage 1: train the indexer alone, against dense attention\n"
+    "  adapt    JOB.yaml [key=value ...]   stage 2: sparse attention, everything trains\n"
+    "  eval     MODEL_DIR --data PREFIX    held-out loss under dense and sparse selections\n"
+    "  forward  MODEL_DIR --tokens ...     every intermediate tensor of one sequence, to compare with other programs\n"
+    "  data     pack | tokenize | detokenize | train-tokenizer | inspect | verify\n"
+    "  report   RUN_DIR                    plots of a run's metrics\n"
+    "  verify   CHECKPOINT_DIR             every byte against the checkpoint's manifest\n"
+    "  options  [--markdown]               every key of a job file\n"
+    "\n"
+    "Every command answers --help. Jobs run alone or under mpirun or srun. Flags before the command: --quiet.\n";
+
+static wn_status dispatch(int argc, char **argv, wn_world *world, wn_log *log) {
+  const char *name = argv[0];
+  for (int s = 0; s < WN_N_STAGES; s++)
+    if (strcmp(name, wn_stage_name((wn_stage)s)) == 0) return wn_cmd_train((wn_stage)s, argc, argv, world, log);
+  if (strcmp(name, "eval") == 0) return wn_cmd_eval(argc, argv, world, log);
+  if (strcmp(name, "forward") == 0) return wn_cmd_forward(argc, argv, world, log);
+  if (strcmp(name, "data") == 0) return wn_cmd_data(argc, argv, log);
+  if (strcmp(name, "report") == 0) return wn_cmd_report(argc, argv, log);
+  if (strcmp(name, "verify") == 0) return wn_cmd_verify(argc, argv, log);
+  if (strcmp(name, "options") == 0) return wn_cmd_options(argc, argv, log);
+  return WN_FAIL_HINT(WN_E_USAGE, "run `winnow --help` for the commands", "unknown command '%s'", name);
+}
+
+int main(int argc, char **argv) {
+  enum { COLLECTIVE_TIMEOUT_S = 600 };
+  wn_log_settings settings = {0};
+  wn_log *log = NULL;
+  wn_world *world = NULL;
+  int first = 1;
+  while (first < argc && strcmp(argv[first], "--quiet") == 0) {
+    settings.quiet = true;
+    first++;
+  }
+  if (first >= argc || strcmp(argv[first], "--help") == 0 || strcmp(argv[first], "-h") == 0 || strcmp(argv[first], "help") == 0) {
+    fputs(usage, first < argc ? stdout : stderr);
+    return first < argc ? WN_OK : WN_E_USAGE;
+  }
+  wn_status status = wn_world_create(&world, COLLECTIVE_TIMEOUT_S);
+  if (!status) {
+    settings.rank = wn_world_rank(world);
+    status = wn_log_create(&log, settings);
+  }
+  if (!status) status = dispatch(argc - first, argv + first, world, log);
+  wn_code code = wn_status_code(status);
+  if (log) wn_report_error(log, status);
+  else if (status) fprintf(stderr, "winnow: %s\n", wn_status_text(status));
+  wn_status_free(status);
+  wn_log_free(log);
+  wn_world_free(world);
+  return (int)code;
+}
