@@ -10,7 +10,8 @@ typedef struct wn_yaml_entry { char *key, *value; int32_t line; } wn_yaml_entry;
 typedef struct wn_yaml { wn_yaml_entry *entries; int32_t n; } wn_yaml;
 
 /* Refuses, naming file and line: syntax errors, sequences, anchors, aliases, tags, several documents, non-scalar keys,
- * duplicate keys, nesting deeper than two. WN_E_CONFIG. */
+ * keys without a value (or null), empty sections, duplicate keys, nesting deeper than two. WN_E_CONFIG. A file without
+ * content has no entries. */
 WN_MUST_USE wn_status wn_yaml_load(wn_yaml *out, const char *path);
 void wn_yaml_free(wn_yaml *yaml);
 
