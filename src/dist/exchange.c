@@ -82,7 +82,11 @@ static wn_status break_world(wn_request *request, wn_status why) {
 
 static wn_status mpi_failed(const wn_request *request, int32_t peer, int code) {
   char text[MPI_MAX_ERROR_STRING] = "";
-  int length = 0;
+  int length = 0, class = MPI_SUCCESS;
+  MPI_Error_class(code, &class);
+  if (class == MPI_ERR_TRUNCATE)
+    return WN_FAIL(WN_E_WORLD, "rank %d in %s got more bytes from rank %d than expected: the ranks are not at the same point",
+                   request->group->world->rank, request->operation, peer);
   MPI_Error_string(code, text, &length);
   return WN_FAIL_HINT(WN_E_WORLD, "see the other ranks' messages: usually one of them failed first",
                       "rank %d: %s with rank %d failed: %s", request->group->world->rank, request->operation, peer, text);

@@ -11,7 +11,7 @@
 #include "base/hash.h"
 #include "kernels/kernels.h"
 
-enum { N_SLOTS = 2, ALIGN_BYTES = 256, NONE = -1 };
+enum { N_SLOTS = 2, MAX_GROUPS = 4, ALIGN_BYTES = 256, NONE = -1 };
 
 /* What the store knows of piece i beyond the piece itself. */
 typedef struct unit {
@@ -33,8 +33,7 @@ typedef struct layer_state {
 
 struct wn_store {
   wn_device *device;
-  wn_world *world;
-  wn_group *const *groups;
+  wn_group *groups[MAX_GROUPS];
   int32_t n_groups;
   const wn_param *params;
   int32_t n_params;
@@ -242,12 +241,13 @@ static wn_status allocate_tables(wn_store *store) {
 
 wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
                           const wn_param *params, int32_t n_params) {
-  WN_ASSERT(n_params > 0 && n_groups > 0, "%d parameters, %d groups", n_params, n_groups);
+  WN_ASSERT(n_params > 0 && n_groups > 0 && n_groups <= MAX_GROUPS, "%d parameters, %d groups", n_params, n_groups);
   WN_ASSERT(device->dtype_of[WN_MASTER] == device->dtype_of[WN_ACT], "masters are %s, weights %s: a gather does not convert",
             wn_dtype_name(device->dtype_of[WN_MASTER]), wn_dtype_name(device->dtype_of[WN_ACT]));
   wn_store *store = calloc(1, sizeof *store);
   if (!store) return WN_FAIL(WN_E_MEMORY, "out of memory for the parameter store");
-  *store = (wn_store){.device = device, .world = world, .groups = groups, .n_groups = n_groups, .params = params, .n_params = n_params};
+  *store = (wn_store){.device = device, .n_groups = n_groups, .params = params, .n_params = n_params};
+  memcpy(store->groups, groups, (size_t)n_groups * sizeof *groups);
   wn_status status = NULL;
   check_params(store);
   for (int32_t g = 0; g < n_groups; g++) WN_KEEP_FIRST(status, check_same_table(store, g)); /* every rank in every group */

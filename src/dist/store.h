@@ -45,20 +45,25 @@ typedef struct wn_piece {
 
 typedef struct wn_store wn_store;
 
-/* params must be sorted by layer and outlive the store. groups[0 .. n_groups-1]; groups[0] is all ranks. Zeroed masters, moments, gradients. Memory from
- * device->weights. Collective. */
+/* params must be sorted by layer and outlive the store, as must the groups; groups[0] is all ranks. A group's members pass the same
+ * parameters of it, in the same order (else WN_E_WORLD on all of them); the parameters of other groups may differ from rank to
+ * rank. Zeroed masters, moments, gradients. All memory from device->weights, but a layer's worth of scratch during reduce.
+ * MASTER and ACT are of one dtype (asserted). Collective. */
 WN_MUST_USE wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
                                       const wn_param *params, int32_t n_params);
 void wn_store_free(wn_store *store);
 
-/* Starts gathering a layer's weights; acquire without it is fine, and waits. At most two layers are held at once. */
+/* Starts gathering a layer's weights; acquire without it is fine, and waits. At most two layers are held (prefetched or acquired)
+ * at once, asserted. Pieces are not written while a layer is held; all ranks ask in the same order. */
 WN_MUST_USE wn_status wn_store_prefetch(wn_store *store, int32_t layer);
 /* by_param[n_params]: fills the entries of this layer's parameters with ACT tensors of their full shapes. Valid until release. */
 WN_MUST_USE wn_status wn_store_acquire(wn_store *store, int32_t layer, wn_tensor *by_param);
 WN_MUST_USE wn_status wn_store_release(wn_store *store, int32_t layer);
-/* Full-shape WGRAD tensors to add gradients into (absent for FROZEN and BUFFER); zeroed, or holding this step's sum so far in a world of one. */
+/* Full-shape WGRAD tensors to add gradients into (absent for FROZEN and BUFFER); zeroed, or holding this step's sum so far where
+ * the group is one rank. At most two layers at once. */
 WN_MUST_USE wn_status wn_store_grads(wn_store *store, int32_t layer, wn_tensor *by_param);
-/* Sums over the group and adds into the pieces' grad; ends what wn_store_grads began. */
+/* Sums over the group and adds into the pieces' grad; ends what wn_store_grads began. The pieces' grad is zeroed by whoever
+ * updates, once a step. */
 WN_MUST_USE wn_status wn_store_reduce(wn_store *store, int32_t layer);
 
 int32_t wn_store_pieces(const wn_store *store);
