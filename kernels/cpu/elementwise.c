@@ -36,12 +36,13 @@ wn_status WN_CPU(rope)(wn_device *device, wn_tensor *x, const int32_t *position,
     wn_real cosine[ANGLE_BLOCK], sine[ANGLE_BLOCK];
     for (int64_t from = 0; from < half; from += ANGLE_BLOCK) {
       int64_t count = wn_cpu_min(ANGLE_BLOCK, half - from);
+      /* two loops: together they would become a scalar sincos */
 #pragma omp simd
-      for (int64_t j = 0; j < count; j++) {
-        float angle = (float)position[i] * params->inv_freq[from + j];
-        cosine[j] = (wn_real)cos((double)angle);
-        sine[j] = (wn_real)(sign * sin((double)angle));
-      }
+      for (int64_t j = 0; j < count; j++)
+        cosine[j] = (wn_real)cos((double)((float)position[i] * params->inv_freq[from + j]));
+#pragma omp simd
+      for (int64_t j = 0; j < count; j++)
+        sine[j] = (wn_real)(sign * sin((double)((float)position[i] * params->inv_freq[from + j])));
       for (int64_t h = 0; h < heads; h++)
         rotate((wn_real *)x->data + i * x->stride[0] + h * x->stride[1], cosine, sine, from, count, half,
                params->interleaved);
