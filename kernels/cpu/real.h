@@ -1,5 +1,5 @@
 /* The one place that knows there are two builds: the scalar type, the BLAS names, and the suffix of every symbol
- * that leaves a file. Every operation of this folder is declared here, so that table.c can list them. */
+ * that leaves a file. Operations are declared in operations.h, attention.h and indexer.h; table.c lists them all. */
 #ifndef WN_KERNELS_CPU_REAL_H
 #define WN_KERNELS_CPU_REAL_H
 

@@ -172,6 +172,12 @@ static void test_nan_scores(void **state) {
   for (int64_t e = 0; e < 8; e++) wn_test_set(&c.load, e, 0);
   OK(d->ops->router(d, &c.scores, &c.index, &c.weight, &c.load, NULL, &c.x, &c.w, &c.bias, &c.params));
   for (int64_t k = 0; k < 4; k++) assert_int_equal(wn_test_get(&c.index, 4 + k), k);
+  /* one NaN alone comes last: it must not block the experts behind it */
+  c.params.n_group = c.params.topk_group = 1;
+  wn_test_set(&c.bias, 0, (double)NAN);
+  wn_test_fill(&c.x, 8, 1, 0);
+  OK(d->ops->router(d, &c.scores, &c.index, &c.weight, &c.load, NULL, &c.x, &c.w, &c.bias, &c.params));
+  for (int64_t i = 0; i < 12; i++) assert_true(wn_test_get(&c.index, i) > 0);
 }
 
 static void test_forced(void **state) {
