@@ -1,0 +1,198 @@
+#include "train/checkpoint_parts.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params) {
+  wn_part *parts = calloc((size_t)n_params + 1, sizeof *parts);
+  if (!parts) return WN_FAIL(WN_E_MEMORY, "out of memory for the places of %d parameters", n_params);
+  for (int32_t i = 0; i < wn_store_pieces(store); i++) {
+    wn_piece *piece = wn_store_piece(store, i);
+    WN_ASSERT(piece->master.dtype == WN_F32, "masters are %s; checkpoints hold FP32", wn_dtype_name(piece->master.dtype));
+    for (int32_t s = 0; s < piece->n_segments; s++) {
+      wn_segment at = piece->segments[s];
+      WN_ASSERT(!parts[at.param].piece, "parameter %d lies in two pieces of one rank", at.param);
+      parts[at.param] = (wn_part){piece, at.first, at.offset, at.count};
+    }
+  }
+  *out = parts;
+  return NULL;
+}
+
+static int64_t chunk_at(const wn_part *part, int64_t done) {
+  int64_t left = part->count - done;
+  return left < WN_COPY_ELEMENTS ? left : WN_COPY_ELEMENTS;
+}
+
+wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_st_entry *entry, float *buffer) {
+  if (!part->piece) return NULL;
+  const wn_tensor *flat = wn_field_of(part->piece, field);
+  for (int64_t done = 0, n; done < part->count; done += n) {
+    n = chunk_at(part, done);
+    wn_tensor place = wn_tensor_slice(*flat, 0, part->offset + done, n);
+    WN_TRY(wn_hf_read(buffer, WN_F32, entry, part->first + done, n));
+    WN_TRY(device->ops->upload(device, &place, buffer));
+  }
+  return NULL;
+}
+
+wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd, const char *path,
+                        uint64_t tensor_offset, float *buffer, uint16_t *scratch) {
+  WN_ASSERT(dtype == WN_F32 || dtype == WN_BF16, "file dtype %s", wn_dtype_name(dtype));
+  const wn_tensor *flat = wn_field_of(part->piece, field);
+  int64_t width = wn_dtype_bytes(dtype);
+  for (int64_t done = 0, n; done < part->count; done += n) {
+    n = chunk_at(part, done);
+    wn_tensor from = wn_tensor_slice(*flat, 0, part->offset + done, n);
+    WN_TRY(device->ops->download(device, buffer, &from));
+    if (dtype == WN_BF16)
+      for (int64_t i = 0; i < n; i++) scratch[i] = wn_bf16_from_f32(buffer[i]);
+    WN_TRY(wn_write_at(fd, path, dtype == WN_BF16 ? (const void *)scratch : buffer, (size_t)(n * width),
+                       tensor_offset + (uint64_t)((part->first + done) * width)));
+  }
+  return NULL;
+}
+
+/* ---- checks of a directory against the parameter table ---- */
+
+enum { MOST_NAMED = 5, NAMED_BYTES = 1024 };
+
+/* "4: a, b, c, d" or "12: a, b, c, d, e, ..." */
+typedef struct name_list { int64_t n; char text[NAMED_BYTES]; } name_list;
+
+static void name_one(name_list *list, const char *format, ...) WN_PRINTF(2, 3);
+static void name_one(name_list *list, const char *format, ...) {
+  size_t used = strlen(list->text);
+  va_list args;
+  va_start(args, format);
+  if (list->n < MOST_NAMED) {
+    if (list->n > 0) used += (size_t)snprintf(list->text + used, NAMED_BYTES - used, ", ");
+    if (used < NAMED_BYTES) vsnprintf(list->text + used, NAMED_BYTES - used, format, args);
+  } else if (list->n == MOST_NAMED && used + 6 < NAMED_BYTES) {
+    memcpy(list->text + used, ", ...", 6);
+  }
+  va_end(args);
+  list->n++;
+}
+
+static void shape_text(char out[128], int32_t rank, const int64_t *dim) {
+  size_t used = 1;
+  memcpy(out, "[", 2);
+  for (int32_t d = 0; d < rank; d++) used += (size_t)snprintf(out + used, 128 - used, d ? ", %lld" : "%lld", (long long)dim[d]);
+  snprintf(out + used, 128 - used, "]");
+}
+
+/* The number in "model.layers.N."; -1 when the name has none. */
+static int64_t layer_of(const char *name) {
+  static const char prefix[] = "model.layers.";
+  char *end;
+  const char *digits = name + sizeof prefix - 1;
+  if (strncmp(name, prefix, sizeof prefix - 1) != 0 || *digits < '0' || *digits > '9') return -1;
+  long long layer = strtoll(digits, &end, 10);
+  return *end == '.' ? (int64_t)layer : -1;
+}
+
+static bool is_indexer(const wn_param *p) { return p->slot >= WN_P_INDEX_Q_B && p->slot <= WN_P_INDEX_WEIGHTS; }
+
+static wn_status complain(const wn_hf_dir *dir, const char *what, const name_list *list, const char *hint) {
+  if (list->n == 0) return NULL;
+  return WN_FAIL_HINT(WN_E_INPUT, hint, "%s: %lld %s%s: %s", wn_hf_dir_path(dir), (long long)list->n,
+                      list->n == 1 ? "tensor " : "tensors ", what, list->text);
+}
+
+static bool readable(wn_dtype dtype) { return dtype == WN_F32 || dtype == WN_F16 || dtype == WN_BF16; }
+
+static void check_param(const wn_param *p, const wn_st_entry *entry, name_list *shape, name_list *dtype) {
+  char theirs[128], ours[128];
+  if (!wn_param_shaped(p, entry)) {
+    shape_text(theirs, entry->rank, entry->dim);
+    shape_text(ours, p->rank, p->dim);
+    name_one(shape, "%s %s instead of %s", p->hf_name, theirs, ours);
+  }
+  if (!readable(entry->dtype)) name_one(dtype, "%s (%s)", p->hf_name, wn_dtype_name(entry->dtype));
+}
+
+wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules, bool *indexer_absent, int64_t *passed_over) {
+  name_list missing = {0}, shape = {0}, dtype = {0}, surplus = {0};
+  int64_t indexer_found = 0, indexer_wanted = 0;
+  *passed_over = 0;
+  for (int32_t i = 0; i < names->n; i++) {
+    if (!is_indexer(&names->params[i])) continue;
+    indexer_wanted++;
+    indexer_found += wn_hf_dir_find(dir, names->params[i].hf_name, NULL) != NULL;
+  }
+  *indexer_absent = rules.new_indexer_allowed && indexer_wanted > 0 && indexer_found == 0;
+  for (int32_t i = 0; i < names->n; i++) {
+    const wn_param *p = &names->params[i];
+    const wn_st_entry *entry = wn_hf_dir_find(dir, p->hf_name, NULL);
+    if (entry) check_param(p, entry, &shape, &dtype);
+    else if (!(*indexer_absent && is_indexer(p))) name_one(&missing, "%s", p->hf_name);
+  }
+  for (int64_t i = 0; i < wn_hf_dir_count(dir); i++) {
+    const char *name = wn_hf_dir_at(dir, i, NULL)->name;
+    if (wn_names_find(names, name) >= 0) continue;
+    if (layer_of(name) >= rules.n_layers) (*passed_over)++;
+    else name_one(&surplus, "%s", name);
+  }
+  /* before the surplus: the scales of FP8 weights are surplus too, but not the matter */
+  WN_TRY(complain(dir, "of a type that cannot be read", &dtype, "weights are read from F32, F16 and BF16; reading FP8 weights is not in this version"));
+  WN_TRY(complain(dir, "missing", &missing, "config.json may be another model's, or the directory incomplete"));
+  WN_TRY(complain(dir, "misshapen", &shape, "config.json may be another model's"));
+  return complain(dir, "that this model does not have", &surplus, "config.json may be another model's");
+}
+
+/* ---- optimizer files ---- */
+
+wn_status wn_optimizer_open(wn_optimizer_files *out, const char *dir) {
+  static const char prefix[] = "optimizer-", suffix[] = ".safetensors";
+  char path[WN_PATH_BYTES], **names;
+  size_t n;
+  wn_status status = NULL;
+  *out = (wn_optimizer_files){0};
+  WN_TRY(wn_list_dir(&names, &n, dir));
+  out->files = calloc(n + 1, sizeof(wn_safetensors *));
+  if (!out->files) status = WN_FAIL(WN_E_MEMORY, "out of memory opening %s", dir);
+  for (size_t i = 0; !status && i < n; i++) {
+    size_t length = strlen(names[i]);
+    if (strncmp(names[i], prefix, sizeof prefix - 1) != 0 || length < sizeof prefix + sizeof suffix) continue;
+    if (strcmp(names[i] + length - (sizeof suffix - 1), suffix) != 0) continue;
+    status = wn_path(path, "%s/%s", dir, names[i]);
+    if (!status) status = wn_safetensors_open(&out->files[out->n], path);
+    if (!status) out->n++;
+  }
+  wn_list_free(names, n);
+  if (status) wn_optimizer_close(out);
+  return status;
+}
+
+void wn_optimizer_close(wn_optimizer_files *files) {
+  for (size_t i = 0; i < files->n; i++) wn_safetensors_close(files->files[i]);
+  free(files->files);
+  *files = (wn_optimizer_files){0};
+}
+
+const wn_st_entry *wn_optimizer_find(wn_optimizer_files *files, const wn_param *p, wn_field field) {
+  char name[WN_FIELD_NAME_BYTES];
+  wn_field_name(name, p, field);
+  for (size_t tried = 0; tried < files->n; tried++) { /* tensors stand in table order: mostly where the last one was */
+    size_t i = (files->last + tried) % files->n;
+    const wn_st_entry *entry = wn_safetensors_find(files->files[i], name);
+    if (!entry) continue;
+    files->last = i;
+    return entry;
+  }
+  return NULL;
+}
+
+wn_status wn_optimizer_check(const wn_st_entry *entry, const wn_param *p, wn_field field, const char *dir) {
+  char name[WN_FIELD_NAME_BYTES];
+  wn_field_name(name, p, field);
+  if (!entry) return WN_FAIL(WN_E_INPUT, "%s: the optimizer files lack tensor %s", dir, name);
+  if (!wn_param_shaped(p, entry)) return WN_FAIL(WN_E_INPUT, "%s: tensor %s has another shape than its parameter", dir, name);
+  if (entry->dtype != WN_F32) return WN_FAIL(WN_E_INPUT, "%s: tensor %s is %s instead of F32", dir, name, wn_dtype_name(entry->dtype));
+  return NULL;
+}

@@ -1,0 +1,315 @@
+/* Saving. Rank 0 makes a temporary directory with every file at its full length; each rank writes the byte ranges it holds; the
+ * files are dealt out and hashed; rank 0 writes the manifest and renames. Ranks agree after each of these, so whatever fails
+ * anywhere fails everywhere, the temporary directory goes, and what stood before still stands. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/time.h"
+#include "train/checkpoint_dirs.h"
+#include "train/checkpoint_parts.h"
+
+/* What rank 0 decides and tells the others. */
+typedef struct places { char source[WN_PATH_BYTES], temporary[WN_PATH_BYTES]; } places;
+
+typedef struct save {
+  const wn_checkpoint_plan *plan;
+  const wn_state *state;
+  const wn_param *params;
+  int32_t n_params;
+  char checkpoints[WN_PATH_BYTES];
+  places at;
+  bool made;         /* the temporary directory exists (rank 0) */
+  wn_hf_dir *source; /* NULL: none */
+  wn_checkpoint_layout *layout;
+  wn_part *parts;
+  wn_manifest_entry *digests; /* [n_files], of this rank's deal; of all after gathering (rank 0) */
+  uint64_t linked_bytes, written_bytes; /* rank 0 */
+} save;
+
+/* ---- rank 0 prepares ---- */
+
+static bool opens(const char *path) {
+  wn_hf_dir *dir = NULL;
+  wn_status status = wn_hf_dir_open(&dir, path);
+  bool opened = !status;
+  wn_status_free(status);
+  wn_hf_dir_close(dir);
+  return opened;
+}
+
+/* Unchanged tensors come from the newest earlier checkpoint of this run, which holds them whatever has become of init since; the first
+ * save takes them from init. */
+static wn_status choose_source(save *s) {
+  int64_t *steps;
+  size_t n;
+  char path[WN_PATH_BYTES];
+  wn_status status = wn_steps_list(&steps, &n, s->checkpoints);
+  if (status) return status;
+  for (size_t i = 0; !status && i < n && !s->at.source[0]; i++) {
+    if (steps[i] >= s->state->step) continue;
+    status = wn_path(path, "%s/" WN_STEP_FORMAT, s->checkpoints, (long long)steps[i]);
+    if (!status && opens(path)) memcpy(s->at.source, path, sizeof path);
+  }
+  free(steps);
+  if (!status && !s->at.source[0] && s->plan->init_dir[0]) status = wn_path(s->at.source, "%s", s->plan->init_dir);
+  return status;
+}
+
+static wn_status prepare(save *s) {
+  WN_TRY(wn_make_dirs(s->checkpoints));
+  wn_steps_clean(s->checkpoints, s->plan->log);
+  WN_TRY(choose_source(s));
+  WN_TRY(wn_path(s->at.temporary, "%s/.tmp-" WN_STEP_FORMAT "-%ld", s->checkpoints, (long long)s->state->step, (long)getpid()));
+  if (mkdir(s->at.temporary, 0777) != 0)
+    return WN_FAIL(WN_E_IO, "cannot create directory %s: %s", s->at.temporary, strerror(errno));
+  s->made = true;
+  return NULL;
+}
+
+/* ---- every rank lays out ---- */
+
+/* A run's frozen weights were read when it started: a source that has changed since would make a checkpoint of two models. Compared are
+ * the first elements of every frozen part, not all, since all would be the whole base at every save. */
+static wn_status check_source_unchanged(const save *s) {
+  enum { COMPARED = 256 };
+  float theirs[COMPARED], ours[COMPARED];
+  wn_device *device = s->plan->model->device;
+  for (int32_t p = 0; p < s->n_params; p++) {
+    const wn_part *part = &s->parts[p];
+    const wn_st_entry *entry = s->source ? wn_hf_dir_find(s->source, s->params[p].hf_name, NULL) : NULL;
+    if (s->params[p].kind != WN_FROZEN || !part->piece || !entry) continue;
+    int64_t n = part->count < COMPARED ? part->count : COMPARED;
+    wn_tensor own = wn_tensor_slice(part->piece->master, 0, part->offset, n);
+    WN_TRY(wn_hf_read(theirs, WN_F32, entry, part->first, n));
+    WN_TRY(device->ops->download(device, ours, &own));
+    if (memcmp(theirs, ours, (size_t)n * sizeof *ours) != 0)
+      return WN_FAIL_HINT(WN_E_INPUT, "put the model back that the run started from", "%s: tensor %s is not what it was when this run started",
+                          s->at.source, s->params[p].hf_name);
+  }
+  return NULL;
+}
+
+static wn_status lay_out(save *s) {
+  if (s->at.source[0]) WN_TRY(wn_hf_dir_open(&s->source, s->at.source));
+  WN_TRY(wn_checkpoint_layout_create(&s->layout, s->params, s->n_params, s->source, s->plan->shard_bytes));
+  WN_TRY(wn_parts_create(&s->parts, s->plan->store, s->n_params));
+  s->digests = calloc((size_t)s->layout->n_files + 1, sizeof *s->digests);
+  if (!s->digests) return WN_FAIL(WN_E_MEMORY, "out of memory for the digests of %d files", s->layout->n_files);
+  return check_source_unchanged(s);
+}
+
+/* ---- rank 0 creates ---- */
+
+static wn_status create_file(save *s, const wn_checkpoint_file *file, const char *path) {
+  uint64_t header_bytes, bytes = wn_st_layout_file_bytes(file->layout);
+  const void *header = wn_st_layout_header(file->layout, &header_bytes);
+  WN_TRY(wn_create_sized(path, bytes));
+  int fd = open(path, O_WRONLY | O_CLOEXEC);
+  if (fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
+  wn_status status = wn_write_at(fd, path, header, header_bytes, 0);
+  if (!status && fsync(fd) != 0) status = WN_FAIL(WN_E_IO, "cannot sync %s: %s", path, strerror(errno));
+  close(fd);
+  s->written_bytes += bytes;
+  return status;
+}
+
+static wn_status link_file(save *s, const wn_checkpoint_file *file, const char *path) {
+  const char *from = wn_hf_dir_shard_path(s->source, file->source_shard), *how;
+  struct stat info;
+  WN_TRY(wn_link_or_copy(from, path, &how));
+  if (!strcmp(how, "copied")) wn_warn(s->plan->log, "%s could not be linked and was copied: every checkpoint holds the whole base", from);
+  if (stat(path, &info) == 0) s->linked_bytes += (uint64_t)info.st_size;
+  return NULL;
+}
+
+static bool travels(const char *name) {
+  static const char *const others[] = {"generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"};
+  for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+    if (!strcmp(name, others[i])) return true;
+  return strstr(name, "token") != NULL;
+}
+
+/* The tokenizer and its like, so that the checkpoint is as complete a model directory as its source. */
+static wn_status copy_companions(const save *s) {
+  enum { MOST_BYTES = 64 << 20 };
+  char from[WN_PATH_BYTES], to[WN_PATH_BYTES], **names;
+  struct stat info;
+  size_t n;
+  wn_status status = NULL;
+  if (!s->source) return NULL;
+  WN_TRY(wn_list_dir(&names, &n, s->at.source));
+  for (size_t i = 0; !status && i < n; i++) {
+    if (!travels(names[i]) || strstr(names[i], ".safetensors")) continue;
+    status = wn_path(from, "%s/%s", s->at.source, names[i]);
+    if (!status) status = wn_path(to, "%s/%s", s->at.temporary, names[i]);
+    if (!status && stat(from, &info) == 0 && S_ISREG(info.st_mode) && info.st_size <= MOST_BYTES) status = wn_copy_file(from, to);
+  }
+  wn_list_free(names, n);
+  return status;
+}
+
+/* What the embedding is stored as: the job's dtype where the base trains, the source's where it is frozen. */
+static const char *stored_dtype(const save *s) {
+  for (int32_t p = 0; p < s->n_params; p++) {
+    if (s->params[p].slot != WN_P_EMBED) continue;
+    const wn_st_entry *entry = s->source ? wn_hf_dir_find(s->source, s->params[p].hf_name, NULL) : NULL;
+    wn_dtype dtype = s->params[p].kind != WN_FROZEN ? s->params[p].file_dtype : entry ? entry->dtype : WN_F32;
+    return dtype == WN_BF16 ? "bfloat16" : "float32";
+  }
+  return "float32";
+}
+
+static wn_status create_files(save *s) {
+  char path[WN_PATH_BYTES];
+  for (int32_t i = 0; i < s->layout->n_files; i++) {
+    const wn_checkpoint_file *file = &s->layout->files[i];
+    WN_TRY(wn_path(path, "%s/%s", s->at.temporary, file->name));
+    WN_TRY(file->layout ? create_file(s, file, path) : link_file(s, file, path));
+  }
+  WN_TRY(copy_companions(s));
+  WN_TRY(wn_checkpoint_write_index(s->layout, s->source, s->at.temporary));
+  WN_TRY(wn_model_config_save(&s->plan->model->config, s->at.temporary, s->source ? s->at.source : NULL, stored_dtype(s)));
+  return wn_state_write(s->plan, s->state, s->at.temporary);
+}
+
+/* ---- every rank writes ---- */
+
+static wn_status write_file(const save *s, const wn_checkpoint_file *file, float *buffer, uint16_t *scratch) {
+  char path[WN_PATH_BYTES];
+  int32_t rank = wn_world_rank(s->plan->world), size = wn_world_size(s->plan->world);
+  WN_TRY(wn_path(path, "%s/%s", s->at.temporary, file->name));
+  int fd = open(path, O_WRONLY | O_CLOEXEC);
+  if (fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
+  wn_status status = NULL;
+  bool wrote = false;
+  for (int64_t i = 0; !status && i < file->n; i++) {
+    const wn_file_tensor *t = &file->tensors[i];
+    uint64_t offset = wn_st_layout_offset(file->layout, i);
+    bool mine = t->source ? i % size == rank : s->parts[t->param].piece != NULL;
+    if (!mine) continue;
+    status = t->source ? wn_write_at(fd, path, t->source->data, t->source->bytes, offset)
+                       : wn_part_write(s->plan->model->device, &s->parts[t->param], t->field, t->dtype, fd, path, offset, buffer, scratch);
+    wrote = true;
+  }
+  if (!status && wrote && fsync(fd) != 0) status = WN_FAIL(WN_E_IO, "cannot sync %s: %s", path, strerror(errno));
+  if (close(fd) != 0) WN_KEEP_FIRST(status, WN_FAIL(WN_E_IO, "cannot close %s: %s", path, strerror(errno)));
+  return status;
+}
+
+static wn_status write_parts(const save *s) {
+  float *buffer = malloc(WN_COPY_ELEMENTS * sizeof *buffer);
+  uint16_t *scratch = malloc(WN_COPY_ELEMENTS * sizeof *scratch);
+  wn_status status = buffer && scratch ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory saving a checkpoint");
+  for (int32_t i = 0; !status && i < s->layout->n_files; i++)
+    if (s->layout->files[i].layout) status = write_file(s, &s->layout->files[i], buffer, scratch);
+  free(buffer);
+  free(scratch);
+  return status;
+}
+
+/* ---- every rank hashes its deal ---- */
+
+static wn_status hash_file(const save *s, const wn_checkpoint_file *file, wn_manifest_entry *out) {
+  char path[WN_PATH_BYTES];
+  if (file->source_shard >= 0) { /* its content is not new: a digest that its own directory knows is taken over */
+    const char *from = strrchr(wn_hf_dir_shard_path(s->source, file->source_shard), '/') + 1;
+    bool known;
+    wn_manifest_known(s->at.source, from, out, &known);
+    if (known) return NULL;
+  }
+  WN_TRY(wn_path(path, "%s/%s", s->at.temporary, file->name));
+  return wn_hash_file(&out->hash, &out->bytes, path);
+}
+
+static wn_status hash_deal(save *s) {
+  int32_t rank = wn_world_rank(s->plan->world), size = wn_world_size(s->plan->world);
+  for (int32_t i = rank; i < s->layout->n_files; i += size) WN_TRY(hash_file(s, &s->layout->files[i], &s->digests[i]));
+  return NULL;
+}
+
+static wn_status gather_digests(save *s) {
+  int32_t size = wn_world_size(s->plan->world), n = s->layout->n_files;
+  size_t bytes = (size_t)n * sizeof *s->digests;
+  if (size == 1) return NULL;
+  wn_manifest_entry *all = calloc((size_t)size, bytes);
+  WN_TRY(wn_world_agree(s->plan->world, all ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the digests of %d files", n)));
+  wn_status status = wn_group_gather(wn_world_all(s->plan->world), all, s->digests, bytes);
+  for (int32_t i = 0; !status && i < n; i++) s->digests[i] = all[(size_t)(i % size) * (size_t)n + (size_t)i];
+  free(all);
+  return status;
+}
+
+/* ---- rank 0 finishes ---- */
+
+/* The files that are not dealt out: all that are small. */
+static wn_status hash_rest(const save *s, wn_manifest *manifest) {
+  char path[WN_PATH_BYTES], **names;
+  size_t n;
+  wn_status status = NULL;
+  WN_TRY(wn_list_dir(&names, &n, s->at.temporary));
+  manifest->entries = calloc(n + 1, sizeof *manifest->entries);
+  if (!manifest->entries) status = WN_FAIL(WN_E_MEMORY, "out of memory for a manifest of %zu files", n);
+  for (size_t i = 0; !status && i < n; i++) {
+    wn_manifest_entry *entry = &manifest->entries[manifest->n++];
+    int32_t f = 0;
+    while (f < s->layout->n_files && strcmp(s->layout->files[f].name, names[i]) != 0) f++;
+    if (f < s->layout->n_files) *entry = s->digests[f];
+    WN_ASSERT(strlen(names[i]) < sizeof entry->name, "a file name of %zu bytes", strlen(names[i]));
+    memcpy(entry->name, names[i], strlen(names[i]) + 1);
+    if (f < s->layout->n_files) continue;
+    status = wn_path(path, "%s/%s", s->at.temporary, names[i]);
+    if (!status) status = wn_hash_file(&entry->hash, &entry->bytes, path);
+  }
+  wn_list_free(names, n);
+  return status;
+}
+
+static wn_status finish(save *s) {
+  wn_manifest manifest = {0};
+  wn_status status = hash_rest(s, &manifest);
+  if (!status) status = wn_manifest_write(&manifest, s->at.temporary);
+  wn_manifest_free(&manifest);
+  if (!status) status = wn_sync_dir(s->at.temporary);
+  return status ? status : wn_steps_install(s->checkpoints, s->at.temporary, s->state->step);
+}
+
+static wn_status save_all(save *s) {
+  wn_world *world = s->plan->world;
+  bool first = wn_world_rank(world) == 0;
+  WN_TRY(wn_path(s->checkpoints, "%s/checkpoints", s->plan->run_dir));
+  WN_TRY(wn_world_agree(world, first ? prepare(s) : NULL));
+  WN_TRY(wn_group_broadcast(wn_world_all(world), &s->at, sizeof s->at, 0));
+  WN_TRY(wn_world_agree(world, lay_out(s)));
+  WN_TRY(wn_world_agree(world, first ? create_files(s) : NULL));
+  WN_TRY(wn_world_agree(world, write_parts(s)));
+  WN_TRY(wn_world_agree(world, hash_deal(s)));
+  WN_TRY(gather_digests(s));
+  return wn_world_agree(world, first ? finish(s) : NULL);
+}
+
+wn_status wn_checkpoint_save(const wn_checkpoint_plan *plan, const wn_state *state) {
+  double start_s = wn_time_s();
+  save *s = calloc(1, sizeof *s); /* several paths: too large for a stack that may be a thread's */
+  WN_TRY(wn_world_agree(plan->world, s ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory saving a checkpoint")));
+  s->plan = plan;
+  s->state = state;
+  s->params = wn_store_params(plan->store, &s->n_params);
+  wn_status status = save_all(s);
+  if (status && s->made) { /* the first error is the one that matters; a next save tries the removal again */
+    wn_status_free(wn_remove_tree(s->at.temporary));
+  } else if (!status && wn_world_rank(plan->world) == 0) {
+    wn_steps_retain(s->checkpoints, state->step, plan->keep, plan->log);
+    wn_info(plan->log, "saved %s/" WN_STEP_FORMAT ": %.1f MB written, %.1f MB linked, %.2f s", s->checkpoints, (long long)state->step,
+            (double)s->written_bytes * 1e-6, (double)s->linked_bytes * 1e-6, wn_time_s() - start_s);
+  }
+  wn_checkpoint_layout_free(s->layout);
+  wn_hf_dir_close(s->source);
+  free(s->parts);
+  free(s->digests);
+  free(s);
+  return status;
+}

@@ -1,0 +1,106 @@
+/* Weights for a fresh run: from a Hugging Face directory or checkpoint, or random. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+#include "train/checkpoint_parts.h"
+
+typedef struct init {
+  const wn_checkpoint_plan *plan;
+  const wn_param *params;
+  int32_t n_params;
+  wn_names names;
+  wn_part *parts;
+  wn_hf_dir *dir;
+  float *buffer;
+} init;
+
+static wn_status init_open(init *in, const wn_checkpoint_plan *plan) {
+  *in = (init){.plan = plan};
+  in->params = wn_store_params(plan->store, &in->n_params);
+  WN_TRY(wn_names_create(&in->names, in->params, in->n_params));
+  WN_TRY(wn_parts_create(&in->parts, plan->store, in->n_params));
+  in->buffer = malloc(WN_COPY_ELEMENTS * sizeof *in->buffer);
+  return in->buffer ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for a buffer");
+}
+
+static void init_close(init *in) {
+  wn_hf_dir_close(in->dir);
+  wn_names_free(&in->names);
+  free(in->parts);
+  free(in->buffer);
+}
+
+/* Every element is a pure function of seed and name, so ranks and threads may draw in any order. */
+static wn_status draw(const init *in, int32_t p) {
+  wn_device *device = in->plan->model->device;
+  const wn_part *part = &in->parts[p];
+  const wn_param *param = &in->params[p];
+  const wn_model_config *config = &in->plan->model->config;
+  uint64_t seed = in->plan->seed;
+  float *buffer = in->buffer;
+  if (!part->piece) return NULL;
+  for (int64_t done = 0, n; done < part->count; done += n) {
+    n = part->count - done < WN_COPY_ELEMENTS ? part->count - done : WN_COPY_ELEMENTS;
+    int64_t first = part->first + done;
+#pragma omp parallel for num_threads(device->threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) buffer[i] = (float)wn_param_initial(param, config, seed, first + i);
+    wn_tensor place = wn_tensor_slice(part->piece->master, 0, part->offset + done, n);
+    WN_TRY(device->ops->upload(device, &place, buffer));
+  }
+  return NULL;
+}
+
+/* Where the directory is a checkpoint, the bytes of its weights are compared with its manifest (this rank's share of the files). Its other
+ * files may have been edited by hand, as a config.json may be. */
+static wn_status verify_weights(const wn_hf_dir *dir, int32_t rank, int32_t size) {
+  char path[WN_PATH_BYTES];
+  wn_manifest manifest;
+  WN_TRY(wn_path(path, "%s/" WN_MANIFEST_NAME, wn_hf_dir_path(dir)));
+  if (!wn_path_exists(path)) return NULL;
+  WN_TRY(wn_manifest_load(&manifest, wn_hf_dir_path(dir)));
+  wn_status status = NULL;
+  for (int32_t i = rank; !status && i < wn_hf_dir_shards(dir); i += size) {
+    const char *name = strrchr(wn_hf_dir_shard_path(dir, i), '/') + 1;
+    const wn_manifest_entry *entry = wn_manifest_find(&manifest, name);
+    status = entry ? wn_manifest_check_file(entry, wn_hf_dir_path(dir))
+                   : WN_FAIL(WN_E_INPUT, "%s/%s is not listed in " WN_MANIFEST_NAME, wn_hf_dir_path(dir), name);
+  }
+  wn_manifest_free(&manifest);
+  return status;
+}
+
+static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char *dir, bool allow_new_indexer) {
+  bool indexer_absent;
+  int64_t passed_over;
+  wn_dir_rules rules = {.new_indexer_allowed = allow_new_indexer, .n_layers = plan->model->config.num_hidden_layers};
+  WN_TRY(init_open(in, plan));
+  WN_TRY(wn_hf_dir_open(&in->dir, dir));
+  WN_TRY(wn_dir_check(in->dir, &in->names, rules, &indexer_absent, &passed_over));
+  WN_TRY(verify_weights(in->dir, wn_world_rank(plan->world), wn_world_size(plan->world)));
+  for (int32_t p = 0; p < in->n_params; p++) {
+    const wn_st_entry *entry = wn_hf_dir_find(in->dir, in->params[p].hf_name, NULL);
+    WN_TRY(entry ? wn_part_read(plan->model->device, &in->parts[p], WN_FIELD_WEIGHT, entry, in->buffer) : draw(in, p));
+  }
+  if (wn_world_rank(plan->world) != 0) return NULL;
+  if (passed_over)
+    wn_info(plan->log, "%s: %lld tensors of layers from %d on (multi-token prediction) are not trained; checkpoints carry them through", dir,
+            (long long)passed_over, rules.n_layers);
+  if (indexer_absent) wn_info(plan->log, "%s has no indexer: a new one is drawn from the seed", dir);
+  return NULL;
+}
+
+wn_status wn_init_load(const wn_checkpoint_plan *plan, const char *dir, bool allow_new_indexer) {
+  init in;
+  wn_status status = load_local(&in, plan, dir, allow_new_indexer);
+  init_close(&in);
+  return wn_world_agree(plan->world, status);
+}
+
+wn_status wn_init_random(const wn_checkpoint_plan *plan) {
+  init in;
+  wn_status status = init_open(&in, plan);
+  for (int32_t p = 0; !status && p < in.n_params; p++) status = draw(&in, p);
+  init_close(&in);
+  return wn_world_agree(plan->world, status);
+}
