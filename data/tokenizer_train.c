@@ -207,13 +207,13 @@ static void free_trainer(trainer *t) {
 
 wn_status wn_tokenizer_train(const char *const *files, int32_t n_files, int32_t vocab_size, const char *out_path,
                              wn_log *log) {
-  enum { MOST_MERGES = 1 << 20 };
+  enum { MOST_IDS = 1000000 };
   int64_t n = (int64_t)vocab_size - 257;
   trainer t = {0};
   wn_split *split = NULL;
   wn_status status = NULL;
-  if (n < 0 || n > MOST_MERGES)
-    return WN_FAIL(WN_E_USAGE, "a vocabulary of %d was asked for, allowed is 257 to %d", vocab_size, MOST_MERGES + 257);
+  if (vocab_size < 257 || vocab_size > MOST_IDS)
+    return WN_FAIL(WN_E_USAGE, "a vocabulary of %d was asked for, allowed is 257 to %d", vocab_size, MOST_IDS);
   int32_t(*chosen)[2] = malloc(((size_t)n + 1) * sizeof *chosen);
   if (!chosen) status = WN_FAIL(WN_E_MEMORY, "out of memory for %" PRId64 " merges", n);
   if (!status) status = wn_split_create(&split);
