@@ -29,6 +29,10 @@ SRC_kernels = $(wildcard kernels/cpu/*.c)
 SRC_base = $(wildcard src/base/*.c)
 
 libs_from = $(foreach m,$(1),$(BUILD)/lib$(m).a)
+# V=1 shows whole commands
+Q = $(if $(V),,@)
+say = @$(if $(V),true,printf "%-5s %s\n" $(1) $(2))
+
 ALL_LIBS = $(call libs_from,$(MODULES))
 # the modules a module's tests link: itself and everything to its right
 below = $(call libs_from,$(shell echo "$(MODULES)" | sed -E 's/.*(\b$(1)\b)/\1/'))
@@ -50,16 +54,20 @@ $(foreach m,$(MODULES),$(eval $(call module_rules,$(m))))
 
 $(BUILD)/obj/src/dist/%.o: src/dist/%.c
 	@mkdir -p $(@D)
-	$(MPICC) $(CPPFLAGS) $(ALL_CFLAGS) -c $< -o $@
+	$(call say,CC,$<)
+	$(Q)$(MPICC) $(CPPFLAGS) $(ALL_CFLAGS) -c $< -o $@
 $(BUILD)/obj/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(ALL_CFLAGS) -c $< -o $@
+	$(call say,CC,$<)
+	$(Q)$(CC) $(CPPFLAGS) $(ALL_CFLAGS) -c $< -o $@
 $(BUILD)/obj64/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) -DWN_REAL64 $(ALL_CFLAGS) -c $< -o $@
+	$(call say,CC,$<)
+	$(Q)$(CC) $(CPPFLAGS) -DWN_REAL64 $(ALL_CFLAGS) -c $< -o $@
 
 $(BUILD)/winnow: $(BUILD)/obj/src/cli/main.o $(ALL_LIBS)
-	$(MPICC) -fopenmp -o $@ $< $(ALL_LIBS) $(LDLIBS)
+	$(call say,LINK,$@)
+	$(Q)$(MPICC) -fopenmp -o $@ $< $(ALL_LIBS) $(LDLIBS)
 -include $(BUILD)/obj/src/cli/main.d
 
 .PHONY: cuda
@@ -76,13 +84,16 @@ unit_module = $(firstword $(subst _, ,$(notdir $(1))))
 .SECONDEXPANSION:
 $(BUILD)/tests/unit/%: tests/unit/%.c $(TEST_SUPPORT) $$(call below,$$(call unit_module,$$*))
 	@mkdir -p $(@D)
-	$(MPICC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -MF $@.d -o $@ $< $(TEST_SUPPORT) $(call below,$(call unit_module,$*)) $(LDLIBS) $(TEST_LDLIBS)
+	$(call say,LINK,$@)
+	$(Q)$(MPICC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -MF $@.d -o $@ $< $(TEST_SUPPORT) $(call below,$(call unit_module,$*)) $(LDLIBS) $(TEST_LDLIBS)
 $(BUILD)/tests/%: tests/%.c $(TEST_SUPPORT) $(ALL_LIBS)
 	@mkdir -p $(@D)
-	$(MPICC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -MF $@.d -o $@ $< $(TEST_SUPPORT) $(ALL_LIBS) $(LDLIBS) $(TEST_LDLIBS)
+	$(call say,LINK,$@)
+	$(Q)$(MPICC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -MF $@.d -o $@ $< $(TEST_SUPPORT) $(ALL_LIBS) $(LDLIBS) $(TEST_LDLIBS)
 $(BUILD)/obj/tests/%.o: tests/%.c
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -c $< -o $@
+	$(call say,CC,$<)
+	$(Q)$(CC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -c $< -o $@
 -include $(wildcard $(BUILD)/tests/*/*.d) $(TEST_SUPPORT:.o=.d)
 
 

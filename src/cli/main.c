@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cli/blas.h"
 #include "cli/commands.h"
 
 static const char usage[] =
@@ -39,6 +40,7 @@ int main(int argc, char **argv) {
   wn_log *log = NULL;
   wn_world *world = NULL;
   int first = 1;
+  wn_blas_choose_kernels(argv);
   while (first < argc && strcmp(argv[first], "--quiet") == 0) {
     settings.quiet = true;
     first++;
