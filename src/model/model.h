@@ -1,6 +1,7 @@
-/* The model without autograd: forward and hand-written backward of every layer, written once against the operation table. Weights and
- * gradients come as tensors by parameter (from the store, or from a test). Rows, not batches: a pass runs over the rows of one or more
- * whole sequences laid end to end; wn_rows says what each sees. All gradients are sums (contract: gradients are sums). */
+/* The model without autograd: forward and hand-written backward of every layer, written once against the operation
+ * table. Weights and gradients come as tensors by parameter (from the store, or from a test). Rows, not batches: a
+ * pass runs over the rows of one or more whole sequences laid end to end; wn_rows says what each sees. All gradients
+ * are sums (contract: gradients are sums). */
 #ifndef WN_MODEL_MODEL_H
 #define WN_MODEL_MODEL_H
 
@@ -27,10 +28,11 @@ typedef struct wn_model {
   float *inv_freq;         /* [rope / 2] */
   double softmax_scale;    /* attention's, with mscale^2 */
   double index_scale;      /* index_head_dim^-0.5 */
-  int64_t *expert_offset;  /* [n_routed_experts + 1], working memory of the MoE layers: a model runs one pass at a time */
+  int64_t *expert_offset;  /* [n_routed_experts + 1], working memory of MoE layers: a model runs one pass at a time */
 } wn_model;
 
-WN_MUST_USE wn_status wn_model_create(wn_model **out, wn_device *device, const wn_model_config *config, wn_param_settings settings);
+WN_MUST_USE wn_status wn_model_create(wn_model **out, wn_device *device, const wn_model_config *config,
+                                      wn_param_settings settings);
 void wn_model_free(wn_model *model);
 /* A pure function of the sizes (contract: attention form): ABSORBED when it takes fewer multiplications. Making k_nope and v from the
  * latents (kv_b, a row) costs as much as absorbing q and un-absorbing o, so what differs, a row and head, is
@@ -72,30 +74,36 @@ typedef struct wn_layer_measures {
   wn_tensor topk;        /* [n,k] INDEX, =: the indexer's picks even in a dense pass (dumps only) */
 } wn_layer_measures;
 
-/* h_out[n,D] from h_in[n,D] (may not overlap); h_mid[n,D] (the residual between attention and MLP) may be NULL. The rows are the keys:
- * rows->n_rows == rows->n_keys. With pass->indexer_grads in a DENSE pass (stage 1) the indexer's gradients are added to `grads` here, where
- * `grads` has them: a dense pass that also runs the backward gives `grads` to one of the two only. With a sparse pass, indexer_kl in a
- * forward makes kl (p costs one more pass); set it only where no backward follows. grads, replay, measures may be NULL. Hidden states depend
- * on the indexer only through the selection of WN_SELECT_INDEXER. WN_E_MEMORY when scratch runs out. */
-WN_MUST_USE wn_status wn_layer_forward(wn_model *model, int32_t layer, const wn_layer_tensors *weights, wn_layer_tensors *grads,
-                                       const wn_pass *pass, const wn_rows *rows, wn_tensor *h_out, wn_tensor *h_mid,
+/* h_out[n,D] from h_in[n,D] (may not overlap); h_mid[n,D] (the residual between attention and MLP) may be NULL. The
+ * rows are the keys: rows->n_rows == rows->n_keys. With pass->indexer_grads in a DENSE pass (stage 1) the indexer's
+ * gradients are added to `grads` here, where `grads` has them: a dense pass that also runs the backward gives `grads`
+ * to one of the two only. With a sparse pass, indexer_kl in a forward makes kl (p costs one more pass); set it only
+ * where no backward follows. grads, replay, measures may be NULL. Hidden states depend on the indexer only through
+ * the selection of WN_SELECT_INDEXER. WN_E_MEMORY when scratch runs out. */
+WN_MUST_USE wn_status wn_layer_forward(wn_model *model, int32_t layer, const wn_layer_tensors *weights,
+                                       wn_layer_tensors *grads, const wn_pass *pass, const wn_rows *rows, wn_tensor *h_out, wn_tensor *h_mid,
                                        const wn_tensor *h_in, wn_replay *replay, wn_layer_measures *measures);
-/* Recomputes the layer from h_in and h_mid (the MLP first, from h_mid; then attention, with the choices of replay forced where it
- * holds them: selection and experts are exactly those of the forward). dh[n,D] comes in as the gradient of h_out and leaves as that of h_in. Gradients that
- * exist in `grads` are added to; the base's must exist. Of the measures only kl is made (loads and the like are the forward's).
- * The indexer's leaf follows the attention: from p (sparse) or, in a dense pass with indexer_grads, from indexer_kl_dense; no gradient flows from it into the base. */
-WN_MUST_USE wn_status wn_layer_backward(wn_model *model, int32_t layer, const wn_layer_tensors *weights, wn_layer_tensors *grads,
-                                        const wn_pass *pass, const wn_rows *rows, wn_tensor *dh, const wn_tensor *h_in,
+/* Recomputes the layer from h_in and h_mid (the MLP first, from h_mid; then attention, with the choices of replay
+ * forced where it holds them: selection and experts are exactly those of the forward). dh[n,D] comes in as the
+ * gradient of h_out and leaves as that of h_in. Gradients that exist in `grads` are added to; the base's must exist.
+ * Of the measures only kl is made (loads and the like are the forward's). The indexer's leaf follows the attention:
+ * from p (sparse) or, in a dense pass with indexer_grads, from indexer_kl_dense; no gradient flows from it into the
+ * base. */
+WN_MUST_USE wn_status wn_layer_backward(wn_model *model, int32_t layer, const wn_layer_tensors *weights,
+                                        wn_layer_tensors *grads, const wn_pass *pass, const wn_rows *rows, wn_tensor *dh, const wn_tensor *h_in,
                                         const wn_tensor *h_mid, wn_replay *replay, wn_layer_measures *measures);
 
 /* h[n,D] = embedding of tokens[n]; and its gradient. weights bound for layer -1. */
-WN_MUST_USE wn_status wn_model_embed(wn_model *model, const wn_layer_tensors *weights, wn_tensor *h, const wn_tensor *tokens);
-WN_MUST_USE wn_status wn_model_embed_backward(wn_model *model, wn_layer_tensors *grads, const wn_tensor *dh, const wn_tensor *tokens);
-/* Final norm and head: logp[n] of target[n] (-1: none). With dh (may be NULL): dh[n,D] = gradient of -sum weight logp with respect to h, and
- * head and norm gradients added. weights bound for layer L. */
-WN_MUST_USE wn_status wn_model_head(wn_model *model, const wn_layer_tensors *weights, wn_layer_tensors *grads, wn_tensor *logp,
-                                    wn_tensor *dh, const wn_tensor *h, const wn_tensor *target, const wn_tensor *weight);
+WN_MUST_USE wn_status wn_model_embed(wn_model *model, const wn_layer_tensors *weights, wn_tensor *h,
+                                     const wn_tensor *tokens);
+WN_MUST_USE wn_status wn_model_embed_backward(wn_model *model, wn_layer_tensors *grads, const wn_tensor *dh,
+                                              const wn_tensor *tokens);
+/* Final norm and head: logp[n] of target[n] (-1: none). With dh (may be NULL): dh[n,D] = gradient of -sum weight logp
+ * with respect to h, and head and norm gradients added. weights bound for layer L. */
+WN_MUST_USE wn_status wn_model_head(wn_model *model, const wn_layer_tensors *weights, wn_layer_tensors *grads,
+                                    wn_tensor *logp, wn_tensor *dh, const wn_tensor *h, const wn_tensor *target, const wn_tensor *weight);
 /* Full logits [n,V] (dumps only). */
-WN_MUST_USE wn_status wn_model_logits(wn_model *model, const wn_layer_tensors *weights, wn_tensor *logits, const wn_tensor *h);
+WN_MUST_USE wn_status wn_model_logits(wn_model *model, const wn_layer_tensors *weights, wn_tensor *logits,
+                                      const wn_tensor *h);
 
 #endif

@@ -11,7 +11,7 @@ typedef enum wn_slot {
   WN_P_MLP_GATE, WN_P_MLP_UP, WN_P_MLP_DOWN,                  /* leading dense layers */
   WN_P_ROUTER, WN_P_ROUTER_BIAS,                              /* [E,D]; [E] */
   WN_P_SHARED_GATE, WN_P_SHARED_UP, WN_P_SHARED_DOWN,
-  WN_P_EXPERT_GATE, WN_P_EXPERT_UP, WN_P_EXPERT_DOWN,         /* one parameter an expert, experts consecutive within each slot */
+  WN_P_EXPERT_GATE, WN_P_EXPERT_UP, WN_P_EXPERT_DOWN,         /* one parameter an expert; experts consecutive in a slot */
   WN_P_INDEX_Q_B, WN_P_INDEX_K, WN_P_INDEX_K_NORM, WN_P_INDEX_K_NORM_BIAS, WN_P_INDEX_WEIGHTS,
   WN_P_FINAL_NORM, WN_P_HEAD,
   WN_N_SLOTS
@@ -29,7 +29,8 @@ typedef struct wn_param_settings {
   int32_t expert_group;           /* the store's group of the routed experts; 0 where experts are not split over ranks */
 } wn_param_settings;
 
-WN_MUST_USE wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *config, wn_param_settings settings);
+WN_MUST_USE wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *config,
+                                            wn_param_settings settings);
 void wn_param_table_free(wn_param_table *table);
 
 /* A layer's tensors by slot (experts as arrays); absent ones have data NULL. Used for weights and for gradients. */
@@ -39,8 +40,8 @@ typedef struct wn_layer_tensors {
 } wn_layer_tensors;
 void wn_layer_bind(wn_layer_tensors *out, const wn_param_table *table, int32_t layer, wn_tensor *by_param);
 
-/* Element `i` of parameter `p` at random initialisation: normal(0, initializer_range) for matrices, 1 for norms, 0 for biases. A pure
- * function of (seed, name): independent of the world and of which other parameters exist. */
+/* Element `i` of parameter `p` at random initialisation: normal(0, initializer_range) for matrices, 1 for norms, 0
+ * for biases. A pure function of (seed, name): independent of the world and of which other parameters exist. */
 double wn_param_initial(const wn_param *p, const wn_model_config *config, uint64_t seed, int64_t i);
 
 #endif
