@@ -25,7 +25,7 @@ typedef struct workspace {
   wn_real *g_z;                          /* [ROWS * HI][tile]: gradients of q.k */
   double *dw;                            /* [ROWS * HI] */
   double kl[ROWS];
-  wn_real index_lse[ROWS];
+  wn_real top[ROWS], log_sum[ROWS]; /* log-sum-exp of I in two parts: their rounded sum would cost digits of q - p */
   int32_t first[ROWS], end[ROWS]; /* rows that have no loss: 0, 0 */
 } workspace;
 
@@ -43,15 +43,16 @@ static void lay_out(workspace *w, wn_carver *carver, const inputs *in) {
   w->dw = WN_CPU(take)(carver, (size_t)(ROWS * n_heads) * sizeof(double));
 }
 
-/* log sum exp of score[0 .. count-1] */
-static wn_real log_sum_exp(const wn_real *score, int32_t count) {
+/* log-sum-exp of score[0 .. count-1] is top + log_sum */
+static void log_sum_exp(const wn_real *score, int32_t count, wn_real *top_out, wn_real *log_sum) {
   wn_real top = score[0];
 #pragma omp simd reduction(max : top)
   for (int32_t j = 0; j < count; j++) top = score[j] > top ? score[j] : top;
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int32_t j = 0; j < count; j++) sum += (double)wn_real_exp(score[j] - top);
-  return top + (wn_real)log(sum);
+  *top_out = top;
+  *log_sum = (wn_real)log(sum);
 }
 
 static void begin_block(workspace *w, const inputs *in, int64_t row0, int32_t n_rows) {
@@ -71,7 +72,7 @@ static void begin_block(workspace *w, const inputs *in, int64_t row0, int32_t n_
     wn_index_row row = wn_index_row_of(in->q, in->w, i, in->params);
     int32_t origin = wn_panel_floor(&in->keys, first);
     wn_index_score(w->score, NULL, 0, &row, &in->keys, origin, first, last + 1);
-    w->index_lse[r] = log_sum_exp(w->score + (first - origin), last + 1 - first);
+    log_sum_exp(w->score + (first - origin), last + 1 - first, &w->top[r], &w->log_sum[r]);
   }
   memset(w->dq, 0, (size_t)(ROWS * n_heads * width) * sizeof(wn_real));
 }
@@ -98,24 +99,24 @@ static void tile_target(workspace *w, const inputs *in, int64_t row0, int32_t n_
   }
 }
 
-/* One row of a tile: its share of kl, and gain = softmax(I) - p, 0 where the row does not see the key. */
+/* One row of a tile: its share of kl, and gain = softmax(I) - p, 0 where the row does not see the key.
+ * kl is summed as p log(p / q) - p + q: over the whole row that is the same, but each term is small where q is near p,
+ * and the rounding of either log-sum-exp, which moves all of p or all of q, cancels to first order. */
 static void row_loss(workspace *w, const inputs *in, int32_t r, int32_t from, int32_t to) {
-  const wn_real share = 1 / (wn_real)in->qa->dim[1], lse = w->index_lse[r];
+  const wn_real share = 1 / (wn_real)in->qa->dim[1], top = w->top[r], log_sum = w->log_sum[r];
   wn_real *restrict p = w->p + r * WN_K_TILE, *restrict gain = w->gain;
   const wn_real *restrict index = w->index;
   double kl = 0;
-  for (int32_t j = from; j < to; j++) p[j] *= share;
 #pragma omp simd reduction(+ : kl)
   for (int32_t j = from; j < to; j++) {
-    wn_real term = p[j] > 0 ? p[j] * (wn_real_log(p[j]) - (index[j] - lse)) : 0;
-    /* minus p, and 1 for the whole row: 0 in exact arithmetic, and cancels the first-order effect of lse's rounding */
-    kl += (double)term - (double)p[j];
+    wn_real target = p[j] * share, log_q = index[j] - top - log_sum;
+    gain[j] = wn_real_exp(log_q) - target;
+    wn_real term = target > 0 ? target * (wn_real_log(target) - log_q) : 0;
+    kl += (double)term + (double)gain[j];
   }
   w->kl[r] += kl;
   memset(gain, 0, (size_t)from * sizeof(wn_real));
   memset(gain + to, 0, (size_t)(WN_K_TILE - to) * sizeof(wn_real));
-#pragma omp simd
-  for (int32_t j = from; j < to; j++) gain[j] = wn_real_exp(index[j] - lse) - p[j];
 }
 
 /* dw's share, and g_z = coeff gain w 1[z > 0] scale */
@@ -177,7 +178,7 @@ static void block_loss(workspace *w, const inputs *in, int64_t row0, int32_t n_r
   }
   for (int32_t r = 0; r < n_rows; r++) {
     int64_t i = row0 + r;
-    *wn_row(in->kl, i) = w->end[r] ? (wn_real)(w->kl[r] + 1) : 0;
+    *wn_row(in->kl, i) = (wn_real)w->kl[r];
     for (int64_t h = 0; in->dq && h < n_heads; h++) {
       wn_row(in->dw, i)[h] = (wn_real)(in->params->coeff * w->dw[r * n_heads + h]);
       memcpy(wn_head_row(in->dq, i, h), w->dq + (r * n_heads + h) * width, (size_t)width * sizeof(wn_real));

@@ -74,14 +74,16 @@ static double row_loss(workspace *w, const inputs *in, int64_t i, int32_t n) {
     gain[j] = wn_real_exp(index[j] - top);
     sum += (double)gain[j];
   }
-  const wn_real lse = top + (wn_real)log(sum), inverse = (wn_real)(1 / sum);
-#pragma omp simd reduction(+ : kl)
+  const wn_real inverse = (wn_real)(1 / sum);
+  double p_sum = 0;
+#pragma omp simd reduction(+ : kl, p_sum)
   for (int32_t j = 0; j < n; j++) {
-    wn_real term = p[j] > 0 ? p[j] * (wn_real_log(p[j]) - (index[j] - lse)) : 0;
+    wn_real term = p[j] > 0 ? p[j] * (wn_real_log(p[j]) - (index[j] - top)) : 0;
     kl += (double)term;
+    p_sum += (double)p[j];
     gain[j] = gain[j] * inverse - p[j];
   }
-  return kl;
+  return kl + log(sum) * p_sum;
 }
 
 static void row_gradients(workspace *w, const inputs *in, int64_t i, int32_t n, wn_real *dk) {
