@@ -111,8 +111,7 @@ static wn_status create_file(save *s, const wn_checkpoint_file *file, const char
   int fd = open(path, O_WRONLY | O_CLOEXEC);
   if (fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
   wn_status status = wn_write_at(fd, path, header, header_bytes, 0);
-  if (!status && fsync(fd) != 0) status = WN_FAIL(WN_E_IO, "cannot sync %s: %s", path, strerror(errno));
-  close(fd);
+  if (close(fd) != 0) WN_KEEP_FIRST(status, WN_FAIL(WN_E_IO, "cannot close %s: %s", path, strerror(errno)));
   s->written_bytes += bytes;
   return status;
 }
@@ -185,7 +184,7 @@ static wn_status write_file(const save *s, const wn_checkpoint_file *file, float
   int fd = open(path, O_WRONLY | O_CLOEXEC);
   if (fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
   wn_status status = NULL;
-  bool wrote = false;
+  bool wrote = rank == 0; /* the header */
   for (int64_t i = 0; !status && i < file->n; i++) {
     const wn_file_tensor *t = &file->tensors[i];
     uint64_t offset = wn_st_layout_offset(file->layout, i);

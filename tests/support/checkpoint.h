@@ -3,6 +3,8 @@
 #ifndef WN_TEST_CHECKPOINT_H
 #define WN_TEST_CHECKPOINT_H
 
+#include <jansson.h>
+
 #include "kernels/cpu/cpu.h"
 #include "support/temp.h"
 #include "train/checkpoint_dirs.h"
@@ -25,7 +27,6 @@ typedef struct test_rig {
   wn_checkpoint_plan plan;
 } test_rig;
 
-enum { TEST_STATE_VALUES = 7 };
 static const wn_state test_state = {.step = 100, .tokens = 123456789012, .adam_base = 97, .adam_indexer = 98, .router_bias_updates = 96,
                                     .skipped = 3, .skipped_in_a_row = 1, .indexer_trained = true};
 
@@ -36,7 +37,7 @@ static inline wn_status test_rig_create(test_rig *rig, wn_world *world, const wn
   WN_TRY(wn_model_create(&rig->model, rig->device, config, settings));
   WN_TRY(wn_store_create(&rig->store, rig->device, world, &rig->all, 1, rig->model->table.params, rig->model->table.n));
   rig->plan = (wn_checkpoint_plan){.model = rig->model, .store = rig->store, .world = world, .stage = stage, .seed = 18446744073709551615u,
-                                   .run_dir = run_dir, .init_dir = init_dir, .shard_bytes = 2500, .keep = 0};
+                                   .run_dir = run_dir, .init_dir = init_dir, .shard_bytes = 6000, .keep = 0};
   return NULL;
 }
 
@@ -84,6 +85,91 @@ static inline wn_status test_same_state(const wn_state *a, const wn_state *b) {
               a->router_bias_updates == b->router_bias_updates && a->skipped == b->skipped && a->skipped_in_a_row == b->skipped_in_a_row &&
               a->indexer_trained == b->indexer_trained;
   return same ? NULL : WN_FAIL(WN_E_CHECK, "the state came back different (step %lld)", (long long)a->step);
+}
+
+/* ---- a Hugging Face directory ---- */
+
+typedef struct test_dir {
+  wn_dtype dtype;        /* of the weights; F32 tensors stay F32 */
+  int32_t shards;        /* 1: model.safetensors; more: files with an index, tensors dealt out in runs */
+  bool mtp;              /* a layer behind the last, in the last shard */
+  const char *without;   /* a parameter whose name holds this is left out */
+  const char *misshapen; /* gets one row more */
+  const char *fp8;       /* becomes F8_E4M3, with a scale beside it */
+  const char *extra;     /* a tensor that no model has */
+} test_dir;
+
+enum { TEST_MOST_TENSORS = 256 };
+typedef struct test_tensors {
+  wn_st_spec spec[TEST_MOST_TENSORS];
+  void *data[TEST_MOST_TENSORS];
+  char name[TEST_MOST_TENSORS][WN_FIELD_NAME_BYTES];
+  int64_t n;
+} test_tensors;
+
+/* Element e holds test_value(seed, param, weight, e) in `dtype`; FP8 tensors hold zeros. */
+static inline void test_add(test_tensors *t, uint64_t seed, const char *name, int32_t param, wn_dtype dtype, int32_t rank, int64_t d0, int64_t d1) {
+  assert_true(t->n < TEST_MOST_TENSORS);
+  int64_t count = rank == 1 ? d0 : d0 * d1;
+  void *data = calloc((size_t)count, (size_t)wn_dtype_bytes(dtype));
+  assert_non_null(data);
+  for (int64_t e = 0; e < count; e++) {
+    float x = test_value(seed, param, WN_FIELD_WEIGHT, e);
+    if (dtype == WN_F32) ((float *)data)[e] = x;
+    if (dtype == WN_BF16) ((uint16_t *)data)[e] = wn_bf16_from_f32(x);
+    if (dtype == WN_F16) ((uint16_t *)data)[e] = (uint16_t)(0x3c00 + e % 1024); /* 1 + (e mod 1024) / 1024 */
+  }
+  assert_true(strlen(name) < WN_FIELD_NAME_BYTES);
+  memcpy(t->name[t->n], name, strlen(name) + 1);
+  t->spec[t->n] = (wn_st_spec){.name = t->name[t->n], .dtype = dtype, .rank = rank, .dim = {d0, d1}};
+  t->data[t->n++] = data;
+}
+
+static inline bool test_named(const char *name, const char *part) { return part && strstr(name, part); }
+
+static inline void test_dir_write(const char *path, const wn_model_config *config, test_dir how, uint64_t seed) {
+  wn_param_table table;
+  test_tensors *t = calloc(1, sizeof *t);
+  char file[WN_PATH_BYTES];
+  OK(wn_param_table_create(&table, config, (wn_param_settings){.file_dtype = WN_F32}));
+  for (int32_t i = 0; i < table.n; i++) {
+    const wn_param *p = &table.params[i];
+    bool always = p->slot == WN_P_ROUTER_BIAS || p->slot == WN_P_INDEX_K_NORM || p->slot == WN_P_INDEX_K_NORM_BIAS;
+    if (test_named(p->hf_name, how.without)) continue;
+    wn_dtype dtype = test_named(p->hf_name, how.fp8) ? WN_F8_E4M3 : always ? WN_F32 : how.dtype;
+    test_add(t, seed, p->hf_name, i, dtype, p->rank, p->dim[0] + (test_named(p->hf_name, how.misshapen) ? 1 : 0), p->dim[1]);
+  }
+  if (how.fp8) test_add(t, seed, "model.layers.0.self_attn.q_a_proj.weight_scale_inv", 900, WN_F32, 2, 1, 1);
+  if (how.extra) test_add(t, seed, how.extra, 901, WN_F32, 1, 3, 0);
+  if (how.mtp) {
+    snprintf(file, sizeof file, "model.layers.%d.eh_proj.weight", config->num_hidden_layers);
+    test_add(t, seed, file, 902, WN_BF16, 2, 3, 5);
+    snprintf(file, sizeof file, "model.layers.%d.enorm.weight", config->num_hidden_layers);
+    test_add(t, seed, file, 903, WN_F32, 1, 7, 0);
+  }
+  OK(wn_make_dirs(path));
+  OK(wn_model_config_save(config, path, NULL, "float32"));
+  json_t *map = json_object();
+  for (int32_t s = 0; s < how.shards; s++) {
+    char name[64];
+    int64_t from = t->n * s / how.shards, to = t->n * (s + 1) / how.shards;
+    if (how.shards == 1) snprintf(name, sizeof name, "model.safetensors");
+    else snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, how.shards);
+    OK(wn_path(file, "%s/%s", path, name));
+    OK(wn_safetensors_write(file, t->spec + from, (const void *const *)t->data + from, to - from));
+    for (int64_t i = from; i < to; i++) json_object_set_new(map, t->name[i], json_string(name));
+  }
+  json_t *root = json_pack("{so}", "weight_map", map);
+  OK(wn_path(file, "%s/" WN_INDEX_NAME, path));
+  if (how.shards > 1) assert_int_equal(json_dump_file(root, file, 0), 0);
+  json_decref(root);
+  for (int64_t i = 0; i < t->n; i++) free(t->data[i]);
+  free(t);
+  wn_param_table_free(&table);
+}
+
+static inline bool test_same_bytes(const wn_st_entry *a, const wn_st_entry *b) {
+  return a && b && a->dtype == b->dtype && a->bytes == b->bytes && memcmp(a->data, b->data, a->bytes) == 0;
 }
 
 #endif
