@@ -101,6 +101,39 @@ static void encodes_as_hugging_face_does(void **state) {
   assert_fixture("ours", 399);
 }
 
+/* Words in brackets. A run of bytes that are no UTF-8 is one word, and divides what stands beside it. */
+static void words_are_gpt2s(void **state) {
+  (void)state;
+  static const struct { const char *text, *words; } cases[] = {
+      {"", ""},
+      {"it's 12ab  x", "[it]['s][ 12][ab][ ][ x]"},
+      {"I'LL we'll d'", "[I]['][LL][ we]['ll][ d][']"},
+      {"a \n\n b  ", "[a][ \n\n][ b][  ]"},
+      {"x\xC2\xA0\xC2\xA0y", "[x][\xC2\xA0][\xC2\xA0][y]"},
+      {"a\xE1\xA0\x8E!", "[a][\xE1\xA0\x8E!]"}, /* U+180E is white space no more */
+      {"!\xED\xA0\x80!", "[!][\xED\xA0\x80][!]"},
+      {"!\xED\x9F\xBF!", "[!\xED\x9F\xBF!]"},
+      {"!\xC0\x80!\xE0\x9F\xBF!\xF0\x8F\xBF\xBF!\xF4\x90\x80\x80!", "[!][\xC0\x80][!][\xE0\x9F\xBF][!][\xF0\x8F\xBF\xBF][!][\xF4\x90\x80\x80][!]"},
+      {"!\xE0\xA0\x80!\xF0\x90\x80\x80!\xF4\x8F\xBF\xBF!", "[!][\xE0\xA0\x80][!][\xF0\x90\x80\x80][!\xF4\x8F\xBF\xBF!]"},
+      {"a\xFF\x80\xFE\xC3", "[a][\xFF\x80\xFE\xC3]"}};
+  wn_split *split;
+  OK(wn_split_create(&split));
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    wn_split_cursor cursor = {.text = cases[i].text, .bytes = strlen(cases[i].text)};
+    char shown[256] = "";
+    const char *word;
+    size_t n;
+    for (;;) {
+      OK(wn_split_next(split, &cursor, &word, &n));
+      if (n == 0) break;
+      size_t at = strlen(shown);
+      snprintf(shown + at, sizeof shown - at, "[%.*s]", (int)n, word);
+    }
+    assert_string_equal(shown, cases[i].words);
+  }
+  wn_split_free(split);
+}
+
 /* Bytes that are no UTF-8 at every place, long words, and more words than the cache holds. */
 static void any_bytes_come_back(void **state) {
   (void)state;
@@ -295,6 +328,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(bytes_are_their_own_ids),
                                      cmocka_unit_test(the_alphabet_is_gpt2s),
                                      cmocka_unit_test(encodes_as_hugging_face_does),
+                                     cmocka_unit_test(words_are_gpt2s),
                                      cmocka_unit_test(any_bytes_come_back),
                                      cmocka_unit_test(encoding_appends),
                                      TEMP_TEST(training_is_reproducible),
