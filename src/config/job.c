@@ -27,8 +27,8 @@ static const char *place_of(const wn_job_source *source, const char *key) {
 static wn_status set_option(wn_job *job, wn_job_source *source, const char *key, const char *value, const char *place) {
   int32_t i = wn_option_index(key);
   if (i < 0)
-    return WN_FAIL_HINT(WN_E_CONFIG, "`winnow options` lists all keys", "%s: unknown key %.100s; did you mean %s?", place, key,
-                        wn_option_nearest(key));
+    return WN_FAIL_HINT(WN_E_CONFIG, "`winnow options` lists all keys", "%s: unknown key %.100s; did you mean %s?",
+                        place, key, wn_option_nearest(key));
   wn_status status = wn_option_parse(wn_option_at(i), value, job);
   if (status) return wn_status_trail(wn_status_prefix(status, "%s", place), __FILE__, __LINE__);
   return set_place(source, i, place);
@@ -51,7 +51,8 @@ static wn_status read_overrides(wn_job *job, wn_job_source *source, const char *
   for (int32_t i = 0; i < n; i++) {
     const char *equals = strchr(overrides[i], '=');
     if (!equals || equals == overrides[i])
-      return WN_FAIL_HINT(WN_E_CONFIG, "as in training.steps=100", "command line: '%.100s' is not key=value", overrides[i]);
+      return WN_FAIL_HINT(WN_E_CONFIG, "as in training.steps=100", "command line: '%.100s' is not key=value",
+                          overrides[i]);
     size_t key_bytes = (size_t)(equals - overrides[i]);
     for (int32_t j = 0; j < i; j++)
       if (!strncmp(overrides[j], overrides[i], key_bytes + 1))
@@ -97,8 +98,9 @@ static wn_status check_weights(const wn_job *job, const wn_job_source *source, c
     return WN_FAIL_HINT(WN_E_CONFIG, "init: weights to go on from; model: a config.json for random ones",
                         "%s: pretrain needs init or model", path);
   return WN_FAIL_HINT(WN_E_CONFIG,
-                      job->stage == WN_STAGE_WARMUP ? "the dense base: a Hugging Face directory or a checkpoint"
-                                                    : "the model with its trained indexer: usually a checkpoint of a warm-up",
+                      job->stage == WN_STAGE_WARMUP
+                          ? "the dense base: a Hugging Face directory or a checkpoint"
+                          : "the model with its trained indexer: usually a checkpoint of a warm-up",
                       "%s: %s needs init", path, stage);
 }
 
@@ -181,9 +183,11 @@ wn_status wn_job_check_resume(const wn_job *job, const char *resolved_path) {
     wn_option_value(option, &before, was);
     wn_option_value(option, job, is);
     if (strcmp(was, is) != 0)
-      status = WN_FAIL_HINT(WN_E_CONFIG, "a run may change its steps, checkpoints, metrics, ranks and device; for anything else start another run_dir",
-                            "%s is %.200s, but the run that would be resumed has %.200s (%s)", option->key, is[0] ? is : "absent",
-                            was[0] ? was : "none", source.place[i]);
+      status = WN_FAIL_HINT(WN_E_CONFIG,
+                            "a run may change its steps, checkpoints, metrics, ranks and device; for anything else "
+                            "start another run_dir",
+                            "%s is %.200s, but the run that would be resumed has %.200s (%s)", option->key,
+                            is[0] ? is : "absent", was[0] ? was : "none", source.place[i]);
   }
   for (int32_t i = 0; i < wn_option_count(); i++) free(source.place[i]);
   free(source.place);

@@ -43,7 +43,8 @@ wn_status wn_job_save(const wn_job *job, const wn_job_source *source, const char
   for (int32_t i = 0; i < wn_option_count(); i++) {
     const wn_option *option = wn_option_at(i);
     size_t section = section_of(option->key);
-    if (section && !same_section(option->key, wn_option_at(i - 1)->key)) fprintf(out, "%.*s:\n", (int)section, option->key);
+    if (section && !same_section(option->key, wn_option_at(i - 1)->key))
+      fprintf(out, "%.*s:\n", (int)section, option->key);
     fprintf(out, "%s%s: ", section ? "  " : "", option->key + section + (section ? 1 : 0));
     wn_option_value(option, job, value);
     if (option->type == WN_PATH) print_quoted(out, value);
@@ -58,7 +59,8 @@ wn_status wn_job_save(const wn_job *job, const wn_job_source *source, const char
 }
 
 static void default_text(const wn_option *option, char out[WN_PATH_BYTES]) {
-  if (!option->fallback) snprintf(out, WN_PATH_BYTES, "%s", strcmp(option->key, "stage") ? "must be given" : "the command");
+  if (!option->fallback)
+    snprintf(out, WN_PATH_BYTES, "%s", strcmp(option->key, "stage") ? "must be given" : "the command");
   else if (option->same_as) snprintf(out, WN_PATH_BYTES, "that of %s", option->fallback);
   else snprintf(out, WN_PATH_BYTES, "%s", option->fallback[0] ? option->fallback : "none");
 }
@@ -67,7 +69,8 @@ wn_status wn_job_print_options(FILE *out, bool markdown) {
   char allowed[WN_PATH_BYTES], fallback[WN_PATH_BYTES];
   if (markdown)
     fputs("# Options of a job file\n\n"
-          "Written by `winnow options --markdown`. On the command line an option is `section.name=value`, and wins over the "
+          "Written by `winnow options --markdown`. On the command line an option is `section.name=value`, and wins "
+          "over the "
           "file.\nOptions marked * may change when a run is resumed; for any other, a changed value is refused.\n",
           out);
   for (int32_t i = 0; i < wn_option_count(); i++) {
@@ -84,8 +87,8 @@ wn_status wn_job_print_options(FILE *out, bool markdown) {
     if (i == 0 || !same_section(option->key, wn_option_at(i - 1)->key))
       fprintf(out, "\n## %.*s\n\n| key | allowed | unit | default | meaning |\n|---|---|---|---|---|\n",
               section ? (int)section : 9, section ? option->key : "top level");
-    fprintf(out, "| `%s`%s | %s | %s | %s | %s |\n", option->key, option->may_change ? " *" : "", allowed, unit, fallback,
-            option->help);
+    fprintf(out, "| `%s`%s | %s | %s | %s | %s |\n", option->key, option->may_change ? " *" : "", allowed, unit,
+            fallback, option->help);
   }
   return ferror(out) ? WN_FAIL(WN_E_IO, "cannot write the list of options") : NULL;
 }

@@ -114,8 +114,8 @@ static wn_status read_layer_kinds(reader in, wn_model_config *out) {
   for (size_t i = 0; i < json_array_size(attention); i++) {
     const char *kind = json_string_value(json_array_get(attention, i));
     if (!kind || strcmp(kind, "deepseek_sparse_attention") != 0)
-      return WN_FAIL(WN_E_CONFIG, "%s: layer_types[%zu] is %.40s; Winnow has only deepseek_sparse_attention", in.path, i,
-                     kind ? kind : "not a string");
+      return WN_FAIL(WN_E_CONFIG, "%s: layer_types[%zu] is %.40s; Winnow has only deepseek_sparse_attention", in.path,
+                     i, kind ? kind : "not a string");
   }
   if (!kinds) return read_int(in, "first_k_dense_replace", 0, out->num_hidden_layers, &out->first_k_dense_replace);
   if (!json_is_array(kinds) || json_array_size(kinds) != (size_t)out->num_hidden_layers)
@@ -126,8 +126,8 @@ static wn_status read_layer_kinds(reader in, wn_model_config *out) {
     const char *kind = json_string_value(json_array_get(kinds, (size_t)i));
     if (kind && !strcmp(kind, "dense") && dense == i) dense++;
     else if (!kind || strcmp(kind, "sparse") != 0)
-      return WN_FAIL(WN_E_CONFIG, "%s: mlp_layer_types[%d] is %.40s; allowed are dense layers, then sparse ones", in.path,
-                     (int)i, kind ? kind : "not a string");
+      return WN_FAIL(WN_E_CONFIG, "%s: mlp_layer_types[%d] is %.40s; allowed are dense layers, then sparse ones",
+                     in.path, (int)i, kind ? kind : "not a string");
   }
   out->first_k_dense_replace = dense;
   if (!get(in, "first_k_dense_replace")) return NULL;
@@ -141,7 +141,8 @@ static wn_status read_layer_kinds(reader in, wn_model_config *out) {
 
 static double get_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1; }
 
-/* Models that scale cos and sin (attention_factor other than 1) are none of the V3 family's: refused, not approximated. */
+/* Models that scale cos and sin (attention_factor other than 1) are none of the V3 family's: refused, not
+ * approximated. */
 static wn_status read_yarn(reader in, wn_model_config *out) {
   out->yarn = true;
   WN_TRY(read_real(in, "factor", 0, 1e6, NAN, &out->rope_factor));
@@ -151,7 +152,8 @@ static wn_status read_yarn(reader in, wn_model_config *out) {
   WN_TRY(read_real(in, "mscale_all_dim", -1, 100, 0, &out->mscale_all_dim));
   WN_TRY(read_int(in, "original_max_position_embeddings", 1, 1 << 30, &out->original_max_position_embeddings));
   if (out->rope_factor < 1)
-    return WN_FAIL(WN_E_CONFIG, "%s: %sfactor is %g; YaRN stretches by 1 or more", in.path, in.prefix, out->rope_factor);
+    return WN_FAIL(WN_E_CONFIG, "%s: %sfactor is %g; YaRN stretches by 1 or more", in.path, in.prefix,
+                   out->rope_factor);
   if (out->beta_fast < out->beta_slow)
     return WN_FAIL(WN_E_CONFIG, "%s: %sbeta_fast %g is below beta_slow %g", in.path, in.prefix, out->beta_fast,
                    out->beta_slow);
@@ -186,7 +188,9 @@ static wn_status read_rope(reader in, wn_model_config *out) {
     return WN_FAIL(WN_E_CONFIG, "%s: holds both rope_scaling and rope_parameters", in.path);
   double partial;
   WN_TRY(read_real(inner, "partial_rotary_factor", 0, 1, 1, &partial));
-  if (partial != 1) return WN_FAIL(WN_E_CONFIG, "%s: %spartial_rotary_factor is %g; Winnow has only 1", in.path, inner.prefix, partial);
+  if (partial != 1)
+    return WN_FAIL(WN_E_CONFIG, "%s: %spartial_rotary_factor is %g; Winnow has only 1", in.path, inner.prefix,
+                   partial);
   if (!scaling) return NULL;
   const json_t *type = get(inner, "rope_type") ? get(inner, "rope_type") : get(inner, "type");
   const char *name = type ? json_string_value(type) : "default";
@@ -220,8 +224,10 @@ static wn_status check_shapes(reader in, const wn_model_config *c) {
   int32_t kv_heads = c->num_attention_heads;
   if (get(in, "num_key_value_heads")) WN_TRY(read_int(in, "num_key_value_heads", 1, 4096, &kv_heads));
   if (kv_heads != c->num_attention_heads)
-    return WN_FAIL(WN_E_CONFIG, "%s: num_key_value_heads %d differs from num_attention_heads %d; in latent attention they are equal",
-                   in.path, (int)kv_heads, (int)c->num_attention_heads);
+    return WN_FAIL(
+        WN_E_CONFIG,
+        "%s: num_key_value_heads %d differs from num_attention_heads %d; in latent attention they are equal", in.path,
+        (int)kv_heads, (int)c->num_attention_heads);
   return NULL;
 }
 
@@ -233,8 +239,9 @@ static wn_status read_model_type(reader in, wn_model_config *out) {
   out->has_indexer = !strcmp(type, "deepseek_v32");
   for (const wn_model_int *field = wn_model_index_ints; !out->has_indexer && field->key; field++)
     if (get(in, field->key))
-      return WN_FAIL(WN_E_CONFIG, "%s: has %s, but model_type is deepseek_v3; a model with an indexer is a deepseek_v32",
-                     in.path, field->key);
+      return WN_FAIL(WN_E_CONFIG,
+                     "%s: has %s, but model_type is deepseek_v3; a model with an indexer is a deepseek_v32", in.path,
+                     field->key);
   return out->has_indexer ? read_ints(in, wn_model_index_ints, out) : NULL;
 }
 
@@ -295,7 +302,8 @@ void wn_model_config_inv_freq(const wn_model_config *config, float *inv_freq) {
   int32_t dim = config->qk_rope_head_dim;
   double low = 0, high = 0;
   if (config->yarn) {
-    double context = config->original_max_position_embeddings, log_base = 2 * log(config->rope_theta), pi = 3.14159265358979323846;
+    double context = config->original_max_position_embeddings, log_base = 2 * log(config->rope_theta),
+           pi = 3.14159265358979323846;
     low = fmax(floor(dim * log(context / (config->beta_fast * 2 * pi)) / log_base), 0);
     high = fmin(ceil(dim * log(context / (config->beta_slow * 2 * pi)) / log_base), dim - 1);
     if (low == high) high += 0.001;

@@ -48,7 +48,8 @@ static const wn_option options[] = {
     {"training.deterministic", WN_BOOL, AT(training.deterministic), .fallback = "true",
      .help = "results repeat bit for bit; false allows faster sums on GPUs (CPU runs always repeat)"},
     {"training.max_skipped_in_a_row", WN_INT32, AT(training.max_skipped_in_a_row), 0, 1 << 20, .fallback = "10",
-     .unit = "steps", .help = "updates skipped one after another, for gradients that are not finite, before the run gives up"},
+     .unit = "steps",
+     .help = "updates skipped one after another, for gradients that are not finite, before the run gives up"},
 
     {"optimizer.lr", WN_REAL, AT(optimizer.lr), 0, 10, .help = "peak learning rate of the base"},
     {"optimizer.indexer_lr", WN_REAL, AT(optimizer.indexer_lr), 0, 10, .fallback = "optimizer.lr", .same_as = true,
@@ -102,7 +103,8 @@ static const wn_option options[] = {
      .unit = "steps", .help = "between checkpoints; 0: only at the end"},
     {"checkpoint.keep", WN_INT32, AT(checkpoint.keep), 0, 1 << 20, .fallback = "2", .may_change = true,
      .unit = "checkpoints", .help = "newest ones kept; 0: all"},
-    {"checkpoint.dtype", WN_CHOICE, AT(checkpoint.dtype), .fallback = "bf16", .may_change = true, .choices = file_dtypes,
+    {"checkpoint.dtype", WN_CHOICE, AT(checkpoint.dtype), .fallback = "bf16", .may_change = true,
+     .choices = file_dtypes,
      .help = "number format of the trained weights in model files; resuming is exact with either"},
 
     {"metrics.log_every", WN_INT64, AT(metrics.log_every), 0, MOST_STEPS, .fallback = "1", .may_change = true,
@@ -194,7 +196,8 @@ static bool parse_whole(const wn_option *option, const char *text, int64_t *out)
 
 static bool parse_real(const wn_option *option, const char *text, double *out) {
   char *end;
-  if (text[0] == 0 || strspn(text, "0123456789+-.eE") != strlen(text)) return false; /* no inf, nan, hexadecimals or blanks */
+  if (text[0] == 0 || strspn(text, "0123456789+-.eE") != strlen(text))
+    return false; /* no inf, nan, hexadecimals or blanks */
   *out = strtod(text, &end);
   return *end == 0 && in_range(option, *out);
 }

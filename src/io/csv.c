@@ -89,7 +89,8 @@ static wn_status write_row(wn_csv *csv) {
 }
 
 wn_status wn_csv_end_row(wn_csv *csv) {
-  WN_ASSERT(csv->cells == csv->n_columns, "%s: %d cells in a row of %d", csv->path, (int)csv->cells, (int)csv->n_columns);
+  WN_ASSERT(csv->cells == csv->n_columns, "%s: %d cells in a row of %d", csv->path, (int)csv->cells,
+            (int)csv->n_columns);
   append(csv, "\n", 1);
   wn_status status = csv->out_of_memory ? WN_FAIL(WN_E_MEMORY, "out of memory writing %s", csv->path) : write_row(csv);
   csv->cells = 0;

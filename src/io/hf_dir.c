@@ -49,7 +49,8 @@ static wn_status shard_names(const char ***out, int32_t *n, const char *index_pa
   qsort(names, used, sizeof *names, by_text);
   for (size_t i = 0; i < used; i++)
     if (i == 0 || strcmp(names[i], names[i - 1]) != 0) names[distinct++] = names[i];
-  if (distinct > MOST_SHARDS) return WN_FAIL(WN_E_INPUT, "%s names %zu files; at most %d", index_path, distinct, MOST_SHARDS);
+  if (distinct > MOST_SHARDS)
+    return WN_FAIL(WN_E_INPUT, "%s names %zu files; at most %d", index_path, distinct, MOST_SHARDS);
   *n = (int32_t)distinct;
   return NULL;
 }
@@ -75,8 +76,8 @@ static wn_status open_shards(wn_hf_dir *dir, const char *const *names, int32_t n
   for (int32_t i = 0; i < n; i++) {
     WN_TRY(wn_path(path, "%s/%s", dir->path, names[i]));
     if (!wn_path_exists(path))
-      return WN_FAIL_HINT(WN_E_INPUT, "the directory may be an incomplete download", "%s: " INDEX_NAME " names %s, which is absent",
-                          dir->path, names[i]);
+      return WN_FAIL_HINT(WN_E_INPUT, "the directory may be an incomplete download",
+                          "%s: " INDEX_NAME " names %s, which is absent", dir->path, names[i]);
     WN_TRY(wn_safetensors_open(&dir->shards[dir->n_shards], path));
     dir->n_shards++;
   }

@@ -132,9 +132,10 @@ static wn_status read_entries(wn_safetensors *file, uint64_t data_begin) {
   for (size_t i = 0; i < n; i++) {
     wn_st_entry *entry = &found[i].entry;
     if (found[i].begin != at) {
-      status = WN_FAIL(WN_E_INPUT, "%s: tensor %s begins at byte %" PRIu64 " of the data, %s at %" PRIu64, file->path,
-                       entry->name, found[i].begin,
-                       found[i].begin < at ? "overlapping one that ends" : "leaving a hole after the one that ends", at);
+      status =
+          WN_FAIL(WN_E_INPUT, "%s: tensor %s begins at byte %" PRIu64 " of the data, %s at %" PRIu64, file->path,
+                  entry->name, found[i].begin,
+                  found[i].begin < at ? "overlapping one that ends" : "leaving a hole after the one that ends", at);
       goto done;
     }
     if (entry->bytes > data_bytes - at) {

@@ -38,7 +38,8 @@ static wn_status add_tensor(json_t *header, const wn_st_spec *spec, uint64_t beg
   bad |= json_object_set_new(info, "shape", shape);
   bad |= json_object_set_new(info, "data_offsets", offsets);
   bad |= json_object_set_new(header, spec->name, info);
-  if (bad) return WN_FAIL(WN_E_MEMORY, "cannot describe tensor %s: out of memory, or its name is not UTF-8", spec->name);
+  if (bad)
+    return WN_FAIL(WN_E_MEMORY, "cannot describe tensor %s: out of memory, or its name is not UTF-8", spec->name);
   return NULL;
 }
 

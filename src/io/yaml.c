@@ -26,7 +26,8 @@ static wn_status next(loader *in, yaml_event_t *event) {
   memset(event, 0, sizeof *event);
   const yaml_parser_t *p = &in->parser;
   const char *problem = p->problem ? p->problem : "not readable";
-  if (p->error == YAML_READER_ERROR) return WN_FAIL(WN_E_CONFIG, "%s: %s (byte %zu)", in->path, problem, p->problem_offset);
+  if (p->error == YAML_READER_ERROR)
+    return WN_FAIL(WN_E_CONFIG, "%s: %s (byte %zu)", in->path, problem, p->problem_offset);
   return WN_FAIL(WN_E_CONFIG, "%s:%d: %s%s%s", in->path, (int)p->problem_mark.line + 1, problem,
                  p->context ? ", " : "", p->context ? p->context : "");
 }
@@ -50,7 +51,8 @@ static const wn_yaml_entry *find(const wn_yaml *list, const char *key) {
 /* A scalar without anchor, tag or NUL. */
 static wn_status check_scalar(const loader *in, const yaml_event_t *event, const char *what) {
   int line = line_of(event);
-  if (event->type == YAML_ALIAS_EVENT) return WN_FAIL(WN_E_CONFIG, "%s:%d: aliases (*name) are not supported", in->path, line);
+  if (event->type == YAML_ALIAS_EVENT)
+    return WN_FAIL(WN_E_CONFIG, "%s:%d: aliases (*name) are not supported", in->path, line);
   if (event->type == YAML_SEQUENCE_START_EVENT)
     return WN_FAIL(WN_E_CONFIG, "%s:%d: a list stands where %s should", in->path, line, what);
   if (event->type != YAML_SCALAR_EVENT)
@@ -70,7 +72,8 @@ static wn_status check_value(const loader *in, const yaml_event_t *event, const 
   WN_TRY(check_scalar(in, event, "a value"));
   const char *text = (const char *)event->data.scalar.value;
   bool plain = event->data.scalar.style == YAML_PLAIN_SCALAR_STYLE;
-  if (plain && (text[0] == 0 || !strcmp(text, "~") || !strcmp(text, "null") || !strcmp(text, "Null") || !strcmp(text, "NULL")))
+  if (plain &&
+      (text[0] == 0 || !strcmp(text, "~") || !strcmp(text, "null") || !strcmp(text, "Null") || !strcmp(text, "NULL")))
     return WN_FAIL_HINT(WN_E_CONFIG, "leave the key out", "%s:%d: %s has no value", in->path, line_of(event), key);
   return NULL;
 }
@@ -90,7 +93,8 @@ static wn_status read_mapping(loader *in, const char *section);
 /* Records `key` with its value, or as a section and then what the section holds. `value` has been read. */
 static wn_status add_pair(loader *in, const char *section, const char *key, int line, const yaml_event_t *value) {
   const wn_yaml_entry *before = find(in->out, key) ? find(in->out, key) : find(&in->sections, key);
-  if (before) return WN_FAIL(WN_E_CONFIG, "%s:%d: %s stands already in line %d", in->path, line, key, (int)before->line);
+  if (before)
+    return WN_FAIL(WN_E_CONFIG, "%s:%d: %s stands already in line %d", in->path, line, key, (int)before->line);
   if (value->type != YAML_MAPPING_START_EVENT) {
     WN_TRY(check_value(in, value, key));
     return append(in, in->out, key, (const char *)value->data.scalar.value, line);
@@ -141,12 +145,14 @@ static wn_status read_document(loader *in) {
     yaml_event_t event;
     wn_status status = next(in, &event);
     if (!status && event.type == YAML_DOCUMENT_START_EVENT && seen)
-      status = WN_FAIL(WN_E_CONFIG, "%s:%d: a second document begins here; only one is supported", in->path, line_of(&event));
+      status = WN_FAIL(WN_E_CONFIG, "%s:%d: a second document begins here; only one is supported", in->path,
+                       line_of(&event));
     else if (!status && event.type == YAML_DOCUMENT_START_EVENT) seen = true;
     else if (!status && event.type == YAML_MAPPING_START_EVENT) {
       status = check_mapping(in, &event);
       if (!status) status = read_mapping(in, NULL);
-    } else if (!status && (event.type == YAML_SCALAR_EVENT || event.type == YAML_SEQUENCE_START_EVENT || event.type == YAML_ALIAS_EVENT))
+    } else if (!status && (event.type == YAML_SCALAR_EVENT || event.type == YAML_SEQUENCE_START_EVENT ||
+                           event.type == YAML_ALIAS_EVENT))
       status = WN_FAIL(WN_E_CONFIG, "%s:%d: not a mapping of keys to values", in->path, line_of(&event));
     bool end = !status && event.type == YAML_STREAM_END_EVENT;
     yaml_event_delete(&event);

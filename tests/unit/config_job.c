@@ -149,7 +149,8 @@ static void bad_overrides(void **state) {
   (void)state;
   refuse(WN_STAGE_WARMUP, BASE, "training.steps", "command line: 'training.steps' is not key=value");
   refuse(WN_STAGE_WARMUP, BASE, "=3", "is not key=value");
-  refuse(WN_STAGE_WARMUP, BASE, "training.step=3", "command line: unknown key training.step; did you mean training.steps?");
+  refuse(WN_STAGE_WARMUP, BASE, "training.step=3",
+         "command line: unknown key training.step; did you mean training.steps?");
   refuse(WN_STAGE_WARMUP, BASE, "training.steps=0", "command line: training.steps is '0'");
   refuse(WN_STAGE_WARMUP, BASE, "init=", "job.yaml: warmup needs init");
   wn_job job;
@@ -176,7 +177,8 @@ static void what_a_stage_needs(void **state) {
   refuse(WN_STAGE_WARMUP, rest, NULL, "job.yaml: warmup needs init");
   refuse(WN_STAGE_ADAPT, rest, NULL, "job.yaml: adapt needs init");
   snprintf(text, sizeof text, "model: m\n%s", rest);
-  refuse(WN_STAGE_WARMUP, text, NULL, "job.yaml:1: model starts from random weights, which is for pretrain only, not warmup");
+  refuse(WN_STAGE_WARMUP, text, NULL,
+         "job.yaml:1: model starts from random weights, which is for pretrain only, not warmup");
   refuse(WN_STAGE_ADAPT, text, NULL, "for pretrain only, not adapt");
   OK(load(&job, &source, WN_STAGE_PRETRAIN, text, NULL));
   wn_job_source_free(source);
@@ -187,7 +189,8 @@ static void what_a_stage_needs(void **state) {
   refuse(WN_STAGE_WARMUP, "init: x\n", NULL, "job.yaml: run_dir is missing");
   refuse(WN_STAGE_WARMUP, "init: x\nrun_dir: r\n", NULL, "job.yaml: data.train is missing");
   refuse(WN_STAGE_WARMUP, "init: x\nrun_dir: r\ndata: {train: d}\n", NULL, "job.yaml: training.steps is missing");
-  refuse(WN_STAGE_WARMUP, "init: x\nrun_dir: r\ndata: {train: d}\ntraining: {steps: 1}\n", NULL, "optimizer.lr is missing");
+  refuse(WN_STAGE_WARMUP, "init: x\nrun_dir: r\ndata: {train: d}\ntraining: {steps: 1}\n", NULL,
+         "optimizer.lr is missing");
   refuse(WN_STAGE_WARMUP, BASE, "run_dir=", "command line: run_dir is empty");
   refuse(WN_STAGE_WARMUP, BASE, "data.train=", "command line: data.train is empty");
 }
@@ -199,8 +202,10 @@ static void options_that_contradict(void **state) {
   refuse(WN_STAGE_WARMUP, BASE, "lr_schedule.decay_steps=3", "lr_schedule.decay_steps is given, but");
   refuse(WN_STAGE_WARMUP, BASE, "lr_schedule.min_lr=0.1", "lr_schedule.min_lr is given, but");
   refuse(WN_STAGE_WARMUP, BASE, "metrics.eval_every=5", "there is no data.valid");
-  refuse(WN_STAGE_WARMUP, BASE, "parallelism.context=2", "parallelism.context is 2; splitting a sequence over ranks is not in this version");
-  refuse(WN_STAGE_WARMUP, BASE, "parallelism.expert=2", "parallelism.expert is 2; splitting experts over ranks is not in this version");
+  refuse(WN_STAGE_WARMUP, BASE, "parallelism.context=2",
+         "parallelism.context is 2; splitting a sequence over ranks is not in this version");
+  refuse(WN_STAGE_WARMUP, BASE, "parallelism.expert=2",
+         "parallelism.expert is 2; splitting experts over ranks is not in this version");
   wn_job job;
   wn_job_source *source;
   OK(load(&job, &source, WN_STAGE_WARMUP, BASE, "device=cuda")); /* whether there is one is seen where it is made */
@@ -218,7 +223,8 @@ static void provenance(void **state) {
   wn_job job, again;
   wn_job_source *source;
   char *text, line[2 * WN_PATH_BYTES];
-  OK(load(&job, &source, WN_STAGE_ADAPT, BASE "lr_schedule: {type: cosine,\n  min_lr: 0.1}\nmodel: \"\"\n", "run_dir=a \"b\\c\n"));
+  OK(load(&job, &source, WN_STAGE_ADAPT, BASE "lr_schedule: {type: cosine,\n  min_lr: 0.1}\nmodel: \"\"\n",
+          "run_dir=a \"b\\c\n"));
   OK(wn_job_save(&job, source, resolved));
   wn_job_source_free(source);
   OK(wn_read_file(&text, NULL, resolved, 100000));
@@ -244,15 +250,26 @@ static void provenance(void **state) {
 
 static void resume(void **state) {
   (void)state;
-  static const struct { const char *override, *part; } cases[] = {
+  static const struct { const char *override, *part;
+  } cases[] = {
       /* NULL: may change */
-      {"training.steps=20", NULL}, {"checkpoint.interval=7", NULL}, {"checkpoint.keep=1", NULL},
-      {"checkpoint.dtype=f32", NULL}, {"metrics.log_every=2", NULL}, {"metrics.sample_rows=7", NULL},
-      {"metrics.eval_seqs=7", NULL}, {"parallelism.timeout_s=7", NULL}, {"device=cpu", NULL}, {"threads=2", NULL},
-      {"run_dir=elsewhere", NULL}, {"optimizer.lr=0.001", NULL}, {"optimizer.indexer_lr=1e-3", NULL},
+      {"training.steps=20", NULL},
+      {"checkpoint.interval=7", NULL},
+      {"checkpoint.keep=1", NULL},
+      {"checkpoint.dtype=f32", NULL},
+      {"metrics.log_every=2", NULL},
+      {"metrics.sample_rows=7", NULL},
+      {"metrics.eval_seqs=7", NULL},
+      {"parallelism.timeout_s=7", NULL},
+      {"device=cpu", NULL},
+      {"threads=2", NULL},
+      {"run_dir=elsewhere", NULL},
+      {"optimizer.lr=0.001", NULL},
+      {"optimizer.indexer_lr=1e-3", NULL},
       {"training.seed=1", NULL},
       {"training.seed=2", "training.seed is 2, but the run that would be resumed has 1 ("},
-      {"optimizer.lr=0.0010000000000000002", "optimizer.lr is 0.0010000000000000002, but the run that would be resumed has 0.001"},
+      {"optimizer.lr=0.0010000000000000002",
+       "optimizer.lr is 0.0010000000000000002, but the run that would be resumed has 0.001"},
       {"optimizer.indexer_lr=0.002", "optimizer.indexer_lr is 0.002"},
       {"init=other", "init is other, but"},
       {"data.train=e", "data.train is e, but"},
@@ -283,14 +300,16 @@ static void resume(void **state) {
   }
   OK(load(&job, &source, WN_STAGE_ADAPT, BASE, NULL));
   wn_job_source_free(source);
-  REFUSED(wn_job_check_resume(&job, resolved), WN_E_CONFIG, "stage is adapt, but the run that would be resumed has warmup");
+  REFUSED(wn_job_check_resume(&job, resolved), WN_E_CONFIG,
+          "stage is adapt, but the run that would be resumed has warmup");
 }
 
 static void resuming_from_other_files(void **state) {
   (void)state;
   wn_job job;
   wn_job_source *source;
-  static const char younger[] = "stage: warmup\n" BASE; /* written before most options existed: they had their defaults */
+  static const char younger[] =
+      "stage: warmup\n" BASE; /* written before most options existed: they had their defaults */
   OK(load(&job, &source, WN_STAGE_WARMUP, BASE, NULL));
   wn_job_source_free(source);
   OK(wn_write_file_atomic(resolved, younger, strlen(younger)));
@@ -319,8 +338,10 @@ static void lists_of_options(void **state) {
     if (markdown) {
       expect_line(text, "## top level");
       expect_line(text, "## data");
-      expect_line(text, "| `data.seq_len` | whole number, 2 to 16777216 | tokens | 4096 | length of a training sequence |");
-      expect_line(text, "| `optimizer.indexer_lr` | number, from 0 up to 10 |  | that of optimizer.lr | peak learning rate of the indexer |");
+      expect_line(text,
+                  "| `data.seq_len` | whole number, 2 to 16777216 | tokens | 4096 | length of a training sequence |");
+      expect_line(text, "| `optimizer.indexer_lr` | number, from 0 up to 10 |  | that of optimizer.lr | peak "
+                        "learning rate of the indexer |");
     }
     free(text);
   }

@@ -254,7 +254,8 @@ static void expect_inv_freq(const wn_model_config *c, const float *expected, int
   assert_int_equal(c->qk_rope_head_dim, 2 * n);
   wn_model_config_inv_freq(c, got);
   for (int j = 0; j < n; j++)
-    if (!(fabsf(got[j] - expected[j]) <= ldexpf(expected[j], -23))) fail_msg("pair %d: %a, expected %a", j, got[j], expected[j]);
+    if (!(fabsf(got[j] - expected[j]) <= ldexpf(expected[j], -23)))
+      fail_msg("pair %d: %a, expected %a", j, got[j], expected[j]);
 }
 
 static void rope_frequencies(void **state) {
@@ -369,8 +370,9 @@ static void unknown_keys_are_carried_over(void **state) {
   OK(load(&c, config));
   OK(wn_model_config_save(&c, other, root, "float32"));
   char *got = text_of(other);
-  assert_non_null(strstr(got, "  \"zz_note\": {\n    \"a\": {},\n    \"b\": [\n      1,\n      2.5,\n      \"\xc3\xa9\\n\"\n"
-                              "    ],\n    \"c\": [],\n    \"d\": 1e-07\n  }\n}\n"));
+  assert_non_null(
+      strstr(got, "  \"zz_note\": {\n    \"a\": {},\n    \"b\": [\n      1,\n      2.5,\n      \"\xc3\xa9\\n\"\n"
+                  "    ],\n    \"c\": [],\n    \"d\": 1e-07\n  }\n}\n"));
   assert_non_null(strstr(got, "\"num_nextn_predict_layers\": 1,"));
   assert_non_null(strstr(got, "\"rope_theta\": 10000.5,"));
   assert_null(strstr(got, "mlp_layer_types"));
