@@ -42,7 +42,7 @@ static void tile_probabilities(wn_real *restrict s, const wn_real *restrict mask
   for (int32_t j = 0; j < n_keys; j++) {
     wn_real *restrict row = s + j * lanes;
 #pragma omp simd
-    for (int32_t i = 0; i < lanes; i++) row[i] = wn_real_exp(row[i] - lse[i]);
+    for (int32_t i = 0; i < lanes; i++) row[i] = wn_exp(row[i] - lse[i]);
     if (!mask) continue;
     const wn_real *restrict seen = mask + j * lanes;
 #pragma omp simd

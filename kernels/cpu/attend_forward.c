@@ -46,11 +46,11 @@ static void tile_softmax(wn_real *restrict s, const wn_real *restrict mask, int3
     for (int32_t i = 0; i < lanes; i++) high[i] = row[i] > high[i] ? row[i] : high[i];
   }
 #pragma omp simd
-  for (int32_t i = 0; i < lanes; i++) decay[i] = wn_real_exp(top[i] - high[i]);
+  for (int32_t i = 0; i < lanes; i++) decay[i] = wn_exp(top[i] - high[i]);
   for (int32_t j = 0; j < n_keys; j++) {
     wn_real *restrict row = s + j * lanes;
 #pragma omp simd
-    for (int32_t i = 0; i < lanes; i++) row[i] = wn_real_exp(row[i] - high[i]);
+    for (int32_t i = 0; i < lanes; i++) row[i] = wn_exp(row[i] - high[i]);
     if (mask) {
       const wn_real *restrict seen = mask + j * lanes;
 #pragma omp simd

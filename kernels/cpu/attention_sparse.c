@@ -67,7 +67,7 @@ static wn_real exponentials(wn_real *restrict p, int32_t n, wn_real shift) {
   wn_real sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int32_t j = 0; j < padded; j++) {
-    p[j] = wn_real_exp(p[j] - shift);
+    p[j] = wn_exp(p[j] - shift);
     sum += p[j];
   }
   return sum;

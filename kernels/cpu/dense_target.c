@@ -22,7 +22,7 @@ static void add_softmax(wn_real *restrict p, wn_real *restrict logit, int32_t co
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int32_t j = 0; j < count; j++) {
-    logit[j] = wn_real_exp(logit[j] - top);
+    logit[j] = wn_exp(logit[j] - top);
     sum += (double)logit[j];
   }
   const wn_real inverse = (wn_real)(1 / sum);

@@ -50,7 +50,7 @@ static void log_sum_exp(const wn_real *score, int32_t count, wn_real *top_out, w
   for (int32_t j = 0; j < count; j++) top = score[j] > top ? score[j] : top;
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int32_t j = 0; j < count; j++) sum += (double)wn_real_exp(score[j] - top);
+  for (int32_t j = 0; j < count; j++) sum += (double)wn_exp(score[j] - top);
   *top_out = top;
   *log_sum = (wn_real)log(sum);
 }
@@ -94,7 +94,7 @@ static void tile_target(workspace *w, const inputs *in, int64_t row0, int32_t n_
       const wn_real lse = wn_row(in->lse, row0 + r)[h];
       int32_t to_lanes = (int32_t)wn_pad_lanes(to);
 #pragma omp simd
-      for (int32_t j = from / WN_LANES * WN_LANES; j < to_lanes; j++) p[j] += wn_real_exp(logit[j] - lse);
+      for (int32_t j = from / WN_LANES * WN_LANES; j < to_lanes; j++) p[j] += wn_exp(logit[j] - lse);
     }
   }
 }
@@ -110,8 +110,8 @@ static void row_loss(workspace *w, const inputs *in, int32_t r, int32_t from, in
 #pragma omp simd reduction(+ : kl)
   for (int32_t j = from; j < to; j++) {
     wn_real target = p[j] * share, log_q = index[j] - top - log_sum;
-    gain[j] = wn_real_exp(log_q) - target;
-    wn_real term = target > 0 ? target * (wn_real_log(target) - log_q) : 0;
+    gain[j] = wn_exp(log_q) - target;
+    wn_real term = target > 0 ? target * (wn_log(target) - log_q) : 0;
     kl += (double)term + (double)gain[j];
   }
   w->kl[r] += kl;

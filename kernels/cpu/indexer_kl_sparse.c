@@ -71,14 +71,14 @@ static double row_loss(workspace *w, const inputs *in, int64_t i, int32_t n) {
   double sum = 0, kl = 0;
 #pragma omp simd reduction(+ : sum)
   for (int32_t j = 0; j < padded; j++) {
-    gain[j] = wn_real_exp(index[j] - top);
+    gain[j] = wn_exp(index[j] - top);
     sum += (double)gain[j];
   }
   const wn_real inverse = (wn_real)(1 / sum);
   double p_sum = 0;
 #pragma omp simd reduction(+ : kl, p_sum)
   for (int32_t j = 0; j < n; j++) {
-    wn_real term = p[j] > 0 ? p[j] * (wn_real_log(p[j]) - (index[j] - top)) : 0;
+    wn_real term = p[j] > 0 ? p[j] * (wn_log(p[j]) - (index[j] - top)) : 0;
     kl += (double)term;
     p_sum += (double)p[j];
     gain[j] = gain[j] * inverse - p[j];

@@ -3,6 +3,7 @@
 #ifndef WN_KERNELS_CPU_TILE_H
 #define WN_KERNELS_CPU_TILE_H
 
+#include "kernels/cpu/expo.h"
 #include "kernels/cpu/view.h"
 
 enum {
