@@ -82,6 +82,51 @@ static void forced_choices_are_taken(void **state) {
   tear_down(&b);
 }
 
+/* The backward takes a replay's choices without being told to, and leaves them alone: here they are choices that the layer
+ * would not make, so that a backward which chooses again is found. */
+static void backward_keeps_the_choices(void **state) {
+  (void)state;
+  scene a = set_up(WN_SELECT_INDEXER, WN_FORM_MASKED, 5), b = set_up(WN_SELECT_RECENT, WN_FORM_MASKED, 5);
+  wn_test_forward(&b.model, &b.run, &b.text, &b.pass, false);
+  wn_replay kept[3];
+  for (int32_t l = 0; l < 3; l++) {
+    wn_replay *r = &b.run.replay[l];
+    for (int64_t i = 0; i < wn_tensor_count(&r->expert); i++) /* another expert, and still distinct ones in a row */
+      wn_test_set(&r->expert, i, (double)(((int64_t)wn_test_get(&r->expert, i) + 3) % 8));
+    a.run.replay[l] = *r;
+    kept[l].expert = wn_test_role(b.model.device, WN_INDEX, 2, 32, 3, 0);
+    kept[l].selection = wn_test_role(b.model.device, WN_INDEX, 2, 32, 5, 0);
+    OK(b.model.device->ops->cast(b.model.device, &kept[l].expert, &r->expert));
+    OK(b.model.device->ops->cast(b.model.device, &kept[l].selection, &r->selection));
+  }
+  wn_test_force(&a.run, true);
+  wn_test_force(&b.run, true);
+  wn_test_forward(&a.model, &a.run, &a.text, &a.pass, false);
+  wn_test_forward(&b.model, &b.run, &b.text, &b.pass, false);
+  wn_test_force(&a.run, false);
+  wn_test_backward(&a.model, &a.run, &a.text, &a.pass); /* of a pass that selects by the indexer */
+  wn_test_backward(&b.model, &b.run, &b.text, &b.pass);
+  expect_same_grads(&a, &b);
+  for (int32_t l = 0; l < 3; l++) {
+    expect_same("selection after the backward", &a.run.replay[l].selection, &kept[l].selection);
+    expect_same("experts after the backward", &a.run.replay[l].expert, &kept[l].expert);
+  }
+  tear_down(&a);
+  tear_down(&b);
+}
+
+/* The indexer learns from a sparse pass in its backward only, once, even where the forward is given the gradients. */
+static void sparse_forward_does_not_learn(void **state) {
+  (void)state;
+  scene s = set_up(WN_SELECT_INDEXER, WN_FORM_ABSORBED, 5);
+  s.pass.indexer_grads = s.pass.indexer_kl = true;
+  wn_test_forward(&s.model, &s.run, &s.text, &s.pass, true);
+  for (int32_t i = 0; i < s.model.model->table.n; i++)
+    if (s.model.grads[i].data && wn_test_largest(&s.model.grads[i]) != 0)
+      fail_msg("%s has a gradient after a forward", s.model.model->table.params[i].hf_name);
+  tear_down(&s);
+}
+
 static void dense_pass(scene *s, wn_tensor hidden[4]) {
   wn_test_forward(&s->model, &s->run, &s->text, &s->pass, s->pass.indexer_grads);
   for (int32_t l = 0; l <= 3; l++) {
@@ -338,10 +383,36 @@ static void form_by_size(void **state) {
   assert_int_equal(wn_model_attention_form(&c, 100, 1 << 20), WN_FORM_MASKED);
 }
 
+static wn_tensor last_hidden(scene *s, int32_t sequence, wn_attention_form form) {
+  s->pass.form = form;
+  s->pass.rows_per_sequence = sequence;
+  wn_test_forward(&s->model, &s->run, &s->text, &s->pass, false);
+  wn_tensor h = wn_test_role(s->model.device, WN_ACT, 2, s->run.h[3].dim[0], s->run.h[3].dim[1], 0);
+  OK(s->model.device->ops->cast(s->model.device, &h, &s->run.h[3]));
+  return h;
+}
+
+/* The form follows the length of a sequence, not how many of them share a pass: a micro-batch's size changes no bit. */
+static void form_ignores_the_micro_batch(void **state) {
+  (void)state;
+  static const int32_t lengths[] = {16, 16};
+  scene s = set_up_of(wn_test_cpu_f64(), 16, lengths, 2, WN_SELECT_INDEXER, WN_FORM_AUTO, 8);
+  assert_int_equal(wn_model_attention_form(&s.model.model->config, 16, 8), WN_FORM_MASKED);
+  assert_int_equal(wn_model_attention_form(&s.model.model->config, 32, 8), WN_FORM_ABSORBED);
+  wn_tensor masked = last_hidden(&s, 16, WN_FORM_MASKED), absorbed = last_hidden(&s, 16, WN_FORM_ABSORBED);
+  assert_false(wn_test_same_bits(&masked, &absorbed));
+  wn_tensor two_of_16 = last_hidden(&s, 16, WN_FORM_AUTO), one_of_32 = last_hidden(&s, 32, WN_FORM_AUTO);
+  expect_same("two sequences of 16", &two_of_16, &masked);
+  expect_same("one sequence of 32", &one_of_32, &absorbed);
+  tear_down(&s);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(replay_and_recompute),
       cmocka_unit_test(forced_choices_are_taken),
+      cmocka_unit_test(backward_keeps_the_choices),
+      cmocka_unit_test(sparse_forward_does_not_learn),
       cmocka_unit_test(stage_1_hidden_states),
       cmocka_unit_test(packed_as_apart),
       cmocka_unit_test(forms_agree),
@@ -351,6 +422,7 @@ int main(void) {
       cmocka_unit_test(scratch_is_linear),
       cmocka_unit_test(scratch_runs_out),
       cmocka_unit_test(form_by_size),
+      cmocka_unit_test(form_ignores_the_micro_batch),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
