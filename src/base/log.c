@@ -12,6 +12,7 @@
 struct wn_log {
   wn_log_settings settings;
   bool terminal, color, line_open; /* line_open: a progress line stands without its newline */
+  double last_progress_s;
   FILE *file;
 };
 
@@ -44,8 +45,15 @@ wn_status wn_log_open_file(wn_log *log, const char *path) {
 
 typedef enum kind { INFO, WARN, PROGRESS, ERROR_LINE } kind;
 
+enum { PLAIN_PROGRESS_S = 5 }; /* off a terminal, progress lines come at most this often */
+
 static void say(wn_log *log, kind k, const char *text) {
   bool loud = k == WARN || k == ERROR_LINE;
+  if (k == PROGRESS && !log->terminal) {
+    double now = wn_time_s();
+    if (now - log->last_progress_s < PLAIN_PROGRESS_S) return;
+    log->last_progress_s = now;
+  }
   if (log->file) {
     char when[32];
     wn_time_utc(when);

@@ -29,6 +29,7 @@ typedef struct wn_job {
     uint64_t seed;
     bool deterministic;
     int32_t max_skipped_in_a_row;
+    double attention_init_gain;
   } training;
   struct {
     double lr, indexer_lr, beta1, beta2, eps, weight_decay, clip_grad; /* indexer_lr: lr, where not given; clip_grad 0: none */

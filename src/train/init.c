@@ -39,12 +39,14 @@ static wn_status draw(const init *in, int32_t p) {
   const wn_model_config *config = &in->plan->model->config;
   uint64_t seed = in->plan->seed;
   float *buffer = in->buffer;
+  bool attention = param->slot == WN_P_Q_A || param->slot == WN_P_Q_B || param->slot == WN_P_KV_A || param->slot == WN_P_KV_B || param->slot == WN_P_O;
+  double gain = attention && in->plan->attention_init_gain > 0 ? in->plan->attention_init_gain : 1.0;
   if (!part->piece) return NULL;
   for (int64_t done = 0, n; done < part->count; done += n) {
     n = part->count - done < WN_COPY_ELEMENTS ? part->count - done : WN_COPY_ELEMENTS;
     int64_t first = part->first + done;
 #pragma omp parallel for num_threads(device->threads) schedule(static)
-    for (int64_t i = 0; i < n; i++) buffer[i] = (float)wn_param_initial(param, config, seed, first + i);
+    for (int64_t i = 0; i < n; i++) buffer[i] = (float)(gain * wn_param_initial(param, config, seed, first + i));
     wn_tensor place = wn_tensor_slice(part->piece->master, 0, part->offset + done, n);
     WN_TRY(device->ops->upload(device, &place, buffer));
   }

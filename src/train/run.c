@@ -111,6 +111,7 @@ wn_checkpoint_plan wn_run_checkpoint_plan(const wn_run *run) {
       .log = run->log,
       .stage = run->recipe.stage,
       .seed = run->job.training.seed,
+      .attention_init_gain = run->job.training.attention_init_gain,
       .run_dir = run->job.run_dir,
       .init_dir = run->job.init,
       .shard_bytes = (int64_t)1 << SHARD_BYTES_LOG2,
