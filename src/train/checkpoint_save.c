@@ -61,6 +61,7 @@ static wn_status choose_source(save *s) {
 
 static wn_status prepare(save *s) {
   WN_TRY(wn_make_dirs(s->checkpoints));
+  WN_TRY(wn_sync_dir(s->plan->run_dir));
   wn_steps_clean(s->checkpoints, s->plan->log);
   WN_TRY(choose_source(s));
   WN_TRY(wn_path(s->at.temporary, "%s/.tmp-" WN_STEP_FORMAT "-%ld", s->checkpoints, (long long)s->state->step, (long)getpid()));

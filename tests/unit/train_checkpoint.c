@@ -213,6 +213,37 @@ static void links_what_it_can(void **state) {
   warm_up(state, (test_dir){.dtype = WN_F32, .shards = 12, .mtp = true}, indexer_f32, 1, 9);
 }
 
+/* A base on another file system cannot be hard-linked: a symbolic link leads to the file itself, from every later checkpoint too. */
+static void links_across_file_systems(void **state) {
+  test_rig rig;
+  char init[] = "/dev/shm/wn-test-XXXXXX", first[WN_PATH_BYTES], path[WN_PATH_BYTES], target[WN_PATH_BYTES];
+  struct stat there, here;
+  wn_model_config base = test_config;
+  wn_state read, at = test_state;
+  base.has_indexer = false;
+  if (!mkdtemp(init) || stat(init, &there) != 0 || stat(*state, &here) != 0 || there.st_dev == here.st_dev) {
+    print_message("skipped: no second file system at /dev/shm\n");
+    skip();
+  }
+  test_dir_write(init, &base, (test_dir){.dtype = WN_F32, .shards = 1}, 5);
+  OK(test_rig_create(&rig, world, &test_config, indexer_f32, WN_STAGE_WARMUP, run_dir(state), init));
+  OK(wn_init_load(&rig.plan, init, true));
+  for (at.step = 1; at.step <= 2; at.step++) {
+    OK(wn_checkpoint_save(&rig.plan, &at));
+    step_path(first, state, at.step);
+    OK(wn_checkpoint_verify(first));
+    OK(wn_path(path, "%s/model-00001-of-00002.safetensors", first));
+    ssize_t length = readlink(path, target, sizeof target - 1);
+    assert_true(length > 0);
+    target[length] = 0;
+    assert_memory_equal(target, init, strlen(init));
+    OK(wn_checkpoint_load(&rig.plan, first, &read));
+  }
+  OK(wn_remove_tree(init));
+  REFUSED(wn_checkpoint_verify(first), WN_E_INPUT, "model-00001-of-00002.safetensors is missing");
+  test_rig_free(&rig);
+}
+
 /* Training everything carries a multi-token-prediction layer through, from init and then from checkpoint to checkpoint. */
 static void carries_mtp_through(void **state) {
   test_rig rig;
@@ -426,7 +457,7 @@ int main(void) {
       TEMP_TEST(round_trip_f32),           TEMP_TEST(round_trip_bf16),
       TEMP_TEST(round_trip_frozen_random), TEMP_TEST(dtypes_and_names),
       TEMP_TEST(links_a_single_file),      TEMP_TEST(links_shards_and_mtp),
-      TEMP_TEST(copies_out_of_mixed_shards), TEMP_TEST(links_what_it_can),
+      TEMP_TEST(copies_out_of_mixed_shards), TEMP_TEST(links_what_it_can), TEMP_TEST(links_across_file_systems),
       TEMP_TEST(carries_mtp_through),
       TEMP_TEST(copies_companions),        TEMP_TEST(refuses_an_exchanged_base),
       TEMP_TEST(retention),                TEMP_TEST(retention_behind_a_later_step),
