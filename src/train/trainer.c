@@ -37,9 +37,9 @@ static double peak_memory_gib(void) {
   return (double)usage.ru_maxrss / (1 << 20);
 }
 
-/* FLOP/s of a 1024^3 single-precision product on this rank's threads: what mfu_pct is a share of on a CPU. */
+/* FLOP/s of a 512^3 single-precision product on this rank's threads: what mfu_pct is a share of on a CPU. */
 static wn_status measure_peak(trainer *t) {
-  enum { N = 1024, REPEATS = 3 };
+  enum { N = 512, REPEATS = 6 };
   wn_device *device = t->run->device;
   size_t mark = wn_arena_mark(device->scratch);
   wn_tensor a, b, c;
