@@ -196,12 +196,12 @@ static bool changes_files(uint64_t call, uint64_t second, uint64_t third) {
   }
 }
 
-void wn_winnow_killed_at(int64_t nth, bool *killed, const char *format, ...) {
+bool wn_winnow_killed_at(int64_t nth, int64_t *made, const char *format, ...) {
   FORMAT_ARGUMENTS(text, format);
   wn_running running = start(1, winnow_path(), text, true);
   int64_t seen = 0;
   int ended = 0, deliver = 0;
-  *killed = false;
+  bool killed = false;
   assert_int_equal(waitpid(running.pid, &ended, 0), running.pid);
   if (WIFEXITED(ended)) skip();
   ptrace(PTRACE_SETOPTIONS, running.pid, NULL, (void *)(uintptr_t)(PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL));
@@ -214,14 +214,16 @@ void wn_winnow_killed_at(int64_t nth, bool *killed, const char *format, ...) {
     if (!at_call || ptrace(PTRACE_GET_SYSCALL_INFO, running.pid, sizeof info, &info) <= 0) continue;
     if (info.op != PTRACE_SYSCALL_INFO_ENTRY || !changes_files(info.entry.nr, info.entry.args[1], info.entry.args[2])) continue;
     if (seen++ < nth) continue;
-    *killed = true;
+    killed = true;
     kill(running.pid, SIGKILL);
     waitpid(running.pid, &ended, 0);
     break;
   }
   wn_program p;
   finish(running, ended, 0, &p);
-  if (p.code != (*killed ? -SIGKILL : 0)) fail_msg("winnow %s\nended with %d: %s", text, p.code, p.err);
+  if (p.code != (killed ? -SIGKILL : 0)) fail_msg("winnow %s\nended with %d: %s", text, p.code, p.err);
+  if (made) *made = killed ? seen - 1 : seen;
+  return killed;
 }
 
 /* ---- waiting and watching ---- */

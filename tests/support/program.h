@@ -39,9 +39,9 @@ void wn_winnow_ends(int code, int32_t ranks, const char *format, ...) WN_PRINTF(
 void wn_winnow_refuses(int code, const char *part, const char *format, ...) WN_PRINTF(3, 4);
 
 /* Runs it (one rank) and kills it, as by kill -9, where its main thread is about to make its change number `nth` (from 0) of the file
- * system: create, write at a place, sync, link, rename, remove. *killed false: it came to its end before. Skips the test where the
- * system forbids tracing. */
-void wn_winnow_killed_at(int64_t nth, bool *killed, const char *format, ...) WN_PRINTF(3, 4);
+ * system: create, write, sync, link, rename, remove. *made (may be NULL): how many it had
+ * made. False: it came to its end before (with code 0, else the test fails). Skips the test where the system forbids tracing. */
+bool wn_winnow_killed_at(int64_t nth, int64_t *made, const char *format, ...) WN_PRINTF(3, 4);
 
 /* Waits until a path exists, or the text file `path` has `lines` whole lines; fails the test when the program ends before, or after a minute. */
 void wn_wait_for_path(const wn_running *running, const char *path);
