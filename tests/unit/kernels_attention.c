@@ -325,6 +325,39 @@ static void masked_and_sparse_agree(void **state) {
   free_bench(&b);
 }
 
+/* A block of rows that sees two far documents: the keys between them, and outside, are nobody's and hold NaN. */
+static void strangers_are_not_read(void **state) {
+  (void)state;
+  enum { N = 40, M = 620, H = 2, DQ = 8, DV = 5 };
+  bench b = make_bench(false, 2);
+  wn_device *d = b.device;
+  int32_t first[N], last[N], position[N];
+  for (int32_t i = 0; i < N; i++) {
+    first[i] = i % 2 ? 520 : 70;
+    last[i] = i % 2 ? 560 : 110;
+    position[i] = last[i];
+  }
+  wn_rows rows = {.n_rows = N, .n_keys = M, .first_key = first, .last_key = last, .position = position};
+  wn_tensor q = plain_input(d, WN_ACT, 1, 1, 3, N, H, DQ), k = plain_input(d, WN_ACT, 2, 1, 3, M, H, DQ),
+            v = plain_input(d, WN_ACT, 3, 1, 3, M, H, DV), d_o = plain_input(d, WN_ACT, 4, 1, 3, N, H, DV);
+  plain_attention want = plain_attend(d->weights, &q, &k, &v, &d_o, plain_seen(d->weights, &rows, NULL), 0.4);
+  for (int64_t key = 0; key < M; key++) {
+    if (key >= 70 && key <= 560 && !(key >= 128 && key < 512)) continue;
+    for (int64_t i = 0; i < H * DQ; i++) wn_test_set(&k, key * H * DQ + i, NAN);
+    for (int64_t i = 0; i < H * DV; i++) wn_test_set(&v, key * H * DV + i, NAN);
+  }
+  wn_tensor o = output(&b, WN_ACT, 3, N, H, DV), lse = output(&b, WN_STAT, 2, N, H, 0), delta = output(&b, WN_STAT, 2, N, H, 0);
+  wn_tensor dq = output(&b, WN_ACT, 3, N, H, DQ), dk = plain_input(d, WN_ACT, 7, 0, 3, M, H, DQ), dv = plain_input(d, WN_ACT, 8, 0, 3, M, H, DV);
+  wn_attention_params params = {.scale = 0.4};
+  OK(d->ops->attention_dense(d, &o, &lse, &delta, &d_o, &q, &k, &v, &rows, &params));
+  OK(d->ops->attention_dense_backward(d, &dq, &dk, &dv, &d_o, &q, &k, &v, &lse, &delta, &rows, &params));
+  wn_test_close("o", &o, &want.o, 1e-5, 1e-5);
+  wn_test_close("dq", &dq, &want.dq, 1e-4, 1e-5);
+  wn_test_close("dk", &dk, &want.dk, 1e-4, 1e-5);
+  wn_test_close("dv", &dv, &want.dv, 1e-4, 1e-5);
+  free_bench(&b);
+}
+
 /* ---- repeats and threads ---- */
 
 enum { R_N = 200, R_M = 330, R_H = 3, R_DQ = 20, R_DV = 12, R_K = 24, R_OUTPUTS = 12 };
@@ -427,6 +460,7 @@ int main(void) {
       cmocka_unit_test(masked_matches_plain),
       cmocka_unit_test(a_full_selection_is_dense),
       cmocka_unit_test(masked_and_sparse_agree),
+      cmocka_unit_test(strangers_are_not_read),
       cmocka_unit_test(repeats_and_threads_agree_bit_for_bit),
       cmocka_unit_test(scratch_grows_linearly),
   };
