@@ -1,5 +1,6 @@
-/* One task per head, which walks the query blocks in order: dk and dv are summed in that order whatever the number of
- * threads. P is made again from the saved log-sum-exp. Tiles are transposed as in attend_forward.c. */
+/* One task per head, which walks the query blocks in order: dk and dv are summed in that order whatever the
+ * number of threads. P is made again from the saved log-sum-exp. Tiles are transposed as in attend_forward.c.
+ */
 #include <math.h>
 #include <omp.h>
 #include <string.h>
@@ -8,11 +9,11 @@
 
 typedef struct workspace {
   wn_key_walk walk;
-  wn_real *q_t, *do_t;           /* [dq][lanes], [dv][lanes] */
-  wn_real *p, *dp;               /* [keys][lanes] */
-  wn_real *dq;                   /* [lanes][dq] */
-  wn_real *k, *v, *dk, *dv;      /* a tile's gathered keys, values and their gradients, with a selection */
-  wn_real *lse, *delta;          /* [lanes] */
+  wn_real *q_t, *do_t;      /* [dq][lanes], [dv][lanes] */
+  wn_real *p, *dp;          /* [keys][lanes] */
+  wn_real *dq;              /* [lanes][dq] */
+  wn_real *k, *v, *dk, *dv; /* a tile's gathered keys, values and their gradients, with a selection */
+  wn_real *lse, *delta;     /* [lanes] */
 } workspace;
 
 typedef struct gradients {
@@ -37,8 +38,8 @@ static void lay_out(workspace *w, wn_carver *carver, const wn_attend *a) {
   w->delta = wn_take_reals(carver, WN_Q_BLOCK);
 }
 
-static void tile_probabilities(wn_real *restrict s, const wn_real *restrict mask, int32_t n_keys, int32_t lanes,
-                               const wn_real *restrict lse) {
+static void tile_probabilities(wn_real *restrict s, const wn_real *restrict mask, int32_t n_keys,
+                               int32_t lanes, const wn_real *restrict lse) {
   for (int32_t j = 0; j < n_keys; j++) {
     wn_real *restrict row = s + j * lanes;
 #pragma omp simd
@@ -51,8 +52,8 @@ static void tile_probabilities(wn_real *restrict s, const wn_real *restrict mask
 }
 
 /* dp becomes the gradient of the unscaled products; a masked pair's stays exactly 0 */
-static void tile_logit_gradients(wn_real *restrict dp, const wn_real *restrict p, int32_t n_keys, int32_t lanes,
-                                 const wn_real *restrict delta, wn_real scale) {
+static void tile_logit_gradients(wn_real *restrict dp, const wn_real *restrict p, int32_t n_keys,
+                                 int32_t lanes, const wn_real *restrict delta, wn_real scale) {
   for (int32_t j = 0; j < n_keys; j++) {
     wn_real *restrict d = dp + j * lanes;
     const wn_real *restrict weight = p + j * lanes;
@@ -84,18 +85,23 @@ static void keep_probabilities(const workspace *w, const wn_attend *a, int64_t h
 
 static void tile_gradients(workspace *w, const wn_attend *a, int64_t h, const gradients *g) {
   const wn_key_walk *walk = &w->walk;
-  int64_t dq = a->q->dim[2], dv = a->v->dim[2], lanes = walk->lanes, n_rows = walk->n_rows, n_keys = walk->n_keys;
+  int64_t dq = a->q->dim[2], dv = a->v->dim[2], lanes = walk->lanes, n_rows = walk->n_rows,
+          n_keys = walk->n_keys;
   bool gathered = walk->keys != NULL;
   if (gathered) WN_CPU(gather_keys)(w->v, a->v, h, walk);
   const wn_real *v = gathered ? w->v : wn_head_row(a->v, walk->key0, h);
   const wn_real *k = gathered ? w->k : wn_head_row(a->k, walk->key0, h);
-  wn_product(false, false, n_keys, lanes, dv, 1, v, gathered ? dv : a->v->stride[0], w->do_t, lanes, 0, w->dp, lanes);
+  wn_product(false, false, n_keys, lanes, dv, 1, v, gathered ? dv : a->v->stride[0], w->do_t, lanes, 0, w->dp,
+             lanes);
   tile_logit_gradients(w->dp, w->p, walk->n_keys, walk->lanes, w->delta, a->scale);
-  wn_product(false, false, n_keys, dv, n_rows, 1, w->p, lanes, wn_head_row(g->d_o, walk->row0, h), g->d_o->stride[0],
-             gathered ? 0 : 1, gathered ? w->dv : wn_head_row(g->dv, walk->key0, h), gathered ? dv : g->dv->stride[0]);
-  wn_product(false, false, n_keys, dq, n_rows, 1, w->dp, lanes, wn_head_row(a->q, walk->row0, h), a->q->stride[0],
-             gathered ? 0 : 1, gathered ? w->dk : wn_head_row(g->dk, walk->key0, h), gathered ? dq : g->dk->stride[0]);
-  wn_product(true, false, n_rows, dq, n_keys, 1, w->dp, lanes, k, gathered ? dq : a->k->stride[0], 1, w->dq, dq);
+  wn_product(false, false, n_keys, dv, n_rows, 1, w->p, lanes, wn_head_row(g->d_o, walk->row0, h),
+             g->d_o->stride[0], gathered ? 0 : 1, gathered ? w->dv : wn_head_row(g->dv, walk->key0, h),
+             gathered ? dv : g->dv->stride[0]);
+  wn_product(false, false, n_keys, dq, n_rows, 1, w->dp, lanes, wn_head_row(a->q, walk->row0, h),
+             a->q->stride[0], gathered ? 0 : 1, gathered ? w->dk : wn_head_row(g->dk, walk->key0, h),
+             gathered ? dq : g->dk->stride[0]);
+  wn_product(true, false, n_rows, dq, n_keys, 1, w->dp, lanes, k, gathered ? dq : a->k->stride[0], 1, w->dq,
+             dq);
   if (!gathered) return;
   scatter_add(g->dv, h, walk, w->dv);
   scatter_add(g->dk, h, walk, w->dk);
@@ -118,8 +124,8 @@ static void block_gradients(workspace *w, const wn_attend *a, int64_t h, int64_t
   while (wn_walk_next(walk)) {
     if (walk->keys) WN_CPU(gather_keys)(w->k, a->k, h, walk);
     const wn_real *k = walk->keys ? w->k : wn_head_row(a->k, walk->key0, h);
-    wn_product(false, false, walk->n_keys, lanes, dq, a->scale, k, walk->keys ? dq : a->k->stride[0], w->q_t, lanes, 0,
-               w->p, lanes);
+    wn_product(false, false, walk->n_keys, lanes, dq, a->scale, k, walk->keys ? dq : a->k->stride[0], w->q_t,
+               lanes, 0, w->p, lanes);
     tile_probabilities(w->p, walk->partial ? walk->mask : NULL, walk->n_keys, walk->lanes, w->lse);
     if (g->p_of_head) keep_probabilities(w, a, h, g);
     if (g->dq) tile_gradients(w, a, h, g);
@@ -149,14 +155,18 @@ wn_status WN_CPU(attend_backward)(wn_device *device, const wn_attend *attend, wn
   int64_t n = attend->rows->n_rows, n_heads = attend->q->dim[1];
   gradients g = {.dq = dq, .dk = dk, .dv = dv, .d_o = d_o, .lse = lse, .delta = delta};
   size_t mark = wn_arena_mark(device->scratch);
+  wn_status status = NULL;
   wn_carver count = {0};
   workspace counted;
   lay_out(&counted, &count, attend);
   void *memory, *p_of_head = NULL;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "attention tiles", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(
+      status, done,
+      wn_arena_alloc(device->scratch, &memory, "attention tiles", count.used * (size_t)device->threads));
   if (p)
-    WN_TRY(wn_arena_alloc(device->scratch, &p_of_head, "attention probabilities",
-                          (size_t)(n_heads * n * p->dim[1]) * sizeof(wn_real)));
+    WN_TRY_GOTO(status, done,
+                wn_arena_alloc(device->scratch, &p_of_head, "attention probabilities",
+                               (size_t)(n_heads * n * p->dim[1]) * sizeof(wn_real)));
   g.p_of_head = p_of_head;
 #pragma omp parallel num_threads(device->threads)
   {
@@ -169,6 +179,7 @@ wn_status WN_CPU(attend_backward)(wn_device *device, const wn_attend *attend, wn
         block_gradients(&w, attend, h, row0, (int32_t)wn_cpu_min(WN_Q_BLOCK, n - row0), &g);
   }
   if (p) average_heads(device, p, g.p_of_head, attend);
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }

@@ -1,6 +1,6 @@
-/* Absorbed attention over a selection: one row's picks are gathered once and serve all heads, so that a row is a handful
- * of products with the heads as their rows. Keys that were not picked are never read. dkv is summed by groups of rows
- * (tile.h, partials): any key may be picked by any row. */
+/* Absorbed attention over a selection: one row's picks are gathered once and serve all heads, so that a row
+ * is a handful of products with the heads as their rows. Keys that were not picked are never read. dkv is
+ * summed by groups of rows (tile.h, partials): any key may be picked by any row. */
 #include <math.h>
 #include <omp.h>
 #include <string.h>
@@ -118,7 +118,8 @@ static void backward_row(workspace *w, const inputs *in, int64_t i, wn_real *dkv
   row_probabilities(w, in, i, n);
   if (!in->dq) return;
   if (n == 0) {
-    for (int64_t h = 0; h < n_heads; h++) memset(wn_head_row(in->dq, i, h), 0, (size_t)width * sizeof(wn_real));
+    for (int64_t h = 0; h < n_heads; h++)
+      memset(wn_head_row(in->dq, i, h), 0, (size_t)width * sizeof(wn_real));
     return;
   }
   copy_heads(w->d_o, in->d_o, i);
@@ -143,15 +144,21 @@ static void backward_row(workspace *w, const inputs *in, int64_t i, wn_real *dkv
   }
 }
 
-static inputs checked(const wn_tensor *q, const wn_tensor *kv, const wn_tensor *selection, const wn_rows *rows,
-                      const wn_attention_params *params) {
+static inputs checked(const wn_tensor *q, const wn_tensor *kv, const wn_tensor *selection,
+                      const wn_rows *rows, const wn_attention_params *params) {
   WN_EXPECT(q, WN_REAL_DTYPE, 3, rows->n_rows, q->dim[1], q->dim[2]);
   WN_EXPECT(kv, WN_REAL_DTYPE, 2, rows->n_keys, q->dim[2]);
   WN_EXPECT(selection, WN_I32, 2, rows->n_rows, selection->dim[1]);
   WN_ASSERT(params->v_width >= 1 && params->v_width <= q->dim[2], "v_width %d of %lld", params->v_width,
             (long long)q->dim[2]);
-  return (inputs){.q = q, .kv = kv, .selection = selection, .rows = rows, .n_heads = q->dim[1], .width = q->dim[2],
-                  .v_width = params->v_width, .pitch = wn_pad_lanes(selection->dim[1]),
+  return (inputs){.q = q,
+                  .kv = kv,
+                  .selection = selection,
+                  .rows = rows,
+                  .n_heads = q->dim[1],
+                  .width = q->dim[2],
+                  .v_width = params->v_width,
+                  .pitch = wn_pad_lanes(selection->dim[1]),
                   .scale = (wn_real)params->scale};
 }
 
@@ -173,11 +180,14 @@ wn_status WN_CPU(attention_sparse)(wn_device *device, wn_tensor *o, wn_tensor *l
   in.delta_out = delta;
   in.d_o = d_o;
   size_t mark = wn_arena_mark(device->scratch);
+  wn_status status = NULL;
   wn_carver count = {0};
   workspace counted;
   lay_out(&counted, &count, &in);
   void *memory;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "sparse attention rows", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "sparse attention rows",
+                             count.used * (size_t)device->threads));
 #pragma omp parallel num_threads(device->threads)
   {
     workspace w;
@@ -186,14 +196,16 @@ wn_status WN_CPU(attention_sparse)(wn_device *device, wn_tensor *o, wn_tensor *l
 #pragma omp for schedule(dynamic, ROWS)
     for (int64_t i = 0; i < n; i++) forward_row(&w, &in, i);
   }
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }
 
 wn_status WN_CPU(attention_sparse_backward)(wn_device *device, wn_tensor *dq, wn_tensor *dkv, wn_tensor *p,
                                             const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *kv,
-                                            const wn_tensor *selection, const wn_tensor *lse, const wn_tensor *delta,
-                                            const wn_rows *rows, const wn_attention_params *params) {
+                                            const wn_tensor *selection, const wn_tensor *lse,
+                                            const wn_tensor *delta, const wn_rows *rows,
+                                            const wn_attention_params *params) {
   inputs in = checked(q, kv, selection, rows, params);
   int64_t n = rows->n_rows;
   WN_EXPECT(lse, WN_REAL_DTYPE, 2, n, in.n_heads);
@@ -212,13 +224,16 @@ wn_status WN_CPU(attention_sparse_backward)(wn_device *device, wn_tensor *dq, wn
   in.p_mean = p;
   int64_t n_groups = wn_cpu_min(wn_cpu_blocks(n, GROUP_ROWS), MAX_GROUPS);
   size_t mark = wn_arena_mark(device->scratch);
+  wn_status status = NULL;
   wn_carver count = {0};
   workspace counted;
   lay_out(&counted, &count, &in);
   void *memory;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "sparse attention rows", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "sparse attention rows",
+                             count.used * (size_t)device->threads));
   wn_partials partials = {0};
-  if (dq) WN_TRY(wn_partials_create(device, &partials, n_groups, rows->n_keys, in.width));
+  if (dq) WN_TRY_GOTO(status, done, wn_partials_create(device, &partials, n_groups, rows->n_keys, in.width));
 #pragma omp parallel num_threads(device->threads)
   {
     workspace w;
@@ -227,10 +242,12 @@ wn_status WN_CPU(attention_sparse_backward)(wn_device *device, wn_tensor *dq, wn
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < n_groups; group++) {
       wn_real *share = dq ? wn_partials_begin(&partials, group) : NULL;
-      for (int64_t i = n * group / n_groups; i < n * (group + 1) / n_groups; i++) backward_row(&w, &in, i, share);
+      for (int64_t i = n * group / n_groups; i < n * (group + 1) / n_groups; i++)
+        backward_row(&w, &in, i, share);
     }
   }
   if (dq) wn_partials_add(device, &partials, dkv);
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }

@@ -12,7 +12,8 @@ typedef struct wn_target {
   wn_real scale;
 } wn_target;
 
-/* Memory of one thread: p and one head's logits, [WN_TARGET_ROWS][pitch], and the rows' queries of one head. */
+/* Memory of one thread: p and one head's logits, [WN_TARGET_ROWS][pitch], and the rows' queries of one head.
+ */
 typedef struct wn_target_work {
   wn_real *p, *logit, *q;
   int64_t pitch;
@@ -21,8 +22,8 @@ typedef struct wn_target_work {
 #define wn_target_take WN_CPU(target_take)
 #define wn_target_rows WN_CPU(target_rows)
 void wn_target_take(wn_target_work *work, wn_carver *carver, const wn_target *target);
-/* work->p[r * pitch + key - first_key] for the n_rows (at most WN_TARGET_ROWS) rows numbered in `row`; an empty row's is
- * left alone. */
+/* work->p[r * pitch + key - first_key] for the n_rows (at most WN_TARGET_ROWS) rows numbered in `row`; an
+ * empty row's is left alone. */
 void wn_target_rows(wn_target_work *work, const wn_target *target, const int32_t *row, int32_t n_rows);
 
 #endif

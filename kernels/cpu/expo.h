@@ -1,5 +1,5 @@
-/* exp and log, written so that a loop over them becomes vector code without a call: the library's vector exp falls back
- * to one scalar call per lane as soon as a lane underflows, and masked logits do. */
+/* exp and log, written so that a loop over them becomes vector code without a call: the library's vector exp
+ * falls back to one scalar call per lane as soon as a lane underflows, and masked logits do. */
 #ifndef WN_KERNELS_CPU_EXPO_H
 #define WN_KERNELS_CPU_EXPO_H
 
@@ -43,7 +43,9 @@ static inline float wn_exp(float x) {
 
 /* log for arguments at or above 0; 0 and what is under the normal numbers give the smallest one's. */
 #ifdef WN_REAL64
-static inline double wn_log(double x) { return log(x < 0x1p-1022 ? 0x1p-1022 : x); }
+static inline double wn_log(double x) {
+  return log(x < 0x1p-1022 ? 0x1p-1022 : x);
+}
 #else
 /* Relative error under 2e-7. x = 2^n m with m in sqrt(1/2) .. sqrt(2), and Cephes' polynomial for log(m). */
 static inline float wn_log(float x) {

@@ -1,5 +1,5 @@
-/* Stage 2's loss on the selected set, row by row: p is given, the picks' keys are gathered once a row, and dk is summed
- * by groups of rows (tile.h, partials). */
+/* Stage 2's loss on the selected set, row by row: p is given, the picks' keys are gathered once a row, and dk
+ * is summed by groups of rows (tile.h, partials). */
 #include <math.h>
 #include <omp.h>
 #include <string.h>
@@ -18,10 +18,10 @@ typedef struct inputs {
 } inputs;
 
 typedef struct workspace {
-  wn_real *q;              /* [HI][dI]; then dq */
-  wn_real *keys, *d_keys;  /* [k][dI] */
-  wn_real *z;              /* [HI][pitch]; then the gradients of q.k */
-  wn_real *index, *gain;   /* [pitch]: I and softmax(I) - p */
+  wn_real *q;             /* [HI][dI]; then dq */
+  wn_real *keys, *d_keys; /* [k][dI] */
+  wn_real *z;             /* [HI][pitch]; then the gradients of q.k */
+  wn_real *index, *gain;  /* [pitch]: I and softmax(I) - p */
 } workspace;
 
 static void lay_out(workspace *w, wn_carver *carver, const inputs *in) {
@@ -47,8 +47,8 @@ static int32_t row_scores(workspace *w, const inputs *in, int64_t i) {
   if (n < 2) return n;
   for (int64_t h = 0; h < in->n_heads; h++)
     memcpy(w->q + h * in->width, wn_head_row(in->q, i, h), (size_t)in->width * sizeof(wn_real));
-  wn_product(false, true, in->n_heads, n, in->width, (wn_real)in->params->scale, w->q, in->width, w->keys, in->width,
-             0, w->z, in->pitch);
+  wn_product(false, true, in->n_heads, n, in->width, (wn_real)in->params->scale, w->q, in->width, w->keys,
+             in->width, 0, w->z, in->pitch);
   memset(w->index, 0, (size_t)in->pitch * sizeof(wn_real));
   for (int64_t h = 0; h < in->n_heads; h++) {
     const wn_real *restrict z = w->z + h * in->pitch;
@@ -139,23 +139,35 @@ static void check(const inputs *in, const wn_tensor *dk) {
   WN_EXPECT(in->dw, WN_REAL_DTYPE, 2, n, in->n_heads);
 }
 
-wn_status WN_CPU(indexer_kl_sparse)(wn_device *device, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,
-                                    const wn_tensor *q, const wn_tensor *k, const wn_tensor *w,
+wn_status WN_CPU(indexer_kl_sparse)(wn_device *device, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk,
+                                    wn_tensor *dw, const wn_tensor *q, const wn_tensor *k, const wn_tensor *w,
                                     const wn_tensor *selection, const wn_tensor *p, const wn_rows *rows,
                                     const wn_indexer_params *params) {
-  inputs in = {.q = q, .k = k, .w = w, .selection = selection, .p = p, .rows = rows, .params = params, .kl = kl,
-               .dq = dq, .dw = dw, .n_heads = q->dim[1], .width = q->dim[2],
+  inputs in = {.q = q,
+               .k = k,
+               .w = w,
+               .selection = selection,
+               .p = p,
+               .rows = rows,
+               .params = params,
+               .kl = kl,
+               .dq = dq,
+               .dw = dw,
+               .n_heads = q->dim[1],
+               .width = q->dim[2],
                .pitch = wn_pad_lanes(selection->dim[1])};
   check(&in, dk);
   int64_t n = rows->n_rows, n_groups = wn_cpu_min(wn_cpu_blocks(n, GROUP_ROWS), MAX_GROUPS);
   size_t mark = wn_arena_mark(device->scratch);
+  wn_status status = NULL;
   wn_carver count = {0};
   workspace counted;
   lay_out(&counted, &count, &in);
   void *memory;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "indexer rows", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "indexer rows", count.used * (size_t)device->threads));
   wn_partials partials = {0};
-  if (dq) WN_TRY(wn_partials_create(device, &partials, n_groups, rows->n_keys, in.width));
+  if (dq) WN_TRY_GOTO(status, done, wn_partials_create(device, &partials, n_groups, rows->n_keys, in.width));
 #pragma omp parallel num_threads(device->threads)
   {
     workspace work;
@@ -164,10 +176,12 @@ wn_status WN_CPU(indexer_kl_sparse)(wn_device *device, wn_tensor *kl, wn_tensor 
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < n_groups; group++) {
       wn_real *share = dq ? wn_partials_begin(&partials, group) : NULL;
-      for (int64_t i = n * group / n_groups; i < n * (group + 1) / n_groups; i++) row_kl(&work, &in, i, share);
+      for (int64_t i = n * group / n_groups; i < n * (group + 1) / n_groups; i++)
+        row_kl(&work, &in, i, share);
     }
   }
   if (dq) wn_partials_add(device, &partials, dk);
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }

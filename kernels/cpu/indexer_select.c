@@ -12,12 +12,14 @@ wn_status WN_CPU(indexer_scores)(wn_device *device, wn_tensor *scores, const wn_
   WN_CPU(expect_indexer)(q, k, w, rows);
   WN_EXPECT(scores, WN_REAL_DTYPE, 2, rows->n_rows, rows->n_keys);
   size_t mark = wn_arena_mark(device->scratch);
+  wn_status status = NULL;
   wn_index_keys keys;
-  WN_TRY(wn_index_keys_pack(device, &keys, k, rows));
+  WN_TRY_GOTO(status, done, wn_index_keys_pack(device, &keys, k, rows));
   int64_t width = (int64_t)keys.n_panels * WN_PANEL;
   void *memory;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "indexer scores",
-                        (size_t)(device->threads * width) * sizeof(wn_real)));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "indexer scores",
+                             (size_t)(device->threads * width) * sizeof(wn_real)));
 #pragma omp parallel for num_threads(device->threads) schedule(dynamic, ROWS)
   for (int32_t i = 0; i < rows->n_rows; i++) {
     wn_real *score = (wn_real *)memory + omp_get_thread_num() * width, *out = wn_row(scores, i);
@@ -27,24 +29,29 @@ wn_status WN_CPU(indexer_scores)(wn_device *device, wn_tensor *scores, const wn_
     for (int32_t s = 0; s < rows->n_keys; s++)
       out[s] = s >= first && s <= last ? score[s - keys.first] : -(wn_real)INFINITY;
   }
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }
 
-wn_status WN_CPU(indexer_select)(wn_device *device, wn_tensor *selection, const wn_tensor *q, const wn_tensor *k,
-                                 const wn_tensor *w, const wn_rows *rows, const wn_indexer_params *params) {
+wn_status WN_CPU(indexer_select)(wn_device *device, wn_tensor *selection, const wn_tensor *q,
+                                 const wn_tensor *k, const wn_tensor *w, const wn_rows *rows,
+                                 const wn_indexer_params *params) {
   WN_CPU(expect_indexer)(q, k, w, rows);
   int64_t n_picks = selection->dim[1];
   WN_EXPECT(selection, WN_I32, 2, rows->n_rows, n_picks);
   size_t mark = wn_arena_mark(device->scratch);
+  wn_status status = NULL;
   wn_index_keys keys;
-  WN_TRY(wn_index_keys_pack(device, &keys, k, rows));
+  WN_TRY_GOTO(status, done, wn_index_keys_pack(device, &keys, k, rows));
   int64_t width = (int64_t)keys.n_panels * WN_PANEL;
   void *score_memory, *key_memory;
-  WN_TRY(wn_arena_alloc(device->scratch, &score_memory, "indexer scores",
-                        (size_t)(device->threads * width) * sizeof(wn_real)));
-  WN_TRY(wn_arena_alloc(device->scratch, &key_memory, "indexer score keys",
-                        (size_t)(device->threads * width) * sizeof(wn_score_key)));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &score_memory, "indexer scores",
+                             (size_t)(device->threads * width) * sizeof(wn_real)));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &key_memory, "indexer score keys",
+                             (size_t)(device->threads * width) * sizeof(wn_score_key)));
   int32_t n = rows->n_rows;
 #pragma omp parallel for num_threads(device->threads) schedule(dynamic, ROWS)
   for (int32_t at = 0; at < n; at++) {
@@ -56,8 +63,10 @@ wn_status WN_CPU(indexer_select)(wn_device *device, wn_tensor *selection, const 
       wn_index_row row = wn_index_row_of(q, w, i, params);
       wn_index_score(score, NULL, 0, &row, &keys, keys.first, first, first + visible);
     }
-    wn_top_k(wn_row_i32(selection, i), n_picks, score + (visible ? first - keys.first : 0), key, visible, first);
+    wn_top_k(wn_row_i32(selection, i), n_picks, score + (visible ? first - keys.first : 0), key, visible,
+             first);
   }
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }

@@ -9,18 +9,20 @@
 
 enum { SINK_KEYS = 4 };
 
-wn_status WN_CPU(select_best)(wn_device *device, wn_tensor *selection, const wn_tensor *qa, const wn_tensor *ka,
-                              const wn_rows *rows, const wn_attention_params *params) {
+wn_status WN_CPU(select_best)(wn_device *device, wn_tensor *selection, const wn_tensor *qa,
+                              const wn_tensor *ka, const wn_rows *rows, const wn_attention_params *params) {
   wn_target target = {.qa = qa, .ka = ka, .rows = rows, .scale = (wn_real)params->scale};
   int32_t n = rows->n_rows;
   WN_EXPECT(selection, WN_I32, 2, n, selection->dim[1]);
   size_t mark = wn_arena_mark(device->scratch);
+  wn_status status = NULL;
   wn_carver count = {0};
   wn_target_work counted;
   wn_target_take(&counted, &count, &target);
   (void)WN_CPU(take)(&count, (size_t)counted.pitch * sizeof(wn_score_key));
   void *memory;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "dense rows", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "dense rows", count.used * (size_t)device->threads));
 #pragma omp parallel num_threads(device->threads)
   {
     wn_target_work work;
@@ -34,15 +36,18 @@ wn_status WN_CPU(select_best)(wn_device *device, wn_tensor *selection, const wn_
       wn_target_rows(&work, &target, row, n_rows);
       for (int32_t r = 0; r < n_rows; r++) {
         int32_t first = rows->first_key[row[r]], visible = wn_max_i32(rows->last_key[row[r]] - first + 1, 0);
-        wn_top_k(wn_row_i32(selection, row[r]), selection->dim[1], work.p + r * work.pitch, key, visible, first);
+        wn_top_k(wn_row_i32(selection, row[r]), selection->dim[1], work.p + r * work.pitch, key, visible,
+                 first);
       }
     }
   }
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }
 
-/* k distinct of `visible` keys, marked one byte each: the first k places of a permutation of the row's own. */
+/* k distinct of `visible` keys, marked one byte each: the first k places of a permutation of the row's own.
+ */
 static void draw_picks(uint8_t *picked, int32_t visible, int64_t k, int32_t position,
                        const wn_pattern_params *params) {
   uint64_t row = (uint64_t)(uint32_t)params->layer << 32 | (uint32_t)position;
@@ -52,8 +57,8 @@ static void draw_picks(uint8_t *picked, int32_t visible, int64_t k, int32_t posi
     picked[wn_rng_permute(seed, WN_RNG_SELECT, (uint64_t)visible, (uint64_t)j)] = 1;
 }
 
-static void pattern_row(int32_t *pick, int64_t k, int32_t first, int32_t visible, int32_t position, uint8_t *picked,
-                        const wn_pattern_params *params) {
+static void pattern_row(int32_t *pick, int64_t k, int32_t first, int32_t visible, int32_t position,
+                        uint8_t *picked, const wn_pattern_params *params) {
   int64_t n = 0, sink = 0;
   if (visible > k && params->pattern == WN_PATTERN_RANDOM) {
     draw_picks(picked, visible, k, position, params);
@@ -74,15 +79,18 @@ wn_status WN_CPU(select_pattern)(wn_device *device, wn_tensor *selection, const 
   WN_EXPECT(selection, WN_I32, 2, rows->n_rows, k);
   WN_ASSERT((unsigned)params->pattern <= WN_PATTERN_RANDOM, "pattern %d", (int)params->pattern);
   size_t mark = wn_arena_mark(device->scratch);
+  wn_status status = NULL;
   int64_t n_keys = rows->n_keys;
   void *memory;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "random picks", (size_t)(device->threads * n_keys)));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "random picks", (size_t)(device->threads * n_keys)));
 #pragma omp parallel for num_threads(device->threads) schedule(static)
   for (int32_t i = 0; i < rows->n_rows; i++) {
     uint8_t *picked = (uint8_t *)memory + omp_get_thread_num() * n_keys;
     int32_t first = rows->first_key[i], visible = wn_max_i32(rows->last_key[i] - first + 1, 0);
     pattern_row(wn_row_i32(selection, i), k, first, visible, rows->position[i], picked, params);
   }
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }

@@ -86,8 +86,8 @@ static void distribution_columns(double *column, const wn_real *p, const wn_real
 }
 
 /* Columns about the picks; the row sees more than k keys, so there are exactly k. */
-static void pick_columns(double *column, workspace *w, const inputs *in, const wn_real *p, const int32_t *pick,
-                         int32_t first, int32_t visible) {
+static void pick_columns(double *column, workspace *w, const inputs *in, const wn_real *p,
+                         const int32_t *pick, int32_t first, int32_t visible) {
   int64_t k = in->k, sink = wn_cpu_min(SINK_KEYS, k);
   wn_top_k(w->best, k, p, w->key, visible, first);
   int32_t top1 = 0;
@@ -136,14 +136,21 @@ static void sampled_row(workspace *w, const inputs *in, int64_t s, int32_t i, co
   for (int32_t c = 0; c < WN_N_STATS; c++) out[c] = (wn_real)column[c];
 }
 
-wn_status WN_CPU(selection_stats)(wn_device *device, wn_tensor *stats, wn_tensor *picks, const wn_tensor *sample,
-                                  const wn_tensor *picks_prev, const wn_tensor *q, const wn_tensor *k,
-                                  const wn_tensor *w, const wn_tensor *qa, const wn_tensor *ka, const wn_rows *rows,
-                                  const wn_indexer_params *params) {
+wn_status WN_CPU(selection_stats)(wn_device *device, wn_tensor *stats, wn_tensor *picks,
+                                  const wn_tensor *sample, const wn_tensor *picks_prev, const wn_tensor *q,
+                                  const wn_tensor *k, const wn_tensor *w, const wn_tensor *qa,
+                                  const wn_tensor *ka, const wn_rows *rows, const wn_indexer_params *params) {
   int64_t n = sample->dim[0];
-  inputs in = {.sample = sample, .picks_prev = picks_prev, .q = q, .w = w, .rows = rows, .params = params,
+  inputs in = {.sample = sample,
+               .picks_prev = picks_prev,
+               .q = q,
+               .w = w,
+               .rows = rows,
+               .params = params,
                .target = {.qa = qa, .ka = ka, .rows = rows, .scale = (wn_real)params->attention_scale},
-               .stats = stats, .picks = picks, .k = picks->dim[1]};
+               .stats = stats,
+               .picks = picks,
+               .k = picks->dim[1]};
   WN_CPU(expect_indexer)(q, k, w, rows);
   WN_EXPECT(sample, WN_I32, 1, n);
   WN_EXPECT(stats, WN_REAL_DTYPE, 2, n, WN_N_STATS);
@@ -153,12 +160,14 @@ wn_status WN_CPU(selection_stats)(wn_device *device, wn_tensor *stats, wn_tensor
   for (int64_t s = 0; s < n; s++)
     WN_ASSERT(number[s] >= 0 && number[s] < rows->n_rows, "sample %d of %d rows", number[s], rows->n_rows);
   size_t mark = wn_arena_mark(device->scratch);
-  WN_TRY(wn_index_keys_pack(device, &in.keys, k, rows));
+  wn_status status = NULL;
+  WN_TRY_GOTO(status, done, wn_index_keys_pack(device, &in.keys, k, rows));
   wn_carver count = {0};
   workspace counted;
   lay_out(&counted, &count, &in);
   void *memory;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "sampled rows", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "sampled rows", count.used * (size_t)device->threads));
 #pragma omp parallel num_threads(device->threads)
   {
     workspace work;
@@ -172,6 +181,7 @@ wn_status WN_CPU(selection_stats)(wn_device *device, wn_tensor *stats, wn_tensor
         sampled_row(&work, &in, s0 + r, number[s0 + r], work.target.p + r * work.target.pitch);
     }
   }
+done:
   wn_arena_release(device->scratch, mark);
-  return NULL;
+  return status;
 }

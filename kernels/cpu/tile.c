@@ -53,14 +53,15 @@ void wn_walk_begin(wn_key_walk *walk, const wn_rows *rows, int64_t row0, int32_t
   walk->low = INT32_MAX;
   walk->high = -1;
   for (int32_t i = 0; i < walk->lanes; i++) {
-    int32_t first = i < n_rows ? rows->first_key[row0 + i] : 1, last = i < n_rows ? rows->last_key[row0 + i] : 0;
+    int32_t first = i < n_rows ? rows->first_key[row0 + i] : 1,
+            last = i < n_rows ? rows->last_key[row0 + i] : 0;
     if (first > last) {
       walk->first[i] = 1;
       walk->last[i] = 0;
       continue;
     }
-    WN_ASSERT(first >= 0 && last < rows->n_keys, "row %lld sees keys %d .. %d of %d", (long long)(row0 + i), first,
-              last, rows->n_keys);
+    WN_ASSERT(first >= 0 && last < rows->n_keys, "row %lld sees keys %d .. %d of %d", (long long)(row0 + i),
+              first, last, rows->n_keys);
     walk->first[i] = first;
     walk->last[i] = last;
     walk->low = wn_min_i32(walk->low, first);
@@ -112,9 +113,12 @@ static bool next_list(wn_key_walk *walk) {
   return true;
 }
 
-bool wn_walk_next(wn_key_walk *walk) { return walk->selection ? next_list(walk) : next_run(walk); }
+bool wn_walk_next(wn_key_walk *walk) {
+  return walk->selection ? next_list(walk) : next_run(walk);
+}
 
-wn_status wn_partials_create(wn_device *device, wn_partials *out, int64_t n_groups, int64_t n_keys, int64_t width) {
+wn_status wn_partials_create(wn_device *device, wn_partials *out, int64_t n_groups, int64_t n_keys,
+                             int64_t width) {
   void *memory;
   WN_TRY(wn_arena_alloc(device->scratch, &memory, "gradient shares",
                         (size_t)(n_groups * n_keys * width) * sizeof(wn_real)));

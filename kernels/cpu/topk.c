@@ -1,6 +1,6 @@
-/* Bisection on the integer image of the scores: each step counts, in one vector sweep, how many keys reach a value.
- * Nothing depends on how the scores are distributed, there are no buckets to overflow, and a row of equal scores costs
- * no more than another. It stops as soon as a value parts exactly k keys from the rest. */
+/* Bisection on the integer image of the scores: each step counts, in one vector sweep, how many keys reach a
+ * value. Nothing depends on how the scores are distributed, there are no buckets to overflow, and a row of
+ * equal scores costs no more than another. It stops as soon as a value parts exactly k keys from the rest. */
 #include "kernels/cpu/topk.h"
 
 #include <string.h>
@@ -24,7 +24,8 @@ static int32_t count_reaching(const wn_score_key *key, int32_t count, wn_score_k
   return (int32_t)reached;
 }
 
-void wn_top_k(int32_t *pick, int64_t k, const wn_real *score, wn_score_key *key, int32_t count, int32_t base) {
+void wn_top_k(int32_t *pick, int64_t k, const wn_real *score, wn_score_key *key, int32_t count,
+              int32_t base) {
   if (count <= k) {
     for (int32_t i = 0; i < count; i++) pick[i] = base + i;
     for (int64_t i = count; i < k; i++) pick[i] = -1;

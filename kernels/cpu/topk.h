@@ -11,8 +11,8 @@ typedef int64_t wn_score_key;
 typedef int32_t wn_score_key;
 #endif
 
-/* pick[0 .. k-1] = base + i of the k largest score[i], i in 0 .. count-1, ascending; -1 from place count on when count
- * is below k. Lowest i on ties; -0 equals 0; NaN counts as -inf. key[count]: memory to work in. */
+/* pick[0 .. k-1] = base + i of the k largest score[i], i in 0 .. count-1, ascending; -1 from place count on
+ * when count is below k. Lowest i on ties; -0 equals 0; NaN counts as -inf. key[count]: memory to work in. */
 #define wn_top_k WN_CPU(top_k)
 void wn_top_k(int32_t *pick, int64_t k, const wn_real *score, wn_score_key *key, int32_t count, int32_t base);
 

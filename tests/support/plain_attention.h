@@ -1,5 +1,6 @@
-/* The attention and indexer operations in their plainest form: FP64, T x T, one loop per letter of the formula.
- * Everything is a dense F64 tensor from the given arena; inputs are read through wn_test_get, whatever they are. */
+/* The attention and indexer operations in their plainest form: FP64, T x T, one loop per letter of the
+ * formula. Everything is a dense F64 tensor from the given arena; inputs are read through wn_test_get,
+ * whatever they are. */
 #ifndef WN_PLAIN_ATTENTION_H
 #define WN_PLAIN_ATTENTION_H
 
@@ -36,16 +37,18 @@ typedef struct plain_kl {
 plain_kl plain_indexer_kl(wn_arena *arena, const wn_tensor *q, const wn_tensor *k, const wn_tensor *w,
                           const wn_tensor *p, const uint8_t *seen, double scale, double coeff);
 
-/* pick[k]: of score[m] where seen[m]: largest first by (score, lowest key), NaN as -inf; then sorted, padded with -1. */
+/* pick[k]: of score[m] where seen[m]: largest first by (score, lowest key), NaN as -inf; then sorted, padded
+ * with -1. */
 void plain_top_k(int32_t *pick, int64_t k, const double *score, const uint8_t *seen, int64_t m);
 
-/* The same with keys m of [first, last] tests share: causal rows n of m keys (row i sees 0 .. m-n+i), and variations. */
+/* The same with keys m of [first, last] tests share: causal rows n of m keys (row i sees 0 .. m-n+i), and
+ * variations. */
 typedef enum plain_rows_kind { PLAIN_CAUSAL, PLAIN_DOCUMENTS, PLAIN_HOLES, PLAIN_ONE_KEY } plain_rows_kind;
 wn_rows plain_rows(wn_arena *arena, int32_t n, int32_t m, plain_rows_kind kind);
 
-/* A tensor of `role`, its rows and heads further apart than they need be, so that strides are honoured or seen not to
- * be; filled with normal values. */
-wn_tensor plain_input(const wn_device *device, wn_role role, uint64_t seed, double deviation, int32_t rank, int64_t d0,
-                      int64_t d1, int64_t d2);
+/* A tensor of `role`, its rows and heads further apart than they need be, so that strides are honoured or
+ * seen not to be; filled with normal values. */
+wn_tensor plain_input(const wn_device *device, wn_role role, uint64_t seed, double deviation, int32_t rank,
+                      int64_t d0, int64_t d1, int64_t d2);
 
 #endif

@@ -17,12 +17,18 @@ typedef struct shape {
 } shape;
 
 static const shape shapes[] = {
-    {1, 1, 1, 1, 1, 1, 1, false, PLAIN_CAUSAL, 1},        {7, 7, 3, 5, 2, 2, 3, false, PLAIN_CAUSAL, 1},
-    {16, 16, 4, 8, 16, 2, 8, true, PLAIN_CAUSAL, 1},      {17, 17, 2, 8, 16, 2, 8, false, PLAIN_CAUSAL, 1},
-    {131, 131, 4, 32, 17, 3, 24, false, PLAIN_CAUSAL, 1}, {129, 129, 5, 16, 8, 2, 16, true, PLAIN_DOCUMENTS, 1},
-    {70, 301, 6, 13, 33, 2, 17, false, PLAIN_CAUSAL, 3},  {67, 463, 2, 9, 16, 3, 8, false, PLAIN_DOCUMENTS, 1},
-    {97, 101, 3, 8, 5, 2, 8, false, PLAIN_HOLES, 1},      {33, 33, 1, 8, 4, 2, 8, false, PLAIN_ONE_KEY, 1},
-    {1, 200, 4, 16, 32, 2, 12, true, PLAIN_CAUSAL, 1},    {150, 150, 4, 16, 9, 2, 8, false, PLAIN_DOCUMENTS, 300},
+    {1, 1, 1, 1, 1, 1, 1, false, PLAIN_CAUSAL, 1},
+    {7, 7, 3, 5, 2, 2, 3, false, PLAIN_CAUSAL, 1},
+    {16, 16, 4, 8, 16, 2, 8, true, PLAIN_CAUSAL, 1},
+    {17, 17, 2, 8, 16, 2, 8, false, PLAIN_CAUSAL, 1},
+    {131, 131, 4, 32, 17, 3, 24, false, PLAIN_CAUSAL, 1},
+    {129, 129, 5, 16, 8, 2, 16, true, PLAIN_DOCUMENTS, 1},
+    {70, 301, 6, 13, 33, 2, 17, false, PLAIN_CAUSAL, 3},
+    {67, 463, 2, 9, 16, 3, 8, false, PLAIN_DOCUMENTS, 1},
+    {97, 101, 3, 8, 5, 2, 8, false, PLAIN_HOLES, 1},
+    {33, 33, 1, 8, 4, 2, 8, false, PLAIN_ONE_KEY, 1},
+    {1, 200, 4, 16, 32, 2, 12, true, PLAIN_CAUSAL, 1},
+    {150, 150, 4, 16, 9, 2, 8, false, PLAIN_DOCUMENTS, 300},
     {600, 603, 2, 4, 6, 1, 3, false, PLAIN_CAUSAL, 1}, /* more blocks of rows than groups that sum dk */
 };
 
@@ -172,12 +178,16 @@ static void selection_does_not_depend_on_the_range(void **state) {
   OK(b.device->ops->indexer_scores(b.device, &whole, &s.q, &s.k, &s.w, &s.rows, &s.params));
   for (int32_t from = 0, step = 1; from < c.n; from += step, step += 13) {
     int32_t count = from + step > c.n ? c.n - from : step;
-    wn_rows part = {.n_rows = count, .n_keys = c.m, .first_key = s.rows.first_key + from,
-                    .last_key = s.rows.last_key + from, .position = s.rows.position + from};
+    wn_rows part = {.n_rows = count,
+                    .n_keys = c.m,
+                    .first_key = s.rows.first_key + from,
+                    .last_key = s.rows.last_key + from,
+                    .position = s.rows.position + from};
     wn_tensor q = wn_tensor_slice(s.q, 0, from, count), w = wn_tensor_slice(s.w, 0, from, count);
     wn_tensor scores = output(&b, WN_STAT, 2, count, c.m, 0);
     OK(b.device->ops->indexer_scores(b.device, &scores, &q, &s.k, &w, &part, &s.params));
-    assert_memory_equal(scores.data, (float *)whole.data + (int64_t)from * c.m, (size_t)wn_tensor_bytes(&scores));
+    assert_memory_equal(scores.data, (float *)whole.data + (int64_t)from * c.m,
+                        (size_t)wn_tensor_bytes(&scores));
   }
   free_bench(&b);
 }
@@ -197,24 +207,28 @@ static void check_kl_dense(const bench *b, const shape *c) {
   const wn_ops *ops = b->device->ops;
   wn_device *d = b->device;
   scene s = make_scene(b, c);
-  plain_kl want = plain_indexer_kl(d->weights, &s.q, &s.k, &s.w, &s.dense.p_mean, s.seen, s.params.scale,
-                                   s.params.coeff);
+  plain_kl want =
+      plain_indexer_kl(d->weights, &s.q, &s.k, &s.w, &s.dense.p_mean, s.seen, s.params.scale, s.params.coeff);
   wn_tensor kl = output(b, WN_STAT, 1, c->n, 0, 0), dw = plain_input(d, WN_STAT, 17, 9, 2, c->n, c->heads, 0);
   wn_tensor dq = plain_input(d, WN_ACT, 18, 9, 3, c->n, c->heads, c->width);
   wn_tensor dk = plain_input(d, WN_WGRAD, 19, 0, 2, c->m, c->width, 0);
-  OK(ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows, &s.params));
+  OK(ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows,
+                           &s.params));
   compare_kl("dense", b, &want, &kl, &dq, &dk, &dw, c->scores);
   wn_tensor alone = output(b, WN_STAT, 1, c->n, 0, 0);
-  OK(ops->indexer_kl_dense(d, &alone, NULL, NULL, NULL, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows, &s.params));
+  OK(ops->indexer_kl_dense(d, &alone, NULL, NULL, NULL, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows,
+                           &s.params));
   wn_test_close("kl alone", &alone, &kl, 0, 0);
   for (int64_t i = 0; i < c->n; i++) {
     if (s.rows.last_key[i] - s.rows.first_key[i] >= 1) continue;
     assert_true(wn_test_get(&kl, i) == 0);
     for (int64_t j = 0; j < c->heads; j++) assert_true(wn_test_get(&dw, i * c->heads + j) == 0);
-    for (int64_t j = 0; j < c->heads * c->width; j++) assert_true(wn_test_get(&dq, i * c->heads * c->width + j) == 0);
+    for (int64_t j = 0; j < c->heads * c->width; j++)
+      assert_true(wn_test_get(&dq, i * c->heads * c->width + j) == 0);
   }
   /* dk adds up over calls; the rest does not */
-  OK(ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows, &s.params));
+  OK(ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows,
+                           &s.params));
   for (int64_t i = 0; i < wn_tensor_count(&dk); i++) wn_test_set(&dk, i, wn_test_get(&dk, i) / 2);
   compare_kl("twice", b, &want, &kl, &dq, &dk, &dw, c->scores);
 }
@@ -226,10 +240,13 @@ static void check_kl_sparse(const bench *b, const shape *c) {
   wn_tensor selection = output(b, WN_INDEX, 2, c->n, c->k, 0);
   OK(ops->indexer_select(d, &selection, &s.q, &s.k, &s.w, &s.rows, &s.params));
   for (int64_t i = 0; i < c->n; i++) /* rows of fewer picks than they could have */
-    for (int64_t j = c->k - i % 4 > 0 ? c->k - i % 4 : 0; i % 2 && j < c->k; j++) wn_test_set(&selection, i * c->k + j, -1);
+    for (int64_t j = c->k - i % 4 > 0 ? c->k - i % 4 : 0; i % 2 && j < c->k; j++)
+      wn_test_set(&selection, i * c->k + j, -1);
   uint8_t *seen = plain_seen(d->weights, &s.rows, &selection);
-  plain_attention picked = plain_attend(d->weights, &s.qa, &s.ka, &s.ka, &s.qa, seen, s.params.attention_scale);
-  plain_kl want = plain_indexer_kl(d->weights, &s.q, &s.k, &s.w, &picked.p_mean, seen, s.params.scale, s.params.coeff);
+  plain_attention picked =
+      plain_attend(d->weights, &s.qa, &s.ka, &s.ka, &s.qa, seen, s.params.attention_scale);
+  plain_kl want =
+      plain_indexer_kl(d->weights, &s.q, &s.k, &s.w, &picked.p_mean, seen, s.params.scale, s.params.coeff);
   wn_tensor p = plain_input(d, WN_STAT, 20, 9, 2, c->n, c->k, 0);
   for (int64_t i = 0; i < c->n * c->k; i++) {
     int64_t key = (int64_t)wn_test_get(&selection, i);
@@ -241,7 +258,8 @@ static void check_kl_sparse(const bench *b, const shape *c) {
   OK(ops->indexer_kl_sparse(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &selection, &p, &s.rows, &s.params));
   compare_kl("sparse", b, &want, &kl, &dq, &dk, &dw, c->scores);
   wn_tensor alone = output(b, WN_STAT, 1, c->n, 0, 0);
-  OK(ops->indexer_kl_sparse(d, &alone, NULL, NULL, NULL, &s.q, &s.k, &s.w, &selection, &p, &s.rows, &s.params));
+  OK(ops->indexer_kl_sparse(d, &alone, NULL, NULL, NULL, &s.q, &s.k, &s.w, &selection, &p, &s.rows,
+                            &s.params));
   wn_test_close("kl alone", &alone, &kl, 0, 0);
 }
 
@@ -254,8 +272,9 @@ static void kl_sparse_matches_plain(void **state) {
   all_shapes(check_kl_sparse);
 }
 
-/* The target is over all visible keys: mass that the indexer's own picks miss must count. And it sums to 1: with a flat
- * student (w = 0) the KL is log(visible) minus p's entropy, and the gradient's sum over keys is 0. */
+/* The target is over all visible keys: mass that the indexer's own picks miss must count. And it sums to 1:
+ * with a flat student (w = 0) the KL is log(visible) minus p's entropy, and the gradient's sum over keys is
+ * 0. */
 static void the_target_is_the_whole_row(void **state) {
   (void)state;
   bench b = make_bench(false, 2);
@@ -263,8 +282,8 @@ static void the_target_is_the_whole_row(void **state) {
   scene s = make_scene(&b, &c);
   for (int64_t i = 0; i < wn_tensor_count(&s.w); i++) wn_test_set(&s.w, i, 0);
   wn_tensor kl = output(&b, WN_STAT, 1, c.n, 0, 0), want = plain_zeros(b.device->weights, 1, c.n, 0, 0);
-  OK(b.device->ops->indexer_kl_dense(b.device, &kl, NULL, NULL, NULL, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows,
-                                     &s.params));
+  OK(b.device->ops->indexer_kl_dense(b.device, &kl, NULL, NULL, NULL, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse,
+                                     &s.rows, &s.params));
   for (int64_t i = 1; i < c.n; i++) {
     double value = log((double)i + 1), sum = 0;
     for (int64_t j = 0; j <= i; j++) {
@@ -279,14 +298,16 @@ static void the_target_is_the_whole_row(void **state) {
   free_bench(&b);
 }
 
-/* One row of keys whose student is the teacher but for a little: the value is a small difference of large terms. */
+/* One row of keys whose student is the teacher but for a little: the value is a small difference of large
+ * terms. */
 static void kl_near_convergence_in_f32(void **state) {
   (void)state;
   enum { N = 200, D = 24 };
   bench b = make_bench(false, 2);
   wn_device *d = b.device;
   wn_rows rows = plain_rows(d->weights, N, N, PLAIN_DOCUMENTS);
-  /* one head, one weight of 1, and keys so far up the first axis that no ReLU is dead: I = q.k + a constant, nearly qa.ka */
+  /* one head, one weight of 1, and keys so far up the first axis that no ReLU is dead: I = q.k + a constant,
+   * nearly qa.ka */
   wn_tensor q = plain_input(d, WN_ACT, 1, 1, 3, N, 1, D), k = plain_input(d, WN_ACT, 2, 1, 2, N, D, 0);
   wn_tensor w = plain_input(d, WN_STAT, 3, 0, 2, N, 1, 0), qa = plain_input(d, WN_ACT, 4, 1, 3, N, 1, D),
             ka = plain_input(d, WN_ACT, 5, 1, 3, N, 1, D);
@@ -303,8 +324,8 @@ static void kl_near_convergence_in_f32(void **state) {
   wn_tensor lse = output(&b, WN_STAT, 2, N, 1, 0);
   for (int64_t i = 0; i < N; i++) wn_test_set(&lse, i, wn_test_get(&dense.lse, i));
   plain_kl want = plain_indexer_kl(d->weights, &q, &k, &w, &dense.p_mean, seen, params.scale, 1);
-  wn_tensor kl = output(&b, WN_STAT, 1, N, 0, 0), dq = output(&b, WN_ACT, 3, N, 1, D), dk = output(&b, WN_WGRAD, 2, N, D, 0),
-            dw = output(&b, WN_STAT, 2, N, 1, 0);
+  wn_tensor kl = output(&b, WN_STAT, 1, N, 0, 0), dq = output(&b, WN_ACT, 3, N, 1, D),
+            dk = output(&b, WN_WGRAD, 2, N, D, 0), dw = output(&b, WN_STAT, 2, N, 1, 0);
   for (int64_t i = 0; i < N * D; i++) wn_test_set(&dk, i, 0);
   OK(d->ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &q, &k, &w, &qa, &ka, &lse, &rows, &params));
   double total = 0, uniform = 0, worst = 0;
@@ -317,9 +338,9 @@ static void kl_near_convergence_in_f32(void **state) {
       if (p > 0) uniform += p * log(p * (rows.last_key[i] - rows.first_key[i] + 1));
     }
   }
-  print_message("mean kl %.2e, uniform %.2e, worst row off by %.1e; gradients off by %.1e %.1e %.1e\n", total / N,
-                uniform / N, worst, wn_test_relative_norm(&dq, &want.dq), wn_test_relative_norm(&dk, &want.dk),
-                wn_test_relative_norm(&dw, &want.dw));
+  print_message("mean kl %.2e, uniform %.2e, worst row off by %.1e; gradients off by %.1e %.1e %.1e\n",
+                total / N, uniform / N, worst, wn_test_relative_norm(&dq, &want.dq),
+                wn_test_relative_norm(&dk, &want.dk), wn_test_relative_norm(&dw, &want.dw));
   assert_true(total < 0.05 * uniform);
   assert_true(worst < 2e-7);
   assert_true(wn_test_relative_norm(&dq, &want.dq) < 3e-4);
@@ -327,15 +348,18 @@ static void kl_near_convergence_in_f32(void **state) {
   free_bench(&b);
 }
 
-typedef struct kl_outputs { wn_tensor kl, dq, dk, dw; } kl_outputs;
+typedef struct kl_outputs {
+  wn_tensor kl, dq, dk, dw;
+} kl_outputs;
 
 static kl_outputs run_kl_dense(const bench *b, const shape *c, const scene *s) {
   wn_device *d = b->device;
-  kl_outputs out = {.kl = output(b, WN_STAT, 1, c->n, 0, 0), .dw = plain_input(d, WN_STAT, 17, 9, 2, c->n, c->heads, 0),
+  kl_outputs out = {.kl = output(b, WN_STAT, 1, c->n, 0, 0),
+                    .dw = plain_input(d, WN_STAT, 17, 9, 2, c->n, c->heads, 0),
                     .dq = plain_input(d, WN_ACT, 18, 9, 3, c->n, c->heads, c->width),
                     .dk = plain_input(d, WN_WGRAD, 19, 0, 2, c->m, c->width, 0)};
-  OK(d->ops->indexer_kl_dense(d, &out.kl, &out.dq, &out.dk, &out.dw, &s->q, &s->k, &s->w, &s->qa, &s->ka, &s->lse,
-                              &s->rows, &s->params));
+  OK(d->ops->indexer_kl_dense(d, &out.kl, &out.dq, &out.dk, &out.dw, &s->q, &s->k, &s->w, &s->qa, &s->ka,
+                              &s->lse, &s->rows, &s->params));
   return out;
 }
 
@@ -357,9 +381,11 @@ static void strangers_do_not_leak(void **state) {
     for (int64_t key = 0; poison < 2 && key < c.m; key++) {
       bool stranger = poison ? key >= 128 && key < 512 : key < 70 || key > 610;
       for (int64_t i = 0; stranger && i < c.width; i++) wn_test_set(&s.k, key * c.width + i, NAN);
-      for (int64_t i = 0; stranger && i < c.n_heads * c.dq; i++) wn_test_set(&s.ka, key * c.n_heads * c.dq + i, NAN);
+      for (int64_t i = 0; stranger && i < c.n_heads * c.dq; i++)
+        wn_test_set(&s.ka, key * c.n_heads * c.dq + i, NAN);
     }
-    for (int64_t i = 0; poison == 2 && i < c.heads * c.width; i++) wn_test_set(&s.q, 41 * c.heads * c.width + i, 3e38);
+    for (int64_t i = 0; poison == 2 && i < c.heads * c.width; i++)
+      wn_test_set(&s.q, 41 * c.heads * c.width + i, 3e38);
     kl_outputs got = run_kl_dense(&b, &c, &s);
     for (int64_t i = 0; i < c.n; i++) {
       if (poison == 2 && i == 41) continue;
@@ -367,7 +393,8 @@ static void strangers_do_not_leak(void **state) {
       for (int64_t j = 0; j < c.heads; j++)
         assert_true(wn_test_get(&got.dw, i * c.heads + j) == wn_test_get(&want.dw, i * c.heads + j));
       for (int64_t j = 0; j < c.heads * c.width; j++)
-        assert_true(wn_test_get(&got.dq, i * c.heads * c.width + j) == wn_test_get(&want.dq, i * c.heads * c.width + j));
+        assert_true(wn_test_get(&got.dq, i * c.heads * c.width + j) ==
+                    wn_test_get(&want.dq, i * c.heads * c.width + j));
     }
     for (int64_t i = 0; i < (poison == 2 ? 511 : c.m) * c.width; i++)
       assert_true(wn_test_get(&got.dk, i) == wn_test_get(&want.dk, i));
@@ -385,8 +412,10 @@ static void run_all(const bench *b, int32_t n, int32_t m, wn_tensor out[R_OUTPUT
   wn_rows rows = plain_rows(d->weights, n, m, c.rows);
   wn_indexer_params params = {.scale = 0.25, .attention_scale = 0.25, .coeff = 1};
   wn_attention_params attention = {.scale = 0.25};
-  wn_tensor q = plain_input(d, WN_ACT, 11, 1, 3, n, c.heads, c.width), k = plain_input(d, WN_ACT, 12, 1, 2, m, c.width, 0),
-            w = plain_input(d, WN_STAT, 13, 1, 2, n, c.heads, 0), qa = plain_input(d, WN_ACT, 14, 1, 3, n, c.n_heads, c.dq),
+  wn_tensor q = plain_input(d, WN_ACT, 11, 1, 3, n, c.heads, c.width),
+            k = plain_input(d, WN_ACT, 12, 1, 2, m, c.width, 0),
+            w = plain_input(d, WN_STAT, 13, 1, 2, n, c.heads, 0),
+            qa = plain_input(d, WN_ACT, 14, 1, 3, n, c.n_heads, c.dq),
             ka = plain_input(d, WN_ACT, 15, 1, 3, m, c.n_heads, c.dq);
   wn_tensor o = output(b, WN_ACT, 3, n, c.n_heads, c.dq), lse = output(b, WN_STAT, 2, n, c.n_heads, 0);
   wn_tensor p = plain_input(d, WN_STAT, 16, 0, 2, n, c.k, 0);
@@ -401,8 +430,10 @@ static void run_all(const bench *b, int32_t n, int32_t m, wn_tensor out[R_OUTPUT
   OK(d->ops->attention_dense(d, &o, &lse, NULL, NULL, &qa, &ka, &ka, &rows, &attention));
   wn_arena_reset_peak(d->scratch);
   OK(d->ops->indexer_select(d, &out[0], &q, &k, &w, &rows, &params));
-  OK(d->ops->indexer_kl_dense(d, &out[1], &out[2], &out[3], &out[4], &q, &k, &w, &qa, &ka, &lse, &rows, &params));
-  OK(d->ops->indexer_kl_sparse(d, &out[5], &out[6], &out[7], &out[8], &q, &k, &w, &out[0], &p, &rows, &params));
+  OK(d->ops->indexer_kl_dense(d, &out[1], &out[2], &out[3], &out[4], &q, &k, &w, &qa, &ka, &lse, &rows,
+                              &params));
+  OK(d->ops->indexer_kl_sparse(d, &out[5], &out[6], &out[7], &out[8], &q, &k, &w, &out[0], &p, &rows,
+                               &params));
 }
 
 static void repeats_and_threads_agree_bit_for_bit(void **state) {
@@ -433,23 +464,52 @@ static void scratch_grows_linearly(void **state) {
   }
   double slope = (at[1] - at[0]) / 512;
   print_message("scratch: %.0f bytes at 512 rows, %.1f bytes more a row\n", at[0], slope);
-  for (int i = 1; i < 3; i++)
-    assert_true(fabs((at[i + 1] - at[i]) / (512 << i) - slope) <= 0.02 * slope);
+  for (int i = 1; i < 3; i++) assert_true(fabs((at[i + 1] - at[i]) / (512 << i) - slope) <= 0.02 * slope);
+}
+
+/* However early scratch runs out, the operation says so and gives back what it took. */
+static void too_little_scratch_is_an_error(void **state) {
+  (void)state;
+  const shape c = {90, 90, 2, 8, 5, 2, 8, false, PLAIN_CAUSAL, 1};
+  int refusals[4] = {0};
+  for (size_t bytes = 256; bytes < 1 << 20; bytes *= 2) {
+    bench b = {0};
+    OK(wn_cpu_create_f32(&b.device, (wn_cpu_settings){.threads = 2, .scratch_bytes = bytes}));
+    wn_device *d = b.device;
+    scene s = make_scene(&b, &c);
+    wn_tensor kl = output(&b, WN_STAT, 1, c.n, 0, 0), dq = output(&b, WN_ACT, 3, c.n, c.heads, c.width),
+              dk = output(&b, WN_WGRAD, 2, c.m, c.width, 0), dw = output(&b, WN_STAT, 2, c.n, c.heads, 0),
+              p = plain_input(d, WN_STAT, 20, 0, 2, c.n, c.k, 0),
+              selection = output(&b, WN_INDEX, 2, c.n, c.k, 0);
+    for (int64_t i = 0; i < c.n * c.k; i++) wn_test_set(&selection, i, i % c.k ? -1 : 0);
+    wn_attention_params attention = {.scale = 0.1};
+    wn_status status[4] = {d->ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka,
+                                                    &s.lse, &s.rows, &s.params),
+                           d->ops->indexer_kl_sparse(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &selection, &p,
+                                                     &s.rows, &s.params),
+                           d->ops->attention_masked_backward(d, NULL, NULL, NULL, &p, NULL, &s.qa, &s.ka,
+                                                             &s.ka, &selection, &s.lse, NULL, &s.rows,
+                                                             &attention),
+                           d->ops->indexer_select(d, &selection, &s.q, &s.k, &s.w, &s.rows, &s.params)};
+    for (int i = 0; i < 4; i++) {
+      if (!status[i]) continue;
+      refusals[i]++;
+      REFUSED(status[i], WN_E_MEMORY, "scratch");
+    }
+    assert_int_equal(wn_arena_used_bytes(d->scratch), 0);
+    wn_cpu_free_f32(d);
+  }
+  for (int i = 0; i < 4; i++) assert_in_range(refusals[i], 1, 10);
 }
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(scores_match_plain),
-      cmocka_unit_test(selections_match_plain),
-      cmocka_unit_test(ties_and_broken_scores),
-      cmocka_unit_test(selection_does_not_depend_on_the_range),
-      cmocka_unit_test(kl_dense_matches_plain),
-      cmocka_unit_test(kl_sparse_matches_plain),
-      cmocka_unit_test(the_target_is_the_whole_row),
-      cmocka_unit_test(kl_near_convergence_in_f32),
-      cmocka_unit_test(strangers_do_not_leak),
-      cmocka_unit_test(repeats_and_threads_agree_bit_for_bit),
-      cmocka_unit_test(scratch_grows_linearly),
+      cmocka_unit_test(scores_match_plain),          cmocka_unit_test(selections_match_plain),
+      cmocka_unit_test(ties_and_broken_scores),      cmocka_unit_test(selection_does_not_depend_on_the_range),
+      cmocka_unit_test(kl_dense_matches_plain),      cmocka_unit_test(kl_sparse_matches_plain),
+      cmocka_unit_test(the_target_is_the_whole_row), cmocka_unit_test(kl_near_convergence_in_f32),
+      cmocka_unit_test(strangers_do_not_leak),       cmocka_unit_test(repeats_and_threads_agree_bit_for_bit),
+      cmocka_unit_test(scratch_grows_linearly),      cmocka_unit_test(too_little_scratch_is_an_error),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -29,8 +29,8 @@ static void check_row(const char *what, const float *score, int32_t count, int64
   for (int64_t i = 0; i < k; i++) {
     int32_t expected = want[i] < 0 ? -1 : want[i] + base;
     if (pick[i] != expected)
-      fail_msg("%s: count %d k %lld place %lld: %d, expected %d", what, count, (long long)k, (long long)i, pick[i],
-               expected);
+      fail_msg("%s: count %d k %lld place %lld: %d, expected %d", what, count, (long long)k, (long long)i,
+               pick[i], expected);
   }
   assert_memory_equal(kept, score, (size_t)count * sizeof *kept);
   free(key);
@@ -42,10 +42,13 @@ static const int32_t counts[] = {0, 1, 2, 15, 16, 17, 63, 64, 65, 257, 258, 600}
 
 static void every_size(const char *what, const float *score) {
   for (size_t i = 0; i < sizeof ks / sizeof ks[0]; i++)
-    for (size_t j = 0; j < sizeof counts / sizeof counts[0]; j++) check_row(what, score, counts[j], ks[i], (int32_t)j * 3);
+    for (size_t j = 0; j < sizeof counts / sizeof counts[0]; j++)
+      check_row(what, score, counts[j], ks[i], (int32_t)j * 3);
 }
 
-static float draw(uint64_t seed, int i) { return (float)wn_rng_normal(seed, WN_RNG_TEST, (uint64_t)i); }
+static float draw(uint64_t seed, int i) {
+  return (float)wn_rng_normal(seed, WN_RNG_TEST, (uint64_t)i);
+}
 
 static void random_rows(void **state) {
   (void)state;
@@ -97,7 +100,8 @@ static void infinities_and_nan(void **state) {
   every_size("all NaN", score);
   for (int i = 0; i < MAX; i++) score[i] = i % 3 == 0 ? NAN : i % 3 == 1 ? -INFINITY : draw(7, i);
   every_size("NaN, -inf and numbers", score);
-  for (int i = 0; i < MAX; i++) score[i] = i % 5 == 0 ? INFINITY : i % 5 == 1 ? -FLT_MAX : i % 5 == 2 ? FLT_MAX : draw(8, i);
+  for (int i = 0; i < MAX; i++)
+    score[i] = i % 5 == 0 ? INFINITY : i % 5 == 1 ? -FLT_MAX : i % 5 == 2 ? FLT_MAX : draw(8, i);
   every_size("infinities and largest", score);
 }
 
