@@ -22,7 +22,7 @@ static inline wn_model_config tiny_config(void) {
                            .n_shared_experts = 1, .num_experts_per_tok = 2, .n_group = 2, .topk_group = 1, .norm_topk_prob = true,
                            .routed_scaling_factor = 1.5, .q_lora_rank = 20, .kv_lora_rank = 16, .qk_nope_head_dim = 10,
                            .qk_rope_head_dim = 8, .v_head_dim = 12, .rms_norm_eps = 1e-6, .rope_theta = 10000,
-                           .initializer_range = 0.05, .max_position_embeddings = 4096, .bos_token_id = -1, .eos_token_id = 0};
+                           .initializer_range = 0.05, .max_position_embeddings = 16384, .bos_token_id = -1, .eos_token_id = 0};
 }
 
 static inline wn_param_table tiny_table(const wn_model_config *config) {
