@@ -21,7 +21,10 @@ wn_status wn_cmd_verify(int argc, char **argv, wn_log *log) {
   WN_TRY(wn_flags_parse(argc, argv, NULL, 0, &help, &n, &helped));
   if (helped) return NULL;
   if (n != 1) return WN_FAIL_HINT(WN_E_USAGE, help.usage, "verify wants one checkpoint directory");
-  WN_TRY(wn_checkpoint_verify(argv[1]));
-  wn_info(log, "%s: whole", argv[1]);
-  return NULL;
+  wn_status status = wn_checkpoint_verify(argv[1]);
+  if (!status) wn_info(log, "%s: whole", argv[1]);
+  if (wn_status_code(status) != WN_E_INPUT) return status;
+  wn_status answer = WN_FAIL(WN_E_CHECK, "%s", wn_status_text(status)); /* the check was what was asked for */
+  wn_status_free(status);
+  return answer;
 }
