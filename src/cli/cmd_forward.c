@@ -10,6 +10,11 @@ enum { MOST_TOKENS = 4096 };
 
 typedef struct int_list { int32_t values[MOST_TOKENS]; int32_t n; } int_list;
 
+static int word_bytes(const char *text) {
+  size_t bytes = strcspn(text, ", \t\r\n");
+  return bytes < 16 ? (int)bytes : 16;
+}
+
 /* Numbers separated by commas or white space. */
 static wn_status parse_ints(int_list *out, const char *text, const char *what) {
   out->n = 0;
@@ -19,7 +24,7 @@ static wn_status parse_ints(int_list *out, const char *text, const char *what) {
     char *end;
     long value = strtol(at, &end, 10);
     if (end == at || value < 0 || value > INT32_MAX || (*end && *end != ',' && !isspace((unsigned char)*end)))
-      return WN_FAIL(WN_E_USAGE, "%s: number %d is not one at '%.16s'", what, out->n + 1, at);
+      return WN_FAIL(WN_E_USAGE, "%s: number %d is not one: '%.*s'", what, out->n + 1, word_bytes(at), at);
     if (out->n == MOST_TOKENS) return WN_FAIL(WN_E_USAGE, "%s: more than %d numbers; a dump holds T x T tensors", what, MOST_TOKENS);
     out->values[out->n++] = (int32_t)value;
     at = end;
