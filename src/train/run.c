@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
+#include "train/checkpoint_dirs.h"
 
 enum { SHARD_BYTES_LOG2 = 32 };
 
@@ -119,14 +120,31 @@ wn_checkpoint_plan wn_run_checkpoint_plan(const wn_run *run) {
   };
 }
 
+/* Only a run that saved something can be resumed: the configuration of one that never did is no promise. */
+static wn_status check_resume(wn_run *run, const char *checkpoints) {
+  char path[WN_PATH_BYTES];
+  int64_t *steps;
+  size_t n;
+  wn_steps_clean(checkpoints, run->log);
+  WN_TRY(wn_steps_list(&steps, &n, checkpoints));
+  free(steps);
+  WN_TRY(wn_path(path, "%s/config.resolved.yaml", run->job.run_dir));
+  return n > 0 && wn_path_exists(path) ? wn_job_check_resume(&run->job, path) : NULL;
+}
+
 static wn_status prepare_run_dir(wn_run *run) {
   char path[WN_PATH_BYTES];
-  WN_TRY(wn_path(path, "%s/checkpoints", run->job.run_dir));
-  WN_TRY(wn_make_dirs(path));
   WN_TRY(wn_path(path, "%s/metrics", run->job.run_dir));
   WN_TRY(wn_make_dirs(path));
+  WN_TRY(wn_path(path, "%s/checkpoints", run->job.run_dir));
+  WN_TRY(wn_make_dirs(path));
+  return check_resume(run, path);
+}
+
+/* Once the weights are there: a start that was refused leaves no configuration behind. */
+static wn_status save_resolved(const wn_run *run) {
+  char path[WN_PATH_BYTES];
   WN_TRY(wn_path(path, "%s/config.resolved.yaml", run->job.run_dir));
-  if (wn_path_exists(path)) WN_TRY(wn_job_check_resume(&run->job, path));
   return wn_job_save(&run->job, run->source, path);
 }
 
@@ -175,6 +193,7 @@ wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_jo
     goto fail;
   }
   WN_TRY_GOTO(status, fail, wn_world_agree(world, load_weights(run, indexer_trained)));
+  WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? save_resolved(run) : NULL));
   *out = run;
   return NULL;
 fail:
