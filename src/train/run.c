@@ -216,6 +216,21 @@ void wn_run_free(wn_run *run) {
 /* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32. */
 static int64_t element_bytes(wn_kind kind) { return kind == WN_BASE || kind == WN_INDEXER ? 16 : 4; }
 
+/* A dataset may be made after the job that names it: one that is absent is said, not refused. */
+static wn_status check_data(const char *prefix, const char *key, const wn_model_config *config, int32_t seq_len, wn_log *log) {
+  char path[WN_PATH_BYTES];
+  wn_dataset *dataset = NULL;
+  if (!prefix[0]) return NULL;
+  WN_TRY(wn_path(path, "%s.idx", prefix));
+  if (!wn_path_exists(path)) {
+    wn_warn(log, "%s %s is not there yet", key, prefix);
+    return NULL;
+  }
+  WN_TRY(open_data(&dataset, prefix, key, config, seq_len));
+  wn_dataset_close(dataset);
+  return NULL;
+}
+
 wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_log *log) {
   static const char *const kinds[WN_N_KINDS] = {"base, trained", "indexer, trained", "frozen", "buffers"};
   wn_model_config config;
@@ -225,6 +240,8 @@ wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_
   WN_TRY(check_world(job, world));
   WN_TRY(resolve_model(&config, &recipe, job));
   if (job->init[0]) WN_TRY(check_stage(&recipe, job, &indexer_trained));
+  WN_TRY(check_data(job->data.train, "data.train", &config, job->data.seq_len, log));
+  WN_TRY(check_data(job->data.valid, "data.valid", &config, job->data.seq_len, log));
   WN_TRY(wn_param_table_create(&table, &config, param_settings(&recipe, job)));
   for (int32_t i = 0; i < table.n; i++) {
     int64_t count = 1;

@@ -230,6 +230,7 @@ static void bad_command_lines(void **state) {
 static void refuse_data(void **state, int code, const char *part) {
   const char *dir = *state;
   wn_winnow_refuses(code, part, "warmup %s/job.yaml init=%s/base run_dir=%s/never data.train=%s/hurt", dir, dir, dir, dir);
+  if (code == WN_E_INPUT) wn_winnow_refuses(code, part, "warmup %s/job.yaml init=%s/base run_dir=%s/never data.train=%s/hurt --check", dir, dir, dir, dir);
   wn_winnow_refuses(code, part, "eval %s/base --data %s/hurt --seq-len 32 --selection dense", dir, dir);
 }
 
