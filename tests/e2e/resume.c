@@ -2,6 +2,7 @@
 #include "support/tiny.h"
 
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "train/checkpoint.h"
@@ -230,6 +231,30 @@ static void sigterm_finishes_the_step(void **state) { expect_stops(state, 1, SIG
 static void sigint_too(void **state) { expect_stops(state, 1, SIGINT, 0, "int", "int-straight"); }
 static void a_signal_to_one_rank_stops_all(void **state) { expect_stops(state, 2, SIGTERM, 1, "term2", "term2-straight"); }
 
+/* ---- a disk that is full ---- */
+
+/* A limit on the length of files stands in for it: the save fails with one sentence, what was saved before stays, and with room
+ * again the run goes on to the same end. (What several ranks make of one's failure is in tests/unit/dist_mpi.c.) */
+static void a_save_that_fails_loses_nothing(void **state) {
+  const struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY}, little = {24 << 10, RLIM_INFINITY};
+  job j = {state, 1, "adapt", "warm/checkpoints/step-000030", "metrics.layers_every=0 metrics.eval_every=0"};
+  char line[4096], **names;
+  size_t n;
+  run_to(&j, "full", 2, 2);
+  run_to(&j, "room", 6, 2);
+  start_line(&j, "full", line, sizeof line);
+  signal(SIGXFSZ, SIG_IGN); /* inherited: writes then fail, as they do on a full disk */
+  assert_int_equal(setrlimit(RLIMIT_FSIZE, &little), 0);
+  wn_winnow_refuses(WN_E_IO, "File too large", "%s training.steps=6 checkpoint.interval=2", line);
+  assert_int_equal(setrlimit(RLIMIT_FSIZE, &none), 0);
+  signal(SIGXFSZ, SIG_DFL);
+  OK(wn_list_dir(&names, &n, checkpoints_of(&j, "full").text));
+  assert_true(n == 1 && strcmp(names[0], "step-000002") == 0);
+  wn_list_free(names, n);
+  run_to(&j, "full", 6, 2);
+  expect_same_run(&j, "full", "room", 6);
+}
+
 /* ---- damage ---- */
 
 static void change_a_byte(const char *path) {
@@ -326,6 +351,7 @@ int main(void) {
       cmocka_unit_test(sigterm_finishes_the_step),
       cmocka_unit_test(sigint_too),
       cmocka_unit_test(a_signal_to_one_rank_stops_all),
+      cmocka_unit_test(a_save_that_fails_loses_nothing),
       cmocka_unit_test(a_damaged_checkpoint_is_passed_over),
       cmocka_unit_test(death_at_any_point_loses_nothing),
   };
