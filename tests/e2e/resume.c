@@ -296,42 +296,80 @@ static int64_t newest_of(void **state, const char *run) {
   return newest;
 }
 
-static void expect_nothing_left_behind(const job *j, const char *run) {
-  char **names;
+/* Whatever bears a checkpoint's name is one, but `damaged` (0: none). */
+static void expect_whole(const job *j, const char *run, int64_t damaged, bool nothing_else) {
+  char **names, path[WN_PATH_BYTES], hurt[32];
   size_t n;
-  OK(wn_list_dir(&names, &n, checkpoints_of(j, run).text));
-  for (size_t i = 0; i < n; i++)
-    if (strncmp(names[i], "step-", 5) != 0) fail_msg("%s: %s was left behind", run, names[i]);
+  wn_temp_path dir = checkpoints_of(j, run);
+  if (!wn_path_exists(dir.text)) return;
+  snprintf(hurt, sizeof hurt, "step-%06lld", (long long)damaged);
+  OK(wn_list_dir(&names, &n, dir.text));
+  for (size_t i = 0; i < n; i++) {
+    bool step = strncmp(names[i], "step-", 5) == 0;
+    if (!step && nothing_else) fail_msg("%s: %s was left behind", run, names[i]);
+    if (!step || strcmp(names[i], hurt) == 0) continue;
+    OK(wn_path(path, "%s/%s", dir.text, names[i]));
+    OK(wn_checkpoint_verify(path));
+  }
   wn_list_free(names, n);
 }
+
+static const char *const four_steps = "training.steps=4 checkpoint.interval=2";
 
 /* Death at changes of the file system spread over a whole run, and then at others in its resume, between saves and in the middle of them:
  * what had been saved is still there, and the same command arrives where the undisturbed run did. */
 static void death_at_any_point_loses_nothing(void **state) {
   enum { POINTS = 17 };
   job j = {state, 1, "adapt", "warm/checkpoints/step-000030", "metrics.layers_every=0 metrics.eval_every=0 checkpoint.keep=1"};
-  const char *rest = "training.steps=4 checkpoint.interval=2";
   char line[4096];
   int64_t changes;
   start_line(&j, "undying", line, sizeof line);
-  assert_false(wn_winnow_killed_at(INT64_MAX, &changes, "%s %s", line, rest));
+  assert_false(wn_winnow_killed_at(INT64_MAX, &changes, "%s %s", line, four_steps));
   assert_true(changes > 3 * POINTS);
   int64_t stood = 0;
   for (int64_t i = 0; i < POINTS; i++) {
     char run[32];
     snprintf(run, sizeof run, "dying-%lld", (long long)i);
     start_line(&j, run, line, sizeof line);
-    assert_true(wn_winnow_killed_at((changes - 1) * i / (POINTS - 1), NULL, "%s %s", line, rest));
+    assert_true(wn_winnow_killed_at((changes - 1) * i / (POINTS - 1), NULL, "%s %s", line, four_steps));
     int64_t newest = newest_of(state, run);
     if (newest < stood) fail_msg("%s: step %lld was there when it died sooner", run, (long long)stood);
     stood = newest;
-    wn_winnow_killed_at(changes * (i * 7 % POINTS) / POINTS, NULL, "%s %s", line, rest);
+    expect_whole(&j, run, 0, false);
+    wn_winnow_killed_at(changes * (i * 7 % POINTS) / POINTS, NULL, "%s %s", line, four_steps);
     if (newest_of(state, run) < newest) fail_msg("%s: the checkpoint of step %lld is gone", run, (long long)newest);
+    expect_whole(&j, run, 0, false);
     run_to(&j, run, 4, 2);
     expect_same_run(&j, run, "undying", 4);
-    expect_nothing_left_behind(&j, run);
+    expect_whole(&j, run, 0, true);
   }
   assert_int_equal(stood, 4);
+}
+
+/* The same where the save must take the place of a damaged checkpoint of its own step, and an older one is then removed: changes of the last
+ * third. */
+static void nor_does_death_while_replacing(void **state) {
+  job j = {state, 1, "adapt", "warm/checkpoints/step-000030", "metrics.layers_every=0 metrics.eval_every=0"};
+  char line[4096], path[WN_PATH_BYTES];
+  enum { STRIDE = 3 };
+  int64_t changes = STRIDE;
+  run_to(&j, "undying-all", 4, 2);
+  for (int64_t i = 0; i <= changes / 3; i += STRIDE) {
+    char run[32];
+    snprintf(run, sizeof run, "replacing-%lld", (long long)i);
+    start_line(&j, run, line, sizeof line);
+    run_to(&j, run, 4, 2);
+    OK(wn_path(path, "%s/state.json", tiny_step(state, run, 4).text));
+    change_a_byte(path);
+    if (i == 0) assert_false(wn_winnow_killed_at(INT64_MAX, &changes, "%s %s checkpoint.keep=1", line, four_steps));
+    else assert_true(wn_winnow_killed_at(changes - i, NULL, "%s %s checkpoint.keep=1", line, four_steps));
+    assert_true(newest_of(state, run) >= 2);
+    bool replaced = wn_path_exists(path) && tiny_same_file(path, wn_temp(state, "undying-all/checkpoints/step-000004/state.json").text);
+    expect_whole(&j, run, replaced ? 0 : 4, false);
+    wn_winnow_ends(0, 1, "%s %s checkpoint.keep=1", line, four_steps);
+    tiny_expect_same_tree(tiny_step(state, run, 4).text, tiny_step(state, "undying-all", 4).text);
+    expect_whole(&j, run, 0, true);
+  }
 }
 
 int main(void) {
@@ -354,6 +392,7 @@ int main(void) {
       cmocka_unit_test(a_save_that_fails_loses_nothing),
       cmocka_unit_test(a_damaged_checkpoint_is_passed_over),
       cmocka_unit_test(death_at_any_point_loses_nothing),
+      cmocka_unit_test(nor_does_death_while_replacing),
   };
   return cmocka_run_group_tests(tests, tiny_setup, wn_temp_teardown);
 }

@@ -127,6 +127,41 @@ static void dense_loss_does_not_know_the_indexer(void **state) {
   tiny_expect_same_file(wn_temp(state, "0-s.csv").text, wn_temp(state, "1-s.csv").text);
 }
 
+/* In the training itself: neither the number of picks nor the indexer's weights reach a teacher. */
+static void another_indexer(const wn_param_table *table, float **values) {
+  for (int32_t i = 0; i < table->n; i++)
+    for (int64_t e = 0; tiny_is_indexer(table->params[i].hf_name) && e < tiny_count(&table->params[i]); e++) values[i][e] = 0.4f - values[i][e];
+}
+
+static void teachers_do_not_know_the_indexer(void **state) {
+  static const char *const columns[] = {"kl_uniform", "mass_best", "mass_recent", "mass_sink", "entropy_target", "expert_load_max"};
+  wn_model_config config = tiny_config();
+  config.has_indexer = true;
+  config.index_n_heads = 2;
+  config.index_head_dim = 12;
+  config.index_topk = TINY_TOPK;
+  char warm[WN_PATH_BYTES], one[WN_PATH_BYTES];
+  OK(wn_path(warm, "%s/optimizer-00001-of-00001.safetensors", tiny_step(state, "warm", 6).text));
+  OK(wn_path(one, "%s/optimizer-00001-of-00001.safetensors", tiny_step(state, "one", 6).text));
+  tiny_expect_same_file(warm, one); /* of six picks and of one */
+  tiny_expect_same_file(wn_temp(state, "warm/metrics/train.csv").text, wn_temp(state, "one/metrics/train.csv").text);
+  tiny_model(wn_temp(state, "first").text, &config, 1, 2, NULL);
+  tiny_model(wn_temp(state, "second").text, &config, 1, 2, another_indexer);
+  train(state, "warmup", wn_temp(state, "first").text, "taught-first", "");
+  train(state, "warmup", wn_temp(state, "second").text, "taught-second", "");
+  int64_t rows, different = 0;
+  tiny_cell(state, "taught-first", "layers", 0, "step", &rows);
+  assert_int_equal(rows, 3 * 4); /* steps 1, 2, 4 and 6 */
+  for (int64_t row = 0; row < rows; row++) {
+    for (size_t c = 0; c < sizeof columns / sizeof *columns; c++) {
+      double a = tiny_cell(state, "taught-first", "layers", row, columns[c], NULL), b = tiny_cell(state, "taught-second", "layers", row, columns[c], NULL);
+      if (a != b && !(isnan(a) && isnan(b))) fail_msg("row %lld: %s is %.9g and %.9g", (long long)row, columns[c], a, b);
+    }
+    different += tiny_cell(state, "taught-first", "layers", row, "kl", NULL) != tiny_cell(state, "taught-second", "layers", row, "kl", NULL);
+  }
+  assert_int_equal(different, rows);
+}
+
 /* ---- stage 2: two gradients that never mix ---- */
 
 /* Compares weights and both moments of two checkpoints, tensor by tensor: of the indexer, or of all else. */
@@ -381,6 +416,7 @@ int main(void) {
       cmocka_unit_test(base_tensors_are_linked_and_unchanged),
       cmocka_unit_test(hidden_states_equal_the_base),
       cmocka_unit_test(dense_loss_does_not_know_the_indexer),
+      cmocka_unit_test(teachers_do_not_know_the_indexer),
       cmocka_unit_test(the_kl_does_not_reach_the_base),
       cmocka_unit_test(the_token_loss_does_not_reach_the_indexer),
       cmocka_unit_test(a_frozen_base_has_no_optimizer_state),
