@@ -11,7 +11,8 @@ static size_t slot_of(const wn_merges *m, int32_t left, int32_t right) {
   uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
   key *= 0x9E3779B97F4A7C15u; /* golden ratio: the high bits are well mixed */
   size_t at = (size_t)(key >> 32) & (m->slots - 1);
-  while (m->slot[at].rank >= 0 && (m->slot[at].left != left || m->slot[at].right != right)) at = (at + 1) & (m->slots - 1);
+  while (m->slot[at].rank >= 0 && (m->slot[at].left != left || m->slot[at].right != right))
+    at = (at + 1) & (m->slots - 1);
   return at;
 }
 
@@ -58,7 +59,9 @@ typedef struct wn_bpe_pair {
 
 #define NONE UINT32_MAX /* no node */
 
-static int sooner(const pair *a, const pair *b) { return a->rank != b->rank ? a->rank < b->rank : a->at < b->at; }
+static int sooner(const pair *a, const pair *b) {
+  return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
+}
 
 static wn_status push(wn_bpe_work *w, const wn_merges *merges, uint32_t at) {
   const node *nodes = w->nodes;

@@ -1,5 +1,5 @@
-/* Byte-pair encoding of one word (Sennrich et al., 2016): the pair of neighbours with the lowest rank is merged, the leftmost
- * of equal ones first, until no pair has a rank. */
+/* Byte-pair encoding of one word (Sennrich et al., 2016): the pair of neighbours with the lowest rank is merged, the
+ * leftmost of equal ones first, until no pair has a rank. */
 #ifndef WN_DATA_BPE_H
 #define WN_DATA_BPE_H
 
@@ -9,7 +9,9 @@
 #include "base/status.h"
 
 /* (left, right) -> rank and the id that the two become. */
-typedef struct wn_merge { int32_t left, right, rank, id; } wn_merge;
+typedef struct wn_merge {
+  int32_t left, right, rank, id;
+} wn_merge;
 typedef struct wn_merges {
   wn_merge *slot; /* [slots]: rank -1 where free */
   size_t n, slots;

@@ -32,18 +32,23 @@ static wn_status map_file(mapped *out, const char *path, bool optional) {
   int fd = open(path, O_RDONLY | O_CLOEXEC);
   if (fd < 0) {
     if (optional && errno == ENOENT) return NULL;
-    return WN_FAIL_HINT(WN_E_IO, "a dataset is named by its prefix: PREFIX.bin and PREFIX.idx; `winnow data pack` makes one",
+    return WN_FAIL_HINT(WN_E_IO,
+                        "a dataset is named by its prefix: PREFIX.bin and PREFIX.idx; `winnow data pack` makes one",
                         "cannot open %s: %s", path, strerror(errno));
   }
-  if (fstat(fd, &info) != 0) status = WN_FAIL(WN_E_IO, "cannot read %s: %s", path, strerror(errno));
-  else if (!S_ISREG(info.st_mode)) status = WN_FAIL(WN_E_INPUT, "%s is not a regular file", path);
+  if (fstat(fd, &info) != 0)
+    status = WN_FAIL(WN_E_IO, "cannot read %s: %s", path, strerror(errno));
+  else if (!S_ISREG(info.st_mode))
+    status = WN_FAIL(WN_E_INPUT, "%s is not a regular file", path);
   else {
     out->present = true;
     out->bytes = info.st_size;
     if (out->bytes > 0) {
       void *data = mmap(NULL, (size_t)out->bytes, PROT_READ, MAP_SHARED, fd, 0);
-      if (data == MAP_FAILED) status = WN_FAIL(WN_E_IO, "cannot map %s: %s", path, strerror(errno));
-      else out->data = data;
+      if (data == MAP_FAILED)
+        status = WN_FAIL(WN_E_IO, "cannot map %s: %s", path, strerror(errno));
+      else
+        out->data = data;
     }
   }
   close(fd);
@@ -85,14 +90,15 @@ static wn_status check_header(wn_dataset *d) {
   uint64_t sequences = wn_load_u64(idx + WN_IDX_SEQUENCES_AT), boundaries = wn_load_u64(idx + WN_IDX_DOCUMENTS_AT);
   uint64_t room = (uint64_t)(d->idx.bytes - WN_IDX_HEADER_BYTES);
   if (sequences > room / 12 || boundaries > (room - 12 * sequences) / 8)
-    return WN_FAIL(WN_E_INPUT, "%s.idx is truncated: %" PRIu64 " sequences and %" PRIu64 " document boundaries do not fit in %" PRId64 " bytes",
+    return WN_FAIL(WN_E_INPUT,
+                   "%s.idx is truncated: %" PRIu64 " sequences and %" PRIu64
+                   " document boundaries do not fit in %" PRId64 " bytes",
                    d->prefix, sequences, boundaries, d->idx.bytes);
   uint64_t extra = room - 12 * sequences - 8 * boundaries;
   if (extra)
     return WN_FAIL_HINT(WN_E_INPUT, "multimodal datasets, with a mode for each sequence, are not read",
                         "%s.idx has %" PRIu64 " bytes after its document index", d->prefix, extra);
-  if (boundaries < 2 || sequences < 1)
-    return WN_FAIL(WN_E_INPUT, "%s.idx holds no documents", d->prefix);
+  if (boundaries < 2 || sequences < 1) return WN_FAIL(WN_E_INPUT, "%s.idx holds no documents", d->prefix);
   d->sequences = (int64_t)sequences;
   d->documents = (int64_t)boundaries - 1;
   d->lengths = idx + WN_IDX_HEADER_BYTES;
@@ -106,17 +112,22 @@ static wn_status check_sequences(wn_dataset *d) {
   int64_t at = 0;
   for (int64_t i = 0; i < d->sequences; i++) {
     int64_t length = wn_load_i32(d->lengths + 4 * i), offset = wn_load_i64(d->offsets + 8 * i);
-    if (length < 0) return WN_FAIL(WN_E_INPUT, "%s.idx: sequence %" PRId64 " has length %" PRId64, d->prefix, i, length);
+    if (length < 0)
+      return WN_FAIL(WN_E_INPUT, "%s.idx: sequence %" PRId64 " has length %" PRId64, d->prefix, i, length);
     if (offset != at)
-      return WN_FAIL(WN_E_INPUT, "%s.idx: sequence %" PRId64 " begins at byte %" PRId64 ", the ones before it end at %" PRId64,
+      return WN_FAIL(WN_E_INPUT,
+                     "%s.idx: sequence %" PRId64 " begins at byte %" PRId64 ", the ones before it end at %" PRId64,
                      d->prefix, i, offset, at);
     if (length > (d->bin.bytes - at) / d->token_bytes)
-      return WN_FAIL(WN_E_INPUT, "%s.idx: sequence %" PRId64 " (%" PRId64 " tokens from byte %" PRId64 ") ends beyond the %" PRId64 " bytes of %s.bin",
+      return WN_FAIL(WN_E_INPUT,
+                     "%s.idx: sequence %" PRId64 " (%" PRId64 " tokens from byte %" PRId64 ") ends beyond the %" PRId64
+                     " bytes of %s.bin",
                      d->prefix, i, length, offset, d->bin.bytes, d->prefix);
     at += length * d->token_bytes;
   }
   if (at != d->bin.bytes)
-    return WN_FAIL(WN_E_INPUT, "%s.bin has %" PRId64 " bytes, its index describes %" PRId64, d->prefix, d->bin.bytes, at);
+    return WN_FAIL(WN_E_INPUT, "%s.bin has %" PRId64 " bytes, its index describes %" PRId64, d->prefix, d->bin.bytes,
+                   at);
   d->tokens = at / d->token_bytes;
   if (d->tokens == 0) return WN_FAIL(WN_E_INPUT, "%s.bin holds no tokens", d->prefix);
   return NULL;
@@ -128,7 +139,9 @@ static wn_status check_documents(const wn_dataset *d) {
     int64_t sequence = wn_load_i64(d->document_index + 8 * i);
     bool in_order = i == 0 ? sequence == 0 : sequence >= before;
     if (!in_order || sequence > d->sequences || (i == d->documents && sequence != d->sequences))
-      return WN_FAIL(WN_E_INPUT, "%s.idx: entry %" PRId64 " of the document index is %" PRId64 "; it must rise from 0 to the %" PRId64 " sequences",
+      return WN_FAIL(WN_E_INPUT,
+                     "%s.idx: entry %" PRId64 " of the document index is %" PRId64
+                     "; it must rise from 0 to the %" PRId64 " sequences",
                      d->prefix, i, sequence, d->sequences);
     before = sequence;
   }
@@ -141,7 +154,8 @@ static wn_status check_scored(const wn_dataset *d) {
     return WN_FAIL(WN_E_INPUT, "%s.scored does not begin with " WN_SCORED_MAGIC, d->prefix);
   uint64_t n = wn_load_u64(d->scored.data + WN_SCORED_MAGIC_BYTES);
   if (n != (uint64_t)d->tokens || d->scored.bytes - WN_SCORED_HEADER_BYTES != d->tokens)
-    return WN_FAIL(WN_E_INPUT, "%s.scored marks %" PRIu64 " tokens in %" PRId64 " bytes, the dataset has %" PRId64 " tokens",
+    return WN_FAIL(WN_E_INPUT,
+                   "%s.scored marks %" PRIu64 " tokens in %" PRId64 " bytes, the dataset has %" PRId64 " tokens",
                    d->prefix, n, d->scored.bytes, d->tokens);
   return NULL;
 }
@@ -177,10 +191,18 @@ void wn_dataset_close(wn_dataset *d) {
   free(d);
 }
 
-const char *wn_dataset_prefix(const wn_dataset *d) { return d->prefix; }
-int64_t wn_dataset_documents(const wn_dataset *d) { return d->documents; }
-int64_t wn_dataset_tokens(const wn_dataset *d) { return d->tokens; }
-bool wn_dataset_has_scored(const wn_dataset *d) { return d->scored.present; }
+const char *wn_dataset_prefix(const wn_dataset *d) {
+  return d->prefix;
+}
+int64_t wn_dataset_documents(const wn_dataset *d) {
+  return d->documents;
+}
+int64_t wn_dataset_tokens(const wn_dataset *d) {
+  return d->tokens;
+}
+bool wn_dataset_has_scored(const wn_dataset *d) {
+  return d->scored.present;
+}
 
 const char *wn_dataset_dtype(const wn_dataset *d) {
   int64_t bytes;
@@ -227,14 +249,17 @@ int64_t wn_dataset_document_of(const wn_dataset *d, int64_t t) {
   int64_t low = 0, high = d->documents; /* start(low) <= t < start(high): the last such document is not an empty one */
   while (high - low > 1) {
     int64_t middle = low + (high - low) / 2;
-    if (wn_dataset_document_start(d, middle) <= t) low = middle;
-    else high = middle;
+    if (wn_dataset_document_start(d, middle) <= t)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
 
 void wn_dataset_copy(const wn_dataset *d, int64_t first, int64_t n, int32_t *tokens, uint8_t *scored) {
-  WN_ASSERT(first >= 0 && n >= 0 && n <= d->tokens - first, "tokens %" PRId64 " + %" PRId64 " of %" PRId64, first, n, d->tokens);
+  WN_ASSERT(first >= 0 && n >= 0 && n <= d->tokens - first, "tokens %" PRId64 " + %" PRId64 " of %" PRId64, first, n,
+            d->tokens);
   for (int64_t i = 0; i < n; i++) {
     int64_t id = token_at(d, first + i);
     tokens[i] = id >= 0 && id <= INT32_MAX ? (int32_t)id : -1;

@@ -23,8 +23,8 @@ const char *wn_dataset_dtype(const wn_dataset *dataset); /* "uint16" */
 int64_t wn_dataset_documents(const wn_dataset *dataset);
 int64_t wn_dataset_tokens(const wn_dataset *dataset); /* at least 1 */
 bool wn_dataset_has_scored(const wn_dataset *dataset);
-/* Reads every token; WN_E_INPUT naming document and place of the first id outside 0 .. vocab_size - 1, and of the first mark
- * that is neither 0 nor 1. Whoever feeds ids to a model calls this first. */
+/* Reads every token; WN_E_INPUT naming document and place of the first id outside 0 .. vocab_size - 1, and of the first
+ * mark that is neither 0 nor 1. Whoever feeds ids to a model calls this first. */
 WN_MUST_USE wn_status wn_dataset_check_vocab(const wn_dataset *dataset, int32_t vocab_size);
 
 /* First token of document d (0 .. documents; documents itself gives the number of tokens). */
@@ -40,8 +40,8 @@ void wn_dataset_copy(const wn_dataset *dataset, int64_t first, int64_t n, int32_
 typedef struct wn_window {
   int32_t *tokens;         /* [seq_len + 1] */
   int32_t *document_start; /* [seq_len]: first row of the row's document within this window (0 when it began before) */
-  uint8_t *predicted;      /* [seq_len]: 1 where row i predicts tokens[i+1]; 0 where that token begins another document */
-  uint8_t *scored;         /* [seq_len]: 1 where row i predicts a marked token (all 0 without marks) */
+  uint8_t *predicted; /* [seq_len]: 1 where row i predicts tokens[i+1]; 0 where that token begins another document */
+  uint8_t *scored;    /* [seq_len]: 1 where row i predicts a marked token (all 0 without marks) */
 } wn_window;
 int64_t wn_dataset_windows(const wn_dataset *dataset, int32_t seq_len);
 void wn_dataset_read(const wn_dataset *dataset, int64_t window, int32_t seq_len, wn_window *out);
@@ -51,8 +51,8 @@ void wn_dataset_read(const wn_dataset *dataset, int64_t window, int32_t seq_len,
 typedef struct wn_dataset_writer wn_dataset_writer;
 WN_MUST_USE wn_status wn_dataset_writer_create(wn_dataset_writer **out, const char *prefix, int32_t vocab_size,
                                                bool with_scored);
-/* Adds to the current document; `scored` NULL: nothing is marked. WN_E_INPUT for an id outside the vocabulary or a document
- * of more than 2^31 - 1 tokens, WN_E_IO. */
+/* Adds to the current document; `scored` NULL: nothing is marked. WN_E_INPUT for an id outside the vocabulary or a
+ * document of more than 2^31 - 1 tokens, WN_E_IO. */
 WN_MUST_USE wn_status wn_dataset_writer_append(wn_dataset_writer *writer, const int32_t *tokens, const uint8_t *scored,
                                                int64_t n);
 WN_MUST_USE wn_status wn_dataset_writer_end_document(wn_dataset_writer *writer);
@@ -63,8 +63,8 @@ WN_MUST_USE wn_status wn_dataset_writer_add(wn_dataset_writer *writer, const int
  * case. WN_E_INPUT when there is not one token. */
 WN_MUST_USE wn_status wn_dataset_writer_close(wn_dataset_writer *writer, bool commit);
 
-/* Which window sequence `index` (0 .. global_batch - 1) of `step` (from 0) is. Sequences are counted through all steps; each
- * n_windows of them, an epoch, are a permutation of all windows keyed by (seed, epoch). A pure function. */
+/* Which window sequence `index` (0 .. global_batch - 1) of `step` (from 0) is. Sequences are counted through all steps;
+ * each n_windows of them, an epoch, are a permutation of all windows keyed by (seed, epoch). A pure function. */
 int64_t wn_sampler_window(uint64_t seed, int64_t n_windows, int64_t step, int64_t global_batch, int64_t index);
 
 #endif

@@ -37,7 +37,9 @@ static inline uint64_t wn_load_u64(const uint8_t *at) {
   return value;
 }
 
-static inline int64_t wn_load_i64(const uint8_t *at) { return (int64_t)wn_load_u64(at); }
+static inline int64_t wn_load_i64(const uint8_t *at) {
+  return (int64_t)wn_load_u64(at);
+}
 
 static inline int32_t wn_load_i32(const uint8_t *at) {
   int32_t value;

@@ -39,11 +39,12 @@ static wn_status put(spool *s, const void *data, size_t bytes) {
   return NULL;
 }
 
-static wn_status put_u64(spool *s, uint64_t value) { return put(s, &value, sizeof value); }
+static wn_status put_u64(spool *s, uint64_t value) {
+  return put(s, &value, sizeof value);
+}
 
 static wn_status seek(spool *s, int64_t at) {
-  if (fseeko(s->file, at, SEEK_SET) != 0)
-    return WN_FAIL(WN_E_IO, "cannot seek in %s: %s", s->path, strerror(errno));
+  if (fseeko(s->file, at, SEEK_SET) != 0) return WN_FAIL(WN_E_IO, "cannot seek in %s: %s", s->path, strerror(errno));
   return NULL;
 }
 

@@ -31,7 +31,8 @@ static wn_status check_settings(const wn_pack_settings *s) {
   int64_t least = near > high ? near : high, most = document - 1 - high;
   if (least > most || (far > 0 && far < high))
     return WN_FAIL_HINT(WN_E_USAGE, "the second copy must begin after the first one ends and fit before the end token",
-                        "a passage of %" PRId64 " tokens cannot be repeated at a distance of %" PRId64 " to %" PRId64 " in a document of %" PRId64,
+                        "a passage of %" PRId64 " tokens cannot be repeated at a distance of %" PRId64 " to %" PRId64
+                        " in a document of %" PRId64,
                         high, least, far > 0 && far < most ? far : most, document);
   return NULL;
 }
@@ -56,7 +57,8 @@ static wn_status pack_file(wn_pack_result *out, wn_tokenizer *tokenizer, const w
     WN_TRY_GOTO(status, done, wn_text_next(text, &piece, &more));
     if (!more) break;
     buffer->n = 0;
-    WN_TRY_GOTO(status, done, wn_tokenizer_encode(tokenizer, piece.data, piece.bytes, &buffer->ids, &buffer->n, &buffer->room));
+    WN_TRY_GOTO(status, done,
+                wn_tokenizer_encode(tokenizer, piece.data, piece.bytes, &buffer->ids, &buffer->n, &buffer->room));
     WN_TRY_GOTO(status, done, wn_dataset_writer_append(writer, buffer->ids, NULL, (int64_t)buffer->n));
     out->bytes += (int64_t)piece.bytes;
     out->tokens += (int64_t)buffer->n;
@@ -85,8 +87,7 @@ static wn_status pack_text(wn_pack_result *out, wn_tokenizer *tokenizer, const w
     if (!status && s->n_files > 1)
       wn_progress(log, "packing: %d of %d files, %" PRId64 " tokens", i + 1, s->n_files, out->tokens);
   }
-  if (!status && out->tokens == 0)
-    status = WN_FAIL(WN_E_INPUT, "the %d files given to pack hold no text", s->n_files);
+  if (!status && out->tokens == 0) status = WN_FAIL(WN_E_INPUT, "the %d files given to pack hold no text", s->n_files);
   free(buffer.ids);
   WN_KEEP_FIRST(status, wn_dataset_writer_close(writer, status == NULL));
   return status;
@@ -147,7 +148,8 @@ static wn_status add_copies(wn_pack_result *out, const wn_pack_settings *s, stre
   wn_status status = NULL;
   int32_t *tokens = malloc((size_t)length * sizeof *tokens);
   uint8_t *marks = malloc((size_t)length);
-  if (!tokens || !marks) status = WN_FAIL(WN_E_MEMORY, "out of memory for a copy document of %" PRId64 " tokens", length);
+  if (!tokens || !marks)
+    status = WN_FAIL(WN_E_MEMORY, "out of memory for a copy document of %" PRId64 " tokens", length);
   for (int64_t i = 0; i < n && !status; i++) {
     out->scored_tokens += make_copy(s, i, from, tokens, marks);
     status = wn_dataset_writer_add(writer, tokens, marks, length);

@@ -46,8 +46,8 @@ void wn_split_free(wn_split *split) {
   free(split);
 }
 
-/* Bytes of the UTF-8 character at text[0 .. n), n >= 1; 0 where there is none (RFC 3629: shortest form, no surrogates, up to
- * U+10FFFF: exactly what PCRE2 accepts, since it is told not to check again). */
+/* Bytes of the UTF-8 character at text[0 .. n), n >= 1; 0 where there is none (RFC 3629: shortest form, no surrogates,
+ * up to U+10FFFF: exactly what PCRE2 accepts, since it is told not to check again). */
 static size_t character_bytes(const unsigned char *text, size_t n) {
   unsigned char lead = text[0];
   if (lead < 0x80) return 1;

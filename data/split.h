@@ -1,7 +1,7 @@
 /* Cuts text into words before byte-pair encoding, as GPT-2's pattern does:
  *   '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
- * (openai/gpt-2 src/encoder.py; Hugging Face's ByteLevel). \s is Unicode's White_Space. A run of bytes that is not UTF-8 is a
- * word of its own, so that any bytes survive. */
+ * (openai/gpt-2 src/encoder.py; Hugging Face's ByteLevel). \s is Unicode's White_Space. A run of bytes that is not
+ * UTF-8 is a word of its own, so that any bytes survive. */
 #ifndef WN_DATA_SPLIT_H
 #define WN_DATA_SPLIT_H
 

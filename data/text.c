@@ -64,7 +64,9 @@ static wn_status fill(wn_text *text) {
   return NULL;
 }
 
-static bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+static bool is_space(char c) {
+  return c == ' ' || (c >= '\t' && c <= '\r');
+}
 
 /* Where to cut buffer[from .. limit): see the header. */
 static size_t cut_before(const wn_text *text, size_t limit) {
@@ -76,8 +78,9 @@ static size_t cut_before(const wn_text *text, size_t limit) {
   return last > text->from && (unsigned char)b[last] >= 0xC0 ? last : limit;
 }
 
-/* Looks through the lines of buffer[from .. to) for the separator. Found: *end is where it begins, *next where the line after
- * it does. Else *end is how far the text may be given out: not into an unfinished line that could still become one. */
+/* Looks through the lines of buffer[from .. to) for the separator. Found: *end is where it begins, *next where the line
+ * after it does. Else *end is how far the text may be given out: not into an unfinished line that could still become
+ * one. */
 static bool find_separator(const wn_text *text, size_t *end, size_t *next) {
   const char *b = text->buffer;
   size_t line = text->from, n = text->separator_bytes;
@@ -109,8 +112,10 @@ wn_status wn_text_next(wn_text *text, wn_text_piece *piece, bool *more) {
   size_t end, next;
   bool separated = find_separator(text, &end, &next);
   piece->ends_document = separated || text->end_of_file;
-  if (!piece->ends_document) next = end = cut_before(text, end);
-  else if (!separated) next = end;
+  if (!piece->ends_document)
+    next = end = cut_before(text, end);
+  else if (!separated)
+    next = end;
   piece->data = text->buffer + text->from;
   piece->bytes = end - text->from;
   text->line_start = separated || (end > text->from && text->buffer[end - 1] == '\n');

@@ -42,8 +42,12 @@ void wn_tokenizer_free(wn_tokenizer *t) {
   free(t);
 }
 
-int32_t wn_tokenizer_vocab_size(const wn_tokenizer *t) { return t->vocab_size; }
-int32_t wn_tokenizer_end_of_document(const wn_tokenizer *t) { return t->end_of_document; }
+int32_t wn_tokenizer_vocab_size(const wn_tokenizer *t) {
+  return t->vocab_size;
+}
+int32_t wn_tokenizer_end_of_document(const wn_tokenizer *t) {
+  return t->end_of_document;
+}
 
 const char *wn_tokenizer_bytes_of(const wn_tokenizer *t, int32_t id, size_t *bytes) {
   WN_ASSERT(id >= 0 && id < t->vocab_size, "id %d of %d", id, t->vocab_size);
@@ -102,7 +106,9 @@ wn_status wn_tokenizer_encode(wn_tokenizer *t, const char *text, size_t bytes, i
     WN_TRY(wn_split_next(t->split, &cursor, &word, &word_bytes));
     if (word_bytes == 0) return NULL;
     WN_TRY(wn_grow(ids, room, *n + word_bytes, sizeof **ids));
-    if (word_bytes <= CACHE_WORD_BYTES) WN_TRY(encode_cached(t, word, word_bytes, *ids, n));
-    else WN_TRY(encode_word(t, word, word_bytes, *ids, n));
+    if (word_bytes <= CACHE_WORD_BYTES)
+      WN_TRY(encode_cached(t, word, word_bytes, *ids, n));
+    else
+      WN_TRY(encode_word(t, word, word_bytes, *ids, n));
   }
 }

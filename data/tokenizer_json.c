@@ -11,7 +11,9 @@ enum { MOST_JSON_BYTES = 1 << 28, MOST_IDS = 1 << 24, FIRST_STAND_IN = 256 };
 
 /* ---- the alphabet */
 
-static int stands_for_itself(int byte) { return (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte != 0xAD); }
+static int stands_for_itself(int byte) {
+  return (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte != 0xAD);
+}
 
 size_t wn_byte_symbol(uint8_t byte, char out[2]) {
   int code = byte;
@@ -46,7 +48,9 @@ typedef struct reader {
   int32_t n_ids;
 } reader;
 
-static bool absent(const json_t *value) { return !value || json_is_null(value); }
+static bool absent(const json_t *value) {
+  return !value || json_is_null(value);
+}
 
 static bool is_text(const json_t *value, const char *text) {
   return json_is_string(value) && strcmp(json_string_value(value), text) == 0;
@@ -100,8 +104,10 @@ static wn_status read_ids(reader *r, int32_t *end_of_document) {
   json_object_foreach(r->vocab, token, id) {
     WN_TRY_GOTO(status, done, check_id(r, token, id));
     size_t at = (size_t)json_integer_value(id);
-    if (at >= n) status = REFUSE(r, "token \"%.60s\" has id %zu, but there are only %zu tokens", token, at, n);
-    else if (r->symbol[at]) status = REFUSE(r, "tokens \"%.60s\" and \"%.60s\" have the same id %zu", r->symbol[at], token, at);
+    if (at >= n)
+      status = REFUSE(r, "token \"%.60s\" has id %zu, but there are only %zu tokens", token, at, n);
+    else if (r->symbol[at])
+      status = REFUSE(r, "tokens \"%.60s\" and \"%.60s\" have the same id %zu", r->symbol[at], token, at);
     if (status) goto done;
     r->symbol[at] = token;
     if ((int32_t)at >= r->n_ids) r->n_ids = (int32_t)at + 1;
@@ -109,7 +115,8 @@ static wn_status read_ids(reader *r, int32_t *end_of_document) {
   json_array_foreach(r->added, i, entry) {
     const char *content = json_string_value(json_object_get(entry, "content"));
     id = json_object_get(entry, "id");
-    if (!content) status = REFUSE(r, "added token %zu has no content", i);
+    if (!content)
+      status = REFUSE(r, "added token %zu has no content", i);
     else if (!json_is_true(json_object_get(entry, "special")))
       status = REFUSE(r, "added token \"%.60s\" is not special: it would be looked for in text", content);
     if (status) goto done;
@@ -201,7 +208,8 @@ static wn_status read_all(reader *r, wn_tokenizer *t) {
   r->added = json_object_get(r->root, "added_tokens");
   if (!json_is_object(r->vocab) || !json_is_array(r->merges) || !json_is_array(r->added))
     return REFUSE(r, "a tokenizer.json has model.vocab, model.merges and added_tokens");
-  if (json_object_size(r->vocab) > MOST_IDS || json_array_size(r->added) > MOST_IDS || json_array_size(r->merges) > MOST_IDS)
+  if (json_object_size(r->vocab) > MOST_IDS || json_array_size(r->added) > MOST_IDS ||
+      json_array_size(r->merges) > MOST_IDS)
     return REFUSE(r, "more than %d tokens", MOST_IDS);
   WN_TRY(check_pipeline(r));
   WN_TRY(read_ids(r, &t->end_of_document));
@@ -221,15 +229,19 @@ wn_status wn_tokenizer_load(wn_tokenizer **out, const char *path) {
   wn_status status = NULL;
   WN_TRY(wn_read_file(&text, &bytes, path, MOST_JSON_BYTES));
   wn_tokenizer *t = calloc(1, sizeof *t);
-  if (!t) status = WN_FAIL(WN_E_MEMORY, "out of memory reading %s", path);
+  if (!t)
+    status = WN_FAIL(WN_E_MEMORY, "out of memory reading %s", path);
   else if (!(r.root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error)))
     status = WN_FAIL(WN_E_INPUT, "%s, line %d: %s", path, error.line, error.text);
-  else status = read_all(&r, t);
+  else
+    status = read_all(&r, t);
   free(text);
   free(r.symbol);
   json_decref(r.root);
-  if (status) wn_tokenizer_free(t);
-  else *out = t;
+  if (status)
+    wn_tokenizer_free(t);
+  else
+    *out = t;
   return status;
 }
 
@@ -251,21 +263,24 @@ static json_t *merge_list(const char *const *symbol, const int32_t (*pair)[2], i
 }
 
 static json_t *byte_level(void) {
-  return json_pack("{s:s, s:b, s:b, s:b}", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex", 1);
+  return json_pack("{s:s, s:b, s:b, s:b}", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex",
+                   1);
 }
 
 static wn_status write_json(const char *path, const char *const *symbol, const int32_t (*pair)[2], int32_t n_merges) {
   int32_t end = 256 + n_merges;
   json_t *added = json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", (int)end, "content", WN_END_OF_DOCUMENT,
                             "single_word", 0, "lstrip", 0, "rstrip", 0, "normalized", 0, "special", 1);
-  json_t *model = json_pack("{s:s, s:n, s:n, s:n, s:n, s:b, s:b, s:b, s:o, s:o}", "type", "BPE", "dropout", "unk_token",
-                            "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", 0, "byte_fallback", 0,
-                            "ignore_merges", 0, "vocab", vocabulary(symbol, end + 1), "merges", merge_list(symbol, pair, n_merges));
+  json_t *model =
+      json_pack("{s:s, s:n, s:n, s:n, s:n, s:b, s:b, s:b, s:o, s:o}", "type", "BPE", "dropout", "unk_token",
+                "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", 0, "byte_fallback", 0, "ignore_merges",
+                0, "vocab", vocabulary(symbol, end + 1), "merges", merge_list(symbol, pair, n_merges));
   json_t *root = json_pack("{s:s, s:n, s:n, s:[o], s:n, s:o, s:n, s:o, s:o}", "version", "1.0", "truncation", "padding",
-                           "added_tokens", added, "normalizer", "pre_tokenizer", byte_level(), "post_processor", "decoder",
-                           byte_level(), "model", model);
+                           "added_tokens", added, "normalizer", "pre_tokenizer", byte_level(), "post_processor",
+                           "decoder", byte_level(), "model", model);
   char *text = root ? json_dumps(root, JSON_INDENT(1)) : NULL;
-  wn_status status = text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
+  wn_status status =
+      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
   free(text);
   json_decref(root);
   return status;

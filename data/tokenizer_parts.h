@@ -23,8 +23,8 @@ struct wn_tokenizer {
   wn_bpe_work work;
 };
 
-/* GPT-2's printable stand-ins for bytes (bytes_to_unicode): '!'..'~', 0xA1..0xAC and 0xAE..0xFF stand for themselves, the 68
- * others, in order, are U+0100 and up. Writes the UTF-8 of `byte`'s stand-in, returns its length (1 or 2). */
+/* GPT-2's printable stand-ins for bytes (bytes_to_unicode): '!'..'~', 0xA1..0xAC and 0xAE..0xFF stand for themselves,
+ * the 68 others, in order, are U+0100 and up. Writes the UTF-8 of `byte`'s stand-in, returns its length (1 or 2). */
 size_t wn_byte_symbol(uint8_t byte, char out[2]);
 /* The byte of the stand-in at text[0 .. n), its length in *bytes; -1 when it is none. */
 int32_t wn_byte_of_symbol(const char *text, size_t n, size_t *bytes);

@@ -1,7 +1,8 @@
-/* Training of byte-pair merges. The text is reduced to its distinct words with their counts; every pair of neighbours has
- * its count and the list of words it was seen in. A merge rewrites only those words and corrects only the pairs beside each
- * place it changes, so its cost is that of the words it touches. The best pair comes from a heap whose entries may be out of
- * date: counts that grew were entered again, counts that fell are noticed when an entry comes to the top. */
+/* Training of byte-pair merges. The text is reduced to its distinct words with their counts; every pair of neighbours
+ * has its count and the list of words it was seen in. A merge rewrites only those words and corrects only the pairs
+ * beside each place it changes, so its cost is that of the words it touches. The best pair comes from a heap whose
+ * entries may be out of date: counts that grew were entered again, counts that fell are noticed when an entry comes to
+ * the top. */
 #include <inttypes.h>
 #include <stdlib.h>
 
@@ -100,7 +101,8 @@ static wn_status push(trainer *t, uint32_t pair) {
   if (entry.count < LEAST_COUNT) return NULL;
   WN_TRY(wn_grow(&t->heap, &t->heap_room, t->heap_n + 1, sizeof *t->heap));
   size_t i = t->heap_n++;
-  for (size_t parent; i > 0 && better(t, entry, t->heap[parent = (i - 1) / 2]); i = parent) t->heap[i] = t->heap[parent];
+  for (size_t parent; i > 0 && better(t, entry, t->heap[parent = (i - 1) / 2]); i = parent)
+    t->heap[i] = t->heap[parent];
   t->heap[i] = entry;
   return NULL;
 }
@@ -188,7 +190,8 @@ static wn_status merge_best(trainer *t, int32_t made, int32_t chosen[2], bool *f
       pair->words = NULL;
       pair->n_words = pair->room = 0;
       *found = true;
-    } else if (best.count > count) WN_TRY(push(t, best.pair));
+    } else if (best.count > count)
+      WN_TRY(push(t, best.pair));
   }
   return push_grown(t);
 }
@@ -226,8 +229,9 @@ wn_status wn_tokenizer_train(const char *const *files, int32_t n_files, int32_t 
     bool found = false;
     status = merge_best(&t, 256 + (int32_t)i, chosen[i], &found);
     if (!status && !found)
-      status = WN_FAIL_HINT(WN_E_INPUT, "give more text or a smaller vocabulary",
-                            "the text gives a vocabulary of %" PRId64 " and no more, %d was asked for", i + 257, vocab_size);
+      status =
+          WN_FAIL_HINT(WN_E_INPUT, "give more text or a smaller vocabulary",
+                       "the text gives a vocabulary of %" PRId64 " and no more, %d was asked for", i + 257, vocab_size);
     if ((i + 1) % 256 == 0) wn_progress(log, "merging: %" PRId64 " of %" PRId64, i + 1, n);
   }
   if (!status) status = wn_tokenizer_write(out_path, (const int32_t(*)[2])chosen, (int32_t)n);

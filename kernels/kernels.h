@@ -29,11 +29,15 @@ typedef struct wn_rows {
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
-typedef struct wn_accumulate { bool accumulate; } wn_accumulate; /* true: y += instead of y = */
+typedef struct wn_accumulate {
+  bool accumulate;
+} wn_accumulate; /* true: y += instead of y = */
 
 /* W of one head each: head h is w[h] as [rows, cols] (strides free but for the last). transpose false: y = x W
  * (absorb W_UK: rows = nope, cols = latent); true: y = x W^T (un-absorb W_UV: rows = v, cols = latent). */
-typedef struct wn_per_head_params { bool transpose, accumulate; } wn_per_head_params;
+typedef struct wn_per_head_params {
+  bool transpose, accumulate;
+} wn_per_head_params;
 
 /* ---- norms, rope, elementwise -------------------------------------------------------------------------------- */
 
@@ -78,7 +82,7 @@ typedef struct wn_attention_params {
 } wn_attention_params;
 
 typedef struct wn_indexer_params {
-  double scale; /* dI^-0.5, applied to q.k; the weights already carry HI^-0.5 */
+  double scale;           /* dI^-0.5, applied to q.k; the weights already carry HI^-0.5 */
   double attention_scale; /* indexer_kl_dense and selection_stats: softmax scale of the attention */
   double coeff;           /* KL gradients are multiplied by it; values never are */
 } wn_indexer_params;
@@ -94,13 +98,13 @@ typedef struct wn_pattern_params {
 /* Columns of selection_stats, one row per sampled row; formulas in docs/formats.md (layers.csv). A row that sees at
  * most k keys has WN_STAT_COUNTED 0 and its other columns 0. */
 typedef enum wn_stat_column {
-  WN_STAT_COUNTED, /* 1: the row sees more than k keys */
+  WN_STAT_COUNTED,  /* 1: the row sees more than k keys */
   WN_STAT_KL_DENSE, /* KL(p || softmax(I)) over all visible keys */
   WN_STAT_KL_UNIFORM,
   WN_STAT_MASS_AT_K,
   WN_STAT_MASS_BEST,
   WN_STAT_MASS_RECENT,
-  WN_STAT_MASS_SINK, /* the first 4 visible keys and the last k - 4 */
+  WN_STAT_MASS_SINK,   /* the first 4 visible keys and the last k - 4 */
   WN_STAT_MASS_RANDOM, /* k / visible */
   WN_STAT_RECALL_AT_K,
   WN_STAT_TOP1_HIT,
@@ -126,7 +130,8 @@ struct wn_ops {
 
   /* ---- memory ---- */
   wn_status (*zero)(wn_device *, wn_tensor *x);
-  /* dst = src with conversion between F32, F64, BF16 (any pair) or a plain copy of equal dtypes; same shape, any strides. */
+  /* dst = src with conversion between F32, F64, BF16 (any pair) or a plain copy of equal dtypes; same shape, any
+   * strides. */
   wn_status (*cast)(wn_device *, wn_tensor *dst, const wn_tensor *src);
   /* Dense host memory to device and back, dtype as the tensor's; download waits for the device. */
   wn_status (*upload)(wn_device *, wn_tensor *dst, const void *host);
@@ -186,8 +191,7 @@ struct wn_ops {
    * With dh: dh[n,D] and dw[V,D] [WGRAD] += gradients of -sum_i weight[i] logp[i]; weight[n] [STAT].
    * dh, dw, weight may be null together. Logits [chunk_rows, V] are the only ones that ever exist. */
   wn_status (*head_loss)(wn_device *, wn_tensor *logp, wn_tensor *dh, wn_tensor *dw, const wn_tensor *h,
-                         const wn_tensor *w, const wn_tensor *target, const wn_tensor *weight,
-                         const wn_head_params *);
+                         const wn_tensor *w, const wn_tensor *target, const wn_tensor *weight, const wn_head_params *);
 
   /* ---- mixture of experts ---- */
   /* scores[n,E] [STAT], index[n,K] INDEX (descending by biased score; an input when forced), weight[n,K] [STAT],
@@ -200,10 +204,11 @@ struct wn_ops {
   /* dx[n,D] +=, dw[E,D] [WGRAD] +=, from dweight[n,K] [STAT] and the balance loss (sum over sequences of
    * balance_coeff * sum_e f_e P_e; f_e is a count and has no gradient). */
   wn_status (*router_backward)(wn_device *, wn_tensor *dx, wn_tensor *dw, const wn_tensor *dweight,
-                               const wn_tensor *scores, const wn_tensor *index, const wn_tensor *x,
-                               const wn_tensor *w, const wn_router_params *);
+                               const wn_tensor *scores, const wn_tensor *index, const wn_tensor *x, const wn_tensor *w,
+                               const wn_router_params *);
   /* Sorts (row, choice) pairs by expert, then row: xp[n*K,D] = x[row], slot[n*K] INDEX: place of pair row*K+choice in
-   * xp; offset[E+1] host memory: expert e owns places offset[e] .. offset[e+1]-1 (the one host read of an MoE layer). */
+   * xp; offset[E+1] host memory: expert e owns places offset[e] .. offset[e+1]-1 (the one host read of an MoE layer).
+   */
   wn_status (*moe_permute)(wn_device *, wn_tensor *xp, wn_tensor *slot, int64_t *offset, const wn_tensor *x,
                            const wn_tensor *index, int32_t n_experts);
   /* dx[n,D] += sum over choices of dxp[slot] */
@@ -242,10 +247,10 @@ struct wn_ops {
                                 const wn_attention_params *);
   /* dq =, dkv +=, p[n,k] [STAT] = mean over heads of the probabilities, 0 at -1 (p may be null; dq, dkv, d_o, delta may
    * be null together: then p alone is made). */
-  wn_status (*attention_sparse_backward)(wn_device *, wn_tensor *dq, wn_tensor *dkv, wn_tensor *p,
-                                         const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *kv,
-                                         const wn_tensor *selection, const wn_tensor *lse, const wn_tensor *delta,
-                                         const wn_rows *, const wn_attention_params *);
+  wn_status (*attention_sparse_backward)(wn_device *, wn_tensor *dq, wn_tensor *dkv, wn_tensor *p, const wn_tensor *d_o,
+                                         const wn_tensor *q, const wn_tensor *kv, const wn_tensor *selection,
+                                         const wn_tensor *lse, const wn_tensor *delta, const wn_rows *,
+                                         const wn_attention_params *);
   /* The same selection in the per-head form of attention_dense. */
   wn_status (*attention_masked)(wn_device *, wn_tensor *o, wn_tensor *lse, wn_tensor *delta, const wn_tensor *d_o,
                                 const wn_tensor *q, const wn_tensor *k, const wn_tensor *v, const wn_tensor *selection,
@@ -264,25 +269,28 @@ struct wn_ops {
   wn_status (*indexer_select)(wn_device *, wn_tensor *selection, const wn_tensor *q, const wn_tensor *k,
                               const wn_tensor *w, const wn_rows *, const wn_indexer_params *);
   /* p[t,s] = mean over heads of exp(attention_scale qa.ka - lse) over visible keys. kl[n] [STAT] = sum_s p (log p -
-   * log softmax(I)), 0 for rows that see fewer than two keys. Gradients of coeff * sum of kl: g = coeff (softmax(I) - p);
-   * dq[n,HI,dI] =, dk[m,dI] [WGRAD] +=, dw[n,HI] [STAT] = (null together: value only). Source: eq. (3), model-spec 4.2.
-   * qa[n,H,dq], ka[m,H,dq] (or [m,1,dq], shared), lse[n,H]. */
+   * log softmax(I)), 0 for rows that see fewer than two keys. Gradients of coeff * sum of kl: g = coeff (softmax(I) -
+   * p); dq[n,HI,dI] =, dk[m,dI] [WGRAD] +=, dw[n,HI] [STAT] = (null together: value only). Source: eq. (3),
+   * model-spec 4.2. qa[n,H,dq], ka[m,H,dq] (or [m,1,dq], shared), lse[n,H]. */
   wn_status (*indexer_kl_dense)(wn_device *, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,
                                 const wn_tensor *q, const wn_tensor *k, const wn_tensor *w, const wn_tensor *qa,
                                 const wn_tensor *ka, const wn_tensor *lse, const wn_rows *, const wn_indexer_params *);
-  /* The same over selection[n,k], given p[n,k] from the attention's backward. Source: eq. (4). kl of a row with fewer than two picks is 0. */
+  /* The same over selection[n,k], given p[n,k] from the attention's backward. Source: eq. (4). kl of a row with fewer
+   * than two picks is 0. */
   wn_status (*indexer_kl_sparse)(wn_device *, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,
                                  const wn_tensor *q, const wn_tensor *k, const wn_tensor *w, const wn_tensor *selection,
                                  const wn_tensor *p, const wn_rows *, const wn_indexer_params *);
-  /* For s sampled rows: stats[s, WN_N_STATS] [STAT], picks[s,k] INDEX = the indexer's picks, computed exactly from p and I over
-   * all visible keys. sample[s] INDEX: row numbers. picks_prev may be null. qa[n,H,dq], ka[m,H,dq] or [m,1,dq]. */
+  /* For s sampled rows: stats[s, WN_N_STATS] [STAT], picks[s,k] INDEX = the indexer's picks, computed exactly from p
+   * and I over all visible keys. sample[s] INDEX: row numbers. picks_prev may be null. qa[n,H,dq], ka[m,H,dq] or
+   * [m,1,dq]. */
   wn_status (*selection_stats)(wn_device *, wn_tensor *stats, wn_tensor *picks, const wn_tensor *sample,
                                const wn_tensor *picks_prev, const wn_tensor *q, const wn_tensor *k, const wn_tensor *w,
                                const wn_tensor *qa, const wn_tensor *ka, const wn_rows *, const wn_indexer_params *);
   /* selection[n,k]: the k visible keys of largest p (dense, head-averaged), lowest key on ties: eval's upper bound. */
-  wn_status (*select_best)(wn_device *, wn_tensor *selection, const wn_tensor *qa, const wn_tensor *ka,
-                           const wn_rows *, const wn_attention_params *);
-  /* selection[n,k]: recent = last k visible keys; sink = first 4 visible and last k-4; random = k distinct visible keys. */
+  wn_status (*select_best)(wn_device *, wn_tensor *selection, const wn_tensor *qa, const wn_tensor *ka, const wn_rows *,
+                           const wn_attention_params *);
+  /* selection[n,k]: recent = last k visible keys; sink = first 4 visible and last k-4; random = k distinct visible
+   * keys. */
   wn_status (*select_pattern)(wn_device *, wn_tensor *selection, const wn_rows *, const wn_pattern_params *);
 
   /* ---- optimizer, on flat pieces ---- */

@@ -19,9 +19,8 @@ void WN_CPU(gather_keys)(wn_real *out, const wn_tensor *from, int64_t h, const w
 WN_MUST_USE wn_status WN_CPU(attend)(wn_device *device, const wn_attend *attend, wn_tensor *o, wn_tensor *lse,
                                      wn_tensor *delta, const wn_tensor *d_o);
 /* dq =, dk +=, dv +=, p = (with a selection; may be null); dq, dk, dv, d_o, delta may be null together. */
-WN_MUST_USE wn_status WN_CPU(attend_backward)(wn_device *device, const wn_attend *attend, wn_tensor *dq,
-                                              wn_tensor *dk, wn_tensor *dv, wn_tensor *p,
-                                              const wn_tensor *d_o, const wn_tensor *lse,
+WN_MUST_USE wn_status WN_CPU(attend_backward)(wn_device *device, const wn_attend *attend, wn_tensor *dq, wn_tensor *dk,
+                                              wn_tensor *dv, wn_tensor *p, const wn_tensor *d_o, const wn_tensor *lse,
                                               const wn_tensor *delta);
 
 #endif

@@ -38,8 +38,8 @@ static void lay_out(workspace *w, wn_carver *carver, const wn_attend *a) {
   w->delta = wn_take_reals(carver, WN_Q_BLOCK);
 }
 
-static void tile_probabilities(wn_real *restrict s, const wn_real *restrict mask, int32_t n_keys,
-                               int32_t lanes, const wn_real *restrict lse) {
+static void tile_probabilities(wn_real *restrict s, const wn_real *restrict mask, int32_t n_keys, int32_t lanes,
+                               const wn_real *restrict lse) {
   for (int32_t j = 0; j < n_keys; j++) {
     wn_real *restrict row = s + j * lanes;
 #pragma omp simd
@@ -52,8 +52,8 @@ static void tile_probabilities(wn_real *restrict s, const wn_real *restrict mask
 }
 
 /* dp becomes the gradient of the unscaled products; a masked pair's stays exactly 0 */
-static void tile_logit_gradients(wn_real *restrict dp, const wn_real *restrict p, int32_t n_keys,
-                                 int32_t lanes, const wn_real *restrict delta, wn_real scale) {
+static void tile_logit_gradients(wn_real *restrict dp, const wn_real *restrict p, int32_t n_keys, int32_t lanes,
+                                 const wn_real *restrict delta, wn_real scale) {
   for (int32_t j = 0; j < n_keys; j++) {
     wn_real *restrict d = dp + j * lanes;
     const wn_real *restrict weight = p + j * lanes;
@@ -85,23 +85,18 @@ static void keep_probabilities(const workspace *w, const wn_attend *a, int64_t h
 
 static void tile_gradients(workspace *w, const wn_attend *a, int64_t h, const gradients *g) {
   const wn_key_walk *walk = &w->walk;
-  int64_t dq = a->q->dim[2], dv = a->v->dim[2], lanes = walk->lanes, n_rows = walk->n_rows,
-          n_keys = walk->n_keys;
+  int64_t dq = a->q->dim[2], dv = a->v->dim[2], lanes = walk->lanes, n_rows = walk->n_rows, n_keys = walk->n_keys;
   bool gathered = walk->keys != NULL;
   if (gathered) WN_CPU(gather_keys)(w->v, a->v, h, walk);
   const wn_real *v = gathered ? w->v : wn_head_row(a->v, walk->key0, h);
   const wn_real *k = gathered ? w->k : wn_head_row(a->k, walk->key0, h);
-  wn_product(false, false, n_keys, lanes, dv, 1, v, gathered ? dv : a->v->stride[0], w->do_t, lanes, 0, w->dp,
-             lanes);
+  wn_product(false, false, n_keys, lanes, dv, 1, v, gathered ? dv : a->v->stride[0], w->do_t, lanes, 0, w->dp, lanes);
   tile_logit_gradients(w->dp, w->p, walk->n_keys, walk->lanes, w->delta, a->scale);
-  wn_product(false, false, n_keys, dv, n_rows, 1, w->p, lanes, wn_head_row(g->d_o, walk->row0, h),
-             g->d_o->stride[0], gathered ? 0 : 1, gathered ? w->dv : wn_head_row(g->dv, walk->key0, h),
-             gathered ? dv : g->dv->stride[0]);
-  wn_product(false, false, n_keys, dq, n_rows, 1, w->dp, lanes, wn_head_row(a->q, walk->row0, h),
-             a->q->stride[0], gathered ? 0 : 1, gathered ? w->dk : wn_head_row(g->dk, walk->key0, h),
-             gathered ? dq : g->dk->stride[0]);
-  wn_product(true, false, n_rows, dq, n_keys, 1, w->dp, lanes, k, gathered ? dq : a->k->stride[0], 1, w->dq,
-             dq);
+  wn_product(false, false, n_keys, dv, n_rows, 1, w->p, lanes, wn_head_row(g->d_o, walk->row0, h), g->d_o->stride[0],
+             gathered ? 0 : 1, gathered ? w->dv : wn_head_row(g->dv, walk->key0, h), gathered ? dv : g->dv->stride[0]);
+  wn_product(false, false, n_keys, dq, n_rows, 1, w->dp, lanes, wn_head_row(a->q, walk->row0, h), a->q->stride[0],
+             gathered ? 0 : 1, gathered ? w->dk : wn_head_row(g->dk, walk->key0, h), gathered ? dq : g->dk->stride[0]);
+  wn_product(true, false, n_rows, dq, n_keys, 1, w->dp, lanes, k, gathered ? dq : a->k->stride[0], 1, w->dq, dq);
   if (!gathered) return;
   scatter_add(g->dv, h, walk, w->dv);
   scatter_add(g->dk, h, walk, w->dk);
@@ -124,8 +119,8 @@ static void block_gradients(workspace *w, const wn_attend *a, int64_t h, int64_t
   while (wn_walk_next(walk)) {
     if (walk->keys) WN_CPU(gather_keys)(w->k, a->k, h, walk);
     const wn_real *k = walk->keys ? w->k : wn_head_row(a->k, walk->key0, h);
-    wn_product(false, false, walk->n_keys, lanes, dq, a->scale, k, walk->keys ? dq : a->k->stride[0], w->q_t,
-               lanes, 0, w->p, lanes);
+    wn_product(false, false, walk->n_keys, lanes, dq, a->scale, k, walk->keys ? dq : a->k->stride[0], w->q_t, lanes, 0,
+               w->p, lanes);
     tile_probabilities(w->p, walk->partial ? walk->mask : NULL, walk->n_keys, walk->lanes, w->lse);
     if (g->p_of_head) keep_probabilities(w, a, h, g);
     if (g->dq) tile_gradients(w, a, h, g);
@@ -160,9 +155,8 @@ wn_status WN_CPU(attend_backward)(wn_device *device, const wn_attend *attend, wn
   workspace counted;
   lay_out(&counted, &count, attend);
   void *memory, *p_of_head = NULL;
-  WN_TRY_GOTO(
-      status, done,
-      wn_arena_alloc(device->scratch, &memory, "attention tiles", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "attention tiles", count.used * (size_t)device->threads));
   if (p)
     WN_TRY_GOTO(status, done,
                 wn_arena_alloc(device->scratch, &p_of_head, "attention probabilities",

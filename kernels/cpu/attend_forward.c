@@ -92,8 +92,8 @@ static void finish_rows(const workspace *w, int64_t h, wn_tensor *o, wn_tensor *
   }
 }
 
-static void attend_block(workspace *w, const wn_attend *a, int64_t h, int64_t row0, int32_t n_rows,
-                         wn_tensor *o, wn_tensor *lse, wn_tensor *delta, const wn_tensor *d_o) {
+static void attend_block(workspace *w, const wn_attend *a, int64_t h, int64_t row0, int32_t n_rows, wn_tensor *o,
+                         wn_tensor *lse, wn_tensor *delta, const wn_tensor *d_o) {
   wn_key_walk *walk = &w->walk;
   wn_walk_begin(walk, a->rows, row0, n_rows);
   int64_t dq = a->q->dim[2], dv = a->v->dim[2], lanes = walk->lanes;
@@ -110,22 +110,21 @@ static void attend_block(workspace *w, const wn_attend *a, int64_t h, int64_t ro
     }
     const wn_real *k = walk->keys ? w->k : wn_head_row(a->k, walk->key0, h);
     const wn_real *v = walk->keys ? w->v : wn_head_row(a->v, walk->key0, h);
-    wn_product(false, false, walk->n_keys, lanes, dq, a->scale, k, walk->keys ? dq : a->k->stride[0], w->q_t,
-               lanes, 0, w->s, lanes);
-    tile_softmax(w->s, walk->partial ? walk->mask : NULL, walk->n_keys, walk->lanes, w->top, w->sum,
-                 w->decay);
+    wn_product(false, false, walk->n_keys, lanes, dq, a->scale, k, walk->keys ? dq : a->k->stride[0], w->q_t, lanes, 0,
+               w->s, lanes);
+    tile_softmax(w->s, walk->partial ? walk->mask : NULL, walk->n_keys, walk->lanes, w->top, w->sum, w->decay);
     for (int64_t i = 0; i < n_rows; i++) {
       if (w->decay[i] == 1) continue;
       for (int64_t c = 0; c < dv; c++) w->o[i * dv + c] *= w->decay[i];
     }
-    wn_product(true, false, n_rows, dv, walk->n_keys, 1, w->s, lanes, v, walk->keys ? dv : a->v->stride[0], 1,
-               w->o, dv);
+    wn_product(true, false, n_rows, dv, walk->n_keys, 1, w->s, lanes, v, walk->keys ? dv : a->v->stride[0], 1, w->o,
+               dv);
   }
   finish_rows(w, h, o, lse, delta, d_o);
 }
 
-wn_status WN_CPU(attend)(wn_device *device, const wn_attend *attend, wn_tensor *o, wn_tensor *lse,
-                         wn_tensor *delta, const wn_tensor *d_o) {
+wn_status WN_CPU(attend)(wn_device *device, const wn_attend *attend, wn_tensor *o, wn_tensor *lse, wn_tensor *delta,
+                         const wn_tensor *d_o) {
   int64_t n = attend->rows->n_rows, n_heads = attend->q->dim[1], n_blocks = wn_cpu_blocks(n, WN_Q_BLOCK);
   size_t mark = wn_arena_mark(device->scratch);
   wn_status status = NULL;
@@ -133,9 +132,8 @@ wn_status WN_CPU(attend)(wn_device *device, const wn_attend *attend, wn_tensor *
   workspace counted;
   lay_out(&counted, &count, attend);
   void *memory;
-  WN_TRY_GOTO(
-      status, done,
-      wn_arena_alloc(device->scratch, &memory, "attention tiles", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "attention tiles", count.used * (size_t)device->threads));
 #pragma omp parallel num_threads(device->threads)
   {
     workspace w;
@@ -145,8 +143,7 @@ wn_status WN_CPU(attend)(wn_device *device, const wn_attend *attend, wn_tensor *
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < n_blocks * n_heads; task++) {
       int64_t row0 = (n_blocks - 1 - task / n_heads) * WN_Q_BLOCK;
-      attend_block(&w, attend, task % n_heads, row0, (int32_t)wn_cpu_min(WN_Q_BLOCK, n - row0), o, lse, delta,
-                   d_o);
+      attend_block(&w, attend, task % n_heads, row0, (int32_t)wn_cpu_min(WN_Q_BLOCK, n - row0), o, lse, delta, d_o);
     }
   }
 done:

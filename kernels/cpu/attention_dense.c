@@ -10,9 +10,8 @@ static wn_attend checked(const wn_tensor *q, const wn_tensor *k, const wn_tensor
 }
 
 wn_status WN_CPU(attention_dense)(wn_device *device, wn_tensor *o, wn_tensor *lse, wn_tensor *delta,
-                                  const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *k,
-                                  const wn_tensor *v, const wn_rows *rows,
-                                  const wn_attention_params *params) {
+                                  const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *k, const wn_tensor *v,
+                                  const wn_rows *rows, const wn_attention_params *params) {
   wn_attend attend = checked(q, k, v, rows, params);
   int64_t n = rows->n_rows, n_heads = q->dim[1];
   WN_EXPECT(o, WN_REAL_DTYPE, 3, n, n_heads, v->dim[2]);

@@ -54,8 +54,7 @@ static int32_t row_logits(workspace *w, const inputs *in, int64_t i) {
   }
   if (n == 0) return 0;
   copy_heads(w->q, in->q, i);
-  wn_product(false, true, in->n_heads, n, in->width, in->scale, w->q, in->width, w->kv, in->width, 0, w->p,
-             in->pitch);
+  wn_product(false, true, in->n_heads, n, in->width, in->scale, w->q, in->width, w->kv, in->width, 0, w->p, in->pitch);
   for (int64_t h = 0; h < in->n_heads; h++)
     for (int64_t j = n; j < wn_pad_lanes(n); j++) w->p[h * in->pitch + j] = WN_MASKED_LOGIT;
   return n;
@@ -102,8 +101,7 @@ static void forward_row(workspace *w, const inputs *in, int64_t i) {
 }
 
 static void row_probabilities(workspace *w, const inputs *in, int64_t i, int32_t n) {
-  for (int64_t h = 0; h < in->n_heads && n; h++)
-    (void)exponentials(w->p + h * in->pitch, n, wn_row(in->lse, i)[h]);
+  for (int64_t h = 0; h < in->n_heads && n; h++) (void)exponentials(w->p + h * in->pitch, n, wn_row(in->lse, i)[h]);
   if (!in->p_mean) return;
   wn_real *restrict mean = wn_row(in->p_mean, i);
   memset(mean, 0, (size_t)in->selection->dim[1] * sizeof(wn_real));
@@ -118,8 +116,7 @@ static void backward_row(workspace *w, const inputs *in, int64_t i, wn_real *dkv
   row_probabilities(w, in, i, n);
   if (!in->dq) return;
   if (n == 0) {
-    for (int64_t h = 0; h < n_heads; h++)
-      memset(wn_head_row(in->dq, i, h), 0, (size_t)width * sizeof(wn_real));
+    for (int64_t h = 0; h < n_heads; h++) memset(wn_head_row(in->dq, i, h), 0, (size_t)width * sizeof(wn_real));
     return;
   }
   copy_heads(w->d_o, in->d_o, i);
@@ -144,8 +141,8 @@ static void backward_row(workspace *w, const inputs *in, int64_t i, wn_real *dkv
   }
 }
 
-static inputs checked(const wn_tensor *q, const wn_tensor *kv, const wn_tensor *selection,
-                      const wn_rows *rows, const wn_attention_params *params) {
+static inputs checked(const wn_tensor *q, const wn_tensor *kv, const wn_tensor *selection, const wn_rows *rows,
+                      const wn_attention_params *params) {
   WN_EXPECT(q, WN_REAL_DTYPE, 3, rows->n_rows, q->dim[1], q->dim[2]);
   WN_EXPECT(kv, WN_REAL_DTYPE, 2, rows->n_keys, q->dim[2]);
   WN_EXPECT(selection, WN_I32, 2, rows->n_rows, selection->dim[1]);
@@ -164,8 +161,7 @@ static inputs checked(const wn_tensor *q, const wn_tensor *kv, const wn_tensor *
 
 wn_status WN_CPU(attention_sparse)(wn_device *device, wn_tensor *o, wn_tensor *lse, wn_tensor *delta,
                                    const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *kv,
-                                   const wn_tensor *selection, const wn_rows *rows,
-                                   const wn_attention_params *params) {
+                                   const wn_tensor *selection, const wn_rows *rows, const wn_attention_params *params) {
   inputs in = checked(q, kv, selection, rows, params);
   int64_t n = rows->n_rows;
   WN_EXPECT(o, WN_REAL_DTYPE, 3, n, in.n_heads, in.v_width);
@@ -186,8 +182,7 @@ wn_status WN_CPU(attention_sparse)(wn_device *device, wn_tensor *o, wn_tensor *l
   lay_out(&counted, &count, &in);
   void *memory;
   WN_TRY_GOTO(status, done,
-              wn_arena_alloc(device->scratch, &memory, "sparse attention rows",
-                             count.used * (size_t)device->threads));
+              wn_arena_alloc(device->scratch, &memory, "sparse attention rows", count.used * (size_t)device->threads));
 #pragma omp parallel num_threads(device->threads)
   {
     workspace w;
@@ -203,9 +198,8 @@ done:
 
 wn_status WN_CPU(attention_sparse_backward)(wn_device *device, wn_tensor *dq, wn_tensor *dkv, wn_tensor *p,
                                             const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *kv,
-                                            const wn_tensor *selection, const wn_tensor *lse,
-                                            const wn_tensor *delta, const wn_rows *rows,
-                                            const wn_attention_params *params) {
+                                            const wn_tensor *selection, const wn_tensor *lse, const wn_tensor *delta,
+                                            const wn_rows *rows, const wn_attention_params *params) {
   inputs in = checked(q, kv, selection, rows, params);
   int64_t n = rows->n_rows;
   WN_EXPECT(lse, WN_REAL_DTYPE, 2, n, in.n_heads);
@@ -230,8 +224,7 @@ wn_status WN_CPU(attention_sparse_backward)(wn_device *device, wn_tensor *dq, wn
   lay_out(&counted, &count, &in);
   void *memory;
   WN_TRY_GOTO(status, done,
-              wn_arena_alloc(device->scratch, &memory, "sparse attention rows",
-                             count.used * (size_t)device->threads));
+              wn_arena_alloc(device->scratch, &memory, "sparse attention rows", count.used * (size_t)device->threads));
   wn_partials partials = {0};
   if (dq) WN_TRY_GOTO(status, done, wn_partials_create(device, &partials, n_groups, rows->n_keys, in.width));
 #pragma omp parallel num_threads(device->threads)
@@ -242,8 +235,7 @@ wn_status WN_CPU(attention_sparse_backward)(wn_device *device, wn_tensor *dq, wn
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < n_groups; group++) {
       wn_real *share = dq ? wn_partials_begin(&partials, group) : NULL;
-      for (int64_t i = n * group / n_groups; i < n * (group + 1) / n_groups; i++)
-        backward_row(&w, &in, i, share);
+      for (int64_t i = n * group / n_groups; i < n * (group + 1) / n_groups; i++) backward_row(&w, &in, i, share);
     }
   }
   if (dq) wn_partials_add(device, &partials, dkv);

@@ -9,7 +9,9 @@
 
 static const size_t default_arena_bytes = (size_t)64 << 30;
 
-static size_t capacity(size_t wanted) { return wanted ? wanted : default_arena_bytes; }
+static size_t capacity(size_t wanted) {
+  return wanted ? wanted : default_arena_bytes;
+}
 
 static void free_device(wn_device *device) {
   if (!device) return;
@@ -41,6 +43,10 @@ fail:
   return status;
 }
 
-wn_status WN_CPU(create)(wn_device **out, wn_cpu_settings settings) { return create(out, settings); }
+wn_status WN_CPU(create)(wn_device **out, wn_cpu_settings settings) {
+  return create(out, settings);
+}
 
-void WN_CPU(free)(wn_device *device) { free_device(device); }
+void WN_CPU(free)(wn_device *device) {
+  free_device(device);
+}

@@ -6,7 +6,9 @@
  * on 2 cores at 4096 x 192 x 768: 256 x 768 tiles run at 95% of one large call, 64 x 128 at 60%. */
 enum { TILE_ROWS = 256, TILE_COLS = 1024, TILE_ROWS_MIN = 64, TILE_COLS_MIN = 128, TILES_WANTED = 16 };
 
-typedef struct tiling { int64_t rows, cols, down, across; } tiling;
+typedef struct tiling {
+  int64_t rows, cols, down, across;
+} tiling;
 
 static tiling cut(int64_t m, int64_t n) {
   tiling t = {.rows = TILE_ROWS, .cols = TILE_COLS};

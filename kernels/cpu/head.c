@@ -90,8 +90,15 @@ static wn_real loss_row(wn_real *logits, int64_t vocabulary, int32_t target, con
 static void loss_chunk(wn_real *logits, int64_t from, int64_t rows, wn_tensor *logp, wn_tensor *dh, wn_tensor *dw,
                        const wn_tensor *h, const wn_tensor *w, const wn_tensor *target, const wn_tensor *weight) {
   int64_t vocabulary = w->dim[0], width = w->dim[1];
-  wn_cpu_gemm forward = {.c = logits, .a = wn_cpu_row(h, from), .b = w->data, .m = rows, .n = vocabulary, .k = width,
-                         .c_stride = vocabulary, .a_stride = h->stride[0], .b_stride = w->stride[0],
+  wn_cpu_gemm forward = {.c = logits,
+                         .a = wn_cpu_row(h, from),
+                         .b = w->data,
+                         .m = rows,
+                         .n = vocabulary,
+                         .k = width,
+                         .c_stride = vocabulary,
+                         .a_stride = h->stride[0],
+                         .b_stride = w->stride[0],
                          .transpose_b = true};
 #pragma omp parallel
   {
@@ -102,12 +109,26 @@ static void loss_chunk(wn_real *logits, int64_t from, int64_t rows, wn_tensor *l
       *wn_cpu_at(logp, from + i) = loss_row(logits + i * vocabulary, vocabulary, token_at(target, from + i),
                                             weight ? wn_cpu_at(weight, from + i) : NULL);
     if (weight) {
-      wn_cpu_gemm input = {.c = wn_cpu_row(dh, from), .a = logits, .b = w->data, .m = rows, .n = width,
-                           .k = vocabulary, .c_stride = dh->stride[0], .a_stride = vocabulary,
+      wn_cpu_gemm input = {.c = wn_cpu_row(dh, from),
+                           .a = logits,
+                           .b = w->data,
+                           .m = rows,
+                           .n = width,
+                           .k = vocabulary,
+                           .c_stride = dh->stride[0],
+                           .a_stride = vocabulary,
                            .b_stride = w->stride[0]};
-      wn_cpu_gemm matrix = {.c = dw->data, .a = logits, .b = wn_cpu_row(h, from), .m = vocabulary, .n = width,
-                            .k = rows, .c_stride = dw->stride[0], .a_stride = vocabulary, .b_stride = h->stride[0],
-                            .transpose_a = true, .accumulate = true};
+      wn_cpu_gemm matrix = {.c = dw->data,
+                            .a = logits,
+                            .b = wn_cpu_row(h, from),
+                            .m = vocabulary,
+                            .n = width,
+                            .k = rows,
+                            .c_stride = dw->stride[0],
+                            .a_stride = vocabulary,
+                            .b_stride = h->stride[0],
+                            .transpose_a = true,
+                            .accumulate = true};
       WN_CPU(gemm_tiles)(&input);
       WN_CPU(gemm_tiles)(&matrix);
     }

@@ -50,10 +50,9 @@ wn_status wn_index_keys_pack(wn_device *device, wn_index_keys *out, const wn_ten
 
 /* n heads of a row against one panel; n is a constant wherever this is inlined, so that all sums stay in
  * registers */
-static inline __attribute__((always_inline)) void heads_by_panel(vector sum[VECTORS], wn_real *z,
-                                                                 int64_t z_stride, const wn_index_row *row,
-                                                                 int64_t h0, int n, const wn_real *panel,
-                                                                 int64_t width) {
+static inline __attribute__((always_inline)) void heads_by_panel(vector sum[VECTORS], wn_real *z, int64_t z_stride,
+                                                                 const wn_index_row *row, int64_t h0, int n,
+                                                                 const wn_real *panel, int64_t width) {
   vector dot[WN_SCORE_HEADS][VECTORS];
   memset(dot, 0, sizeof dot);
   for (int64_t d = 0; d < width; d++) {
@@ -73,8 +72,8 @@ static inline __attribute__((always_inline)) void heads_by_panel(vector sum[VECT
     }
 }
 
-void wn_index_score(wn_real *score, wn_real *z, int64_t z_stride, const wn_index_row *row,
-                    const wn_index_keys *keys, int32_t origin, int32_t from, int32_t end) {
+void wn_index_score(wn_real *score, wn_real *z, int64_t z_stride, const wn_index_row *row, const wn_index_keys *keys,
+                    int32_t origin, int32_t from, int32_t end) {
   if (from >= end) return;
   for (int32_t at = wn_panel_floor(keys, from); at < end; at += WN_PANEL) {
     const wn_real *panel = keys->panel + (int64_t)(at - keys->first) * keys->width;

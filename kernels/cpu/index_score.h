@@ -50,8 +50,8 @@ static inline wn_index_row wn_index_row_of(const wn_tensor *q, const wn_tensor *
  * from keys->first, at or below from). Whole panels are written, with scores of no meaning outside from ..
  * end - 1. z (may be null): scale q[h].k[s] at z[h * z_stride + key - origin]. */
 #define wn_index_score WN_CPU(index_score)
-void wn_index_score(wn_real *score, wn_real *z, int64_t z_stride, const wn_index_row *row,
-                    const wn_index_keys *keys, int32_t origin, int32_t from, int32_t end);
+void wn_index_score(wn_real *score, wn_real *z, int64_t z_stride, const wn_index_row *row, const wn_index_keys *keys,
+                    int32_t origin, int32_t from, int32_t end);
 
 /* Where a row's scores of keys first_key .. may begin: the panel's first key. */
 static inline int32_t wn_panel_floor(const wn_index_keys *keys, int32_t key) {

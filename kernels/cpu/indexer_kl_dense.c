@@ -20,16 +20,14 @@ typedef struct inputs {
 } inputs;
 
 typedef struct workspace {
-  wn_real *score;  /* [keys]: one row, first pass */
-  wn_real *q, *dq; /* [ROWS * HI][dI] */
-  wn_real *p, *logit, *index, *z,
-      *gain;    /* [ROWS or 1][tile]: p, one head's logits, I; [HI][tile]: z; g for a row */
-  wn_real *g_z; /* [ROWS * HI][tile]: gradients of q.k */
-  double *dw;   /* [ROWS * HI] */
+  wn_real *score;                        /* [keys]: one row, first pass */
+  wn_real *q, *dq;                       /* [ROWS * HI][dI] */
+  wn_real *p, *logit, *index, *z, *gain; /* [ROWS or 1][tile]: p, one head's logits, I; [HI][tile]: z; g for a row */
+  wn_real *g_z;                          /* [ROWS * HI][tile]: gradients of q.k */
+  double *dw;                            /* [ROWS * HI] */
   double kl[ROWS];
-  wn_real top[ROWS],
-      log_sum[ROWS]; /* log-sum-exp of I in two parts: their rounded sum would cost digits of q - p */
-  int32_t first[ROWS], end[ROWS]; /* rows that have no loss: 0, 0 */
+  wn_real top[ROWS], log_sum[ROWS]; /* log-sum-exp of I in two parts: their rounded sum would cost digits of q - p */
+  int32_t first[ROWS], end[ROWS];   /* rows that have no loss: 0, 0 */
 } workspace;
 
 static void lay_out(workspace *w, wn_carver *carver, const inputs *in) {
@@ -81,14 +79,13 @@ static void begin_block(workspace *w, const inputs *in, int64_t row0, int32_t n_
 }
 
 /* p[r][key - tile] summed over heads; what no row sees is made of padding or not read again */
-static void tile_target(workspace *w, const inputs *in, int64_t row0, int32_t n_rows, int32_t tile,
-                        int32_t low, int32_t end) {
+static void tile_target(workspace *w, const inputs *in, int64_t row0, int32_t n_rows, int32_t tile, int32_t low,
+                        int32_t end) {
   int64_t n_keys = end - low, width = in->qa->dim[2];
   memset(w->p, 0, (size_t)n_rows * WN_K_TILE * sizeof(wn_real));
   for (int64_t h = 0; h < in->qa->dim[1]; h++) {
-    wn_product(false, true, n_rows, n_keys, width, (wn_real)in->params->attention_scale,
-               wn_head_row(in->qa, row0, h), in->qa->stride[0],
-               wn_head_row(in->ka, low, wn_key_head(in->ka, h)), in->ka->stride[0], 0,
+    wn_product(false, true, n_rows, n_keys, width, (wn_real)in->params->attention_scale, wn_head_row(in->qa, row0, h),
+               in->qa->stride[0], wn_head_row(in->ka, low, wn_key_head(in->ka, h)), in->ka->stride[0], 0,
                w->logit + (low - tile), WN_K_TILE);
     for (int32_t r = 0; r < n_rows; r++) {
       int32_t from = wn_max_i32(w->first[r], tile) - tile, to = wn_min_i32(w->end[r], end) - tile;
@@ -160,10 +157,10 @@ static void tile_loss(workspace *w, const inputs *in, int64_t row0, int32_t n_ro
     if (in->dq) row_gradient(w, in, row0 + r, r);
   }
   if (!in->dq) return;
-  wn_product(false, false, n_rows * n_heads, width, n_keys, 1, w->g_z + (low - tile), WN_K_TILE,
-             wn_row(in->k, low), in->k->stride[0], 1, w->dq, width);
-  wn_product(true, false, n_keys, width, n_rows * n_heads, 1, w->g_z + (low - tile), WN_K_TILE, w->q, width,
-             1, dk + low * width, width);
+  wn_product(false, false, n_rows * n_heads, width, n_keys, 1, w->g_z + (low - tile), WN_K_TILE, wn_row(in->k, low),
+             in->k->stride[0], 1, w->dq, width);
+  wn_product(true, false, n_keys, width, n_rows * n_heads, 1, w->g_z + (low - tile), WN_K_TILE, w->q, width, 1,
+             dk + low * width, width);
 }
 
 static void block_loss(workspace *w, const inputs *in, int64_t row0, int32_t n_rows, wn_real *dk) {
@@ -197,8 +194,7 @@ static void check(const inputs *in, const wn_tensor *dk) {
   WN_EXPECT(in->kl, WN_REAL_DTYPE, 1, n);
   WN_EXPECT(in->qa, WN_REAL_DTYPE, 3, n, in->qa->dim[1], in->qa->dim[2]);
   WN_EXPECT(in->ka, WN_REAL_DTYPE, 3, m, in->ka->dim[1], in->qa->dim[2]);
-  WN_ASSERT(in->ka->dim[1] == in->qa->dim[1] || in->ka->dim[1] == 1, "%lld heads of keys",
-            (long long)in->ka->dim[1]);
+  WN_ASSERT(in->ka->dim[1] == in->qa->dim[1] || in->ka->dim[1] == 1, "%lld heads of keys", (long long)in->ka->dim[1]);
   WN_EXPECT(in->lse, WN_REAL_DTYPE, 2, n, in->qa->dim[1]);
   WN_ASSERT(!in->dq == !dk && !in->dq == !in->dw, "dq, dk and dw come together");
   if (!in->dq) return;
@@ -207,10 +203,10 @@ static void check(const inputs *in, const wn_tensor *dk) {
   WN_EXPECT(in->dw, WN_REAL_DTYPE, 2, n, n_heads);
 }
 
-wn_status WN_CPU(indexer_kl_dense)(wn_device *device, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk,
-                                   wn_tensor *dw, const wn_tensor *q, const wn_tensor *k, const wn_tensor *w,
-                                   const wn_tensor *qa, const wn_tensor *ka, const wn_tensor *lse,
-                                   const wn_rows *rows, const wn_indexer_params *params) {
+wn_status WN_CPU(indexer_kl_dense)(wn_device *device, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,
+                                   const wn_tensor *q, const wn_tensor *k, const wn_tensor *w, const wn_tensor *qa,
+                                   const wn_tensor *ka, const wn_tensor *lse, const wn_rows *rows,
+                                   const wn_indexer_params *params) {
   inputs in = {.q = q,
                .k = k,
                .w = w,
@@ -231,9 +227,8 @@ wn_status WN_CPU(indexer_kl_dense)(wn_device *device, wn_tensor *kl, wn_tensor *
   workspace counted;
   lay_out(&counted, &count, &in);
   void *memory;
-  WN_TRY_GOTO(
-      status, done,
-      wn_arena_alloc(device->scratch, &memory, "indexer tiles", count.used * (size_t)device->threads));
+  WN_TRY_GOTO(status, done,
+              wn_arena_alloc(device->scratch, &memory, "indexer tiles", count.used * (size_t)device->threads));
   wn_partials partials = {0};
   if (dq) WN_TRY_GOTO(status, done, wn_partials_create(device, &partials, n_groups, rows->n_keys, q->dim[2]));
 #pragma omp parallel num_threads(device->threads)
@@ -241,8 +236,7 @@ wn_status WN_CPU(indexer_kl_dense)(wn_device *device, wn_tensor *kl, wn_tensor *
     workspace work;
     wn_carver carver = {.base = (char *)memory + count.used * (size_t)omp_get_thread_num()};
     lay_out(&work, &carver, &in);
-    memset(carver.base, 0,
-           carver.used); /* vector loops run over padding: it holds numbers, never stray NaN */
+    memset(carver.base, 0, carver.used); /* vector loops run over padding: it holds numbers, never stray NaN */
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < n_groups; group++) {
       wn_real *share = dq ? wn_partials_begin(&partials, group) : NULL;

@@ -47,8 +47,8 @@ static int32_t row_scores(workspace *w, const inputs *in, int64_t i) {
   if (n < 2) return n;
   for (int64_t h = 0; h < in->n_heads; h++)
     memcpy(w->q + h * in->width, wn_head_row(in->q, i, h), (size_t)in->width * sizeof(wn_real));
-  wn_product(false, true, in->n_heads, n, in->width, (wn_real)in->params->scale, w->q, in->width, w->keys,
-             in->width, 0, w->z, in->pitch);
+  wn_product(false, true, in->n_heads, n, in->width, (wn_real)in->params->scale, w->q, in->width, w->keys, in->width, 0,
+             w->z, in->pitch);
   memset(w->index, 0, (size_t)in->pitch * sizeof(wn_real));
   for (int64_t h = 0; h < in->n_heads; h++) {
     const wn_real *restrict z = w->z + h * in->pitch;
@@ -139,8 +139,8 @@ static void check(const inputs *in, const wn_tensor *dk) {
   WN_EXPECT(in->dw, WN_REAL_DTYPE, 2, n, in->n_heads);
 }
 
-wn_status WN_CPU(indexer_kl_sparse)(wn_device *device, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk,
-                                    wn_tensor *dw, const wn_tensor *q, const wn_tensor *k, const wn_tensor *w,
+wn_status WN_CPU(indexer_kl_sparse)(wn_device *device, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,
+                                    const wn_tensor *q, const wn_tensor *k, const wn_tensor *w,
                                     const wn_tensor *selection, const wn_tensor *p, const wn_rows *rows,
                                     const wn_indexer_params *params) {
   inputs in = {.q = q,
@@ -176,8 +176,7 @@ wn_status WN_CPU(indexer_kl_sparse)(wn_device *device, wn_tensor *kl, wn_tensor 
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < n_groups; group++) {
       wn_real *share = dq ? wn_partials_begin(&partials, group) : NULL;
-      for (int64_t i = n * group / n_groups; i < n * (group + 1) / n_groups; i++)
-        row_kl(&work, &in, i, share);
+      for (int64_t i = n * group / n_groups; i < n * (group + 1) / n_groups; i++) row_kl(&work, &in, i, share);
     }
   }
   if (dq) wn_partials_add(device, &partials, dk);

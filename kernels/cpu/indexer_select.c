@@ -17,9 +17,9 @@ wn_status WN_CPU(indexer_scores)(wn_device *device, wn_tensor *scores, const wn_
   WN_TRY_GOTO(status, done, wn_index_keys_pack(device, &keys, k, rows));
   int64_t width = (int64_t)keys.n_panels * WN_PANEL;
   void *memory;
-  WN_TRY_GOTO(status, done,
-              wn_arena_alloc(device->scratch, &memory, "indexer scores",
-                             (size_t)(device->threads * width) * sizeof(wn_real)));
+  WN_TRY_GOTO(
+      status, done,
+      wn_arena_alloc(device->scratch, &memory, "indexer scores", (size_t)(device->threads * width) * sizeof(wn_real)));
 #pragma omp parallel for num_threads(device->threads) schedule(dynamic, ROWS)
   for (int32_t i = 0; i < rows->n_rows; i++) {
     wn_real *score = (wn_real *)memory + omp_get_thread_num() * width, *out = wn_row(scores, i);
@@ -34,9 +34,8 @@ done:
   return status;
 }
 
-wn_status WN_CPU(indexer_select)(wn_device *device, wn_tensor *selection, const wn_tensor *q,
-                                 const wn_tensor *k, const wn_tensor *w, const wn_rows *rows,
-                                 const wn_indexer_params *params) {
+wn_status WN_CPU(indexer_select)(wn_device *device, wn_tensor *selection, const wn_tensor *q, const wn_tensor *k,
+                                 const wn_tensor *w, const wn_rows *rows, const wn_indexer_params *params) {
   WN_CPU(expect_indexer)(q, k, w, rows);
   int64_t n_picks = selection->dim[1];
   WN_EXPECT(selection, WN_I32, 2, rows->n_rows, n_picks);
@@ -63,8 +62,7 @@ wn_status WN_CPU(indexer_select)(wn_device *device, wn_tensor *selection, const 
       wn_index_row row = wn_index_row_of(q, w, i, params);
       wn_index_score(score, NULL, 0, &row, &keys, keys.first, first, first + visible);
     }
-    wn_top_k(wn_row_i32(selection, i), n_picks, score + (visible ? first - keys.first : 0), key, visible,
-             first);
+    wn_top_k(wn_row_i32(selection, i), n_picks, score + (visible ? first - keys.first : 0), key, visible, first);
   }
 done:
   wn_arena_release(device->scratch, mark);

@@ -63,7 +63,9 @@ static void convert(char *restrict to, wn_dtype to_dtype, const char *restrict f
   }
 }
 
-static bool is_float(wn_dtype dtype) { return dtype == WN_F32 || dtype == WN_F64 || dtype == WN_BF16; }
+static bool is_float(wn_dtype dtype) {
+  return dtype == WN_F32 || dtype == WN_F64 || dtype == WN_BF16;
+}
 
 wn_status WN_CPU(cast)(wn_device *device, wn_tensor *dst, const wn_tensor *src) {
   (void)device;
@@ -88,8 +90,8 @@ wn_status WN_CPU(cast)(wn_device *device, wn_tensor *dst, const wn_tensor *src) 
 }
 
 wn_status WN_CPU(upload)(wn_device *device, wn_tensor *dst, const void *host) {
-  wn_tensor dense = wn_tensor_of((void *)(uintptr_t)host, dst->dtype, dst->rank, dst->dim[0], dst->dim[1], dst->dim[2],
-                                 dst->dim[3]);
+  wn_tensor dense =
+      wn_tensor_of((void *)(uintptr_t)host, dst->dtype, dst->rank, dst->dim[0], dst->dim[1], dst->dim[2], dst->dim[3]);
   return WN_CPU(cast)(device, dst, &dense);
 }
 

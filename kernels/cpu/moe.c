@@ -4,7 +4,9 @@
 #include "kernels/cpu/operations.h"
 #include "kernels/cpu/view.h"
 
-static int32_t *slot_at(const wn_tensor *slot, int64_t pair) { return (int32_t *)slot->data + pair * slot->stride[0]; }
+static int32_t *slot_at(const wn_tensor *slot, int64_t pair) {
+  return (int32_t *)slot->data + pair * slot->stride[0];
+}
 
 wn_status WN_CPU(moe_permute)(wn_device *device, wn_tensor *xp, wn_tensor *slot, int64_t *offset, const wn_tensor *x,
                               const wn_tensor *index, int32_t n_experts) {

@@ -67,7 +67,8 @@ wn_status WN_CPU(rms_norm_backward)(wn_device *device, wn_tensor *dx, wn_tensor 
   void *memory = NULL;
   if (dw) {
     WN_EXPECT(dw, WN_REAL_DTYPE, 1, width);
-    WN_TRY(wn_arena_alloc(device->scratch, &memory, "norm weight gradient", (size_t)(blocks * width) * sizeof(wn_real)));
+    WN_TRY(
+        wn_arena_alloc(device->scratch, &memory, "norm weight gradient", (size_t)(blocks * width) * sizeof(wn_real)));
   }
   wn_real *partial = memory;
   const wn_real *weight = w->data;
@@ -145,8 +146,8 @@ wn_status WN_CPU(layer_norm_backward)(wn_device *device, wn_tensor *dx, wn_tenso
   WN_EXPECT(w, WN_REAL_DTYPE, 1, width);
   size_t mark = wn_arena_mark(device->scratch);
   void *memory = NULL;
-  WN_TRY(wn_arena_alloc(device->scratch, &memory, "norm weight gradient",
-                        (size_t)(2 * blocks * width) * sizeof(wn_real)));
+  WN_TRY(
+      wn_arena_alloc(device->scratch, &memory, "norm weight gradient", (size_t)(2 * blocks * width) * sizeof(wn_real)));
   wn_real *partial_w = memory, *partial_b = partial_w + blocks * width;
   const wn_real *weight = w->data;
 #pragma omp parallel for schedule(static)

@@ -9,9 +9,17 @@ static wn_cpu_gemm forward_of(const wn_tensor *y, const wn_tensor *x, const wn_t
   WN_EXPECT(y, WN_REAL_DTYPE, 2, n, outputs);
   WN_EXPECT(x, WN_REAL_DTYPE, 2, n, inputs);
   WN_EXPECT(w, WN_REAL_DTYPE, 2, outputs, inputs);
-  return (wn_cpu_gemm){.c = y->data, .a = x->data, .b = w->data, .m = n, .n = outputs, .k = inputs,
-                       .c_stride = y->stride[0], .a_stride = x->stride[0], .b_stride = w->stride[0],
-                       .transpose_b = true, .accumulate = accumulate};
+  return (wn_cpu_gemm){.c = y->data,
+                       .a = x->data,
+                       .b = w->data,
+                       .m = n,
+                       .n = outputs,
+                       .k = inputs,
+                       .c_stride = y->stride[0],
+                       .a_stride = x->stride[0],
+                       .b_stride = w->stride[0],
+                       .transpose_b = true,
+                       .accumulate = accumulate};
 }
 
 /* dx = dy w */
@@ -20,8 +28,15 @@ static wn_cpu_gemm backward_input_of(const wn_tensor *dx, const wn_tensor *dy, c
   WN_EXPECT(dx, WN_REAL_DTYPE, 2, n, inputs);
   WN_EXPECT(dy, WN_REAL_DTYPE, 2, n, outputs);
   WN_EXPECT(w, WN_REAL_DTYPE, 2, outputs, inputs);
-  return (wn_cpu_gemm){.c = dx->data, .a = dy->data, .b = w->data, .m = n, .n = inputs, .k = outputs,
-                       .c_stride = dx->stride[0], .a_stride = dy->stride[0], .b_stride = w->stride[0],
+  return (wn_cpu_gemm){.c = dx->data,
+                       .a = dy->data,
+                       .b = w->data,
+                       .m = n,
+                       .n = inputs,
+                       .k = outputs,
+                       .c_stride = dx->stride[0],
+                       .a_stride = dy->stride[0],
+                       .b_stride = w->stride[0],
                        .accumulate = accumulate};
 }
 
@@ -31,9 +46,17 @@ static wn_cpu_gemm backward_weight_of(const wn_tensor *dw, const wn_tensor *dy, 
   WN_EXPECT(dw, WN_REAL_DTYPE, 2, outputs, inputs);
   WN_EXPECT(dy, WN_REAL_DTYPE, 2, n, outputs);
   WN_EXPECT(x, WN_REAL_DTYPE, 2, n, inputs);
-  return (wn_cpu_gemm){.c = dw->data, .a = dy->data, .b = x->data, .m = outputs, .n = inputs, .k = n,
-                       .c_stride = dw->stride[0], .a_stride = dy->stride[0], .b_stride = x->stride[0],
-                       .transpose_a = true, .accumulate = true};
+  return (wn_cpu_gemm){.c = dw->data,
+                       .a = dy->data,
+                       .b = x->data,
+                       .m = outputs,
+                       .n = inputs,
+                       .k = n,
+                       .c_stride = dw->stride[0],
+                       .a_stride = dy->stride[0],
+                       .b_stride = x->stride[0],
+                       .transpose_a = true,
+                       .accumulate = true};
 }
 
 wn_status WN_CPU(linear)(wn_device *device, wn_tensor *y, const wn_tensor *x, const wn_tensor *w,
@@ -72,9 +95,14 @@ wn_status WN_CPU(per_head_linear)(wn_device *device, wn_tensor *y, const wn_tens
     wn_cpu_gemm g = {.c = (wn_real *)y->data + h * y->stride[1],
                      .a = (const wn_real *)x->data + h * x->stride[1],
                      .b = (const wn_real *)w->data + h * w->stride[0],
-                     .m = n, .n = outputs, .k = inputs,
-                     .c_stride = y->stride[0], .a_stride = x->stride[0], .b_stride = w->stride[1],
-                     .transpose_b = params->transpose, .accumulate = params->accumulate};
+                     .m = n,
+                     .n = outputs,
+                     .k = inputs,
+                     .c_stride = y->stride[0],
+                     .a_stride = x->stride[0],
+                     .b_stride = w->stride[1],
+                     .transpose_b = params->transpose,
+                     .accumulate = params->accumulate};
     WN_CPU(gemm_tiles)(&g);
   }
   return NULL;
@@ -92,9 +120,14 @@ wn_status WN_CPU(per_head_linear_backward_weight)(wn_device *device, wn_tensor *
     wn_cpu_gemm g = {.c = (wn_real *)dw->data + h * dw->stride[0],
                      .a = (const wn_real *)a->data + h * a->stride[1],
                      .b = (const wn_real *)b->data + h * b->stride[1],
-                     .m = rows, .n = cols, .k = n,
-                     .c_stride = dw->stride[1], .a_stride = a->stride[0], .b_stride = b->stride[0],
-                     .transpose_a = true, .accumulate = true};
+                     .m = rows,
+                     .n = cols,
+                     .k = n,
+                     .c_stride = dw->stride[1],
+                     .a_stride = a->stride[0],
+                     .b_stride = b->stride[0],
+                     .transpose_a = true,
+                     .accumulate = true};
     WN_CPU(gemm_tiles)(&g);
   }
   return NULL;

@@ -12,7 +12,9 @@ enum { ROW_BLOCK = 64 };
 /* Keeps the weights finite where every chosen score underflowed; also HF's. */
 static const double tiny_sum = 1e-20;
 
-static int32_t *count_at(const wn_tensor *load, int64_t e) { return (int32_t *)load->data + e * load->stride[0]; }
+static int32_t *count_at(const wn_tensor *load, int64_t e) {
+  return (int32_t *)load->data + e * load->stride[0];
+}
 
 /* The first untaken entry with the largest value (NaN counts as -inf), and marks it taken. */
 static int32_t take_best(const wn_real *value, bool *taken, int64_t n) {
@@ -38,7 +40,10 @@ static wn_real group_score(const wn_real *value, int64_t n) {
 }
 
 /* Temporaries of one row's choice. */
-typedef struct choice { wn_real *biased, *group; bool *taken, *group_taken; } choice;
+typedef struct choice {
+  wn_real *biased, *group;
+  bool *taken, *group_taken;
+} choice;
 
 static void choose(int32_t *index, int64_t n_choices, const wn_real *scores, const wn_tensor *bias, int64_t n_experts,
                    const wn_router_params *params, choice *c) {
@@ -125,8 +130,8 @@ static wn_status balance_value(wn_device *device, double *value, const wn_tensor
   return NULL;
 }
 
-static wn_status route(wn_device *device, wn_tensor *scores, wn_tensor *index, wn_tensor *weight,
-                       const wn_tensor *bias, const wn_router_params *params) {
+static wn_status route(wn_device *device, wn_tensor *scores, wn_tensor *index, wn_tensor *weight, const wn_tensor *bias,
+                       const wn_router_params *params) {
   int64_t n = scores->dim[0], n_experts = scores->dim[1], n_group = params->n_group;
   int64_t blocks = wn_cpu_blocks(n, ROW_BLOCK);
   size_t reals = (size_t)(n_experts + n_group) * sizeof(wn_real), flags = (size_t)(n_experts + n_group) * sizeof(bool);
@@ -136,7 +141,9 @@ static wn_status route(wn_device *device, wn_tensor *scores, wn_tensor *index, w
 #pragma omp parallel for schedule(static)
   for (int64_t b = 0; b < blocks; b++) {
     char *own = (char *)memory + (size_t)b * stride;
-    choice c = {.biased = (wn_real *)own, .group = (wn_real *)own + n_experts, .taken = (bool *)(own + reals),
+    choice c = {.biased = (wn_real *)own,
+                .group = (wn_real *)own + n_experts,
+                .taken = (bool *)(own + reals),
                 .group_taken = (bool *)(own + reals) + n_experts};
     route_rows(scores, index, weight, bias, b * ROW_BLOCK, wn_cpu_min(n, (b + 1) * ROW_BLOCK), params, &c);
   }
@@ -155,12 +162,18 @@ wn_status WN_CPU(router)(wn_device *device, wn_tensor *scores, wn_tensor *index,
   WN_EXPECT(w, WN_REAL_DTYPE, 2, n_experts, width);
   WN_EXPECT(bias, WN_REAL_DTYPE, 1, n_experts);
   WN_ASSERT(params->n_group > 0 && n_experts % params->n_group == 0 && params->topk_group > 0 &&
-                params->topk_group <= params->n_group &&
-                n_choices <= n_experts / params->n_group * params->topk_group,
-            "%lld of %lld experts from %d of %d groups", (long long)n_choices, (long long)n_experts,
-            params->topk_group, params->n_group);
-  wn_cpu_gemm logits = {.c = scores->data, .a = x->data, .b = w->data, .m = n, .n = n_experts, .k = width,
-                        .c_stride = scores->stride[0], .a_stride = x->stride[0], .b_stride = w->stride[0],
+                params->topk_group <= params->n_group && n_choices <= n_experts / params->n_group * params->topk_group,
+            "%lld of %lld experts from %d of %d groups", (long long)n_choices, (long long)n_experts, params->topk_group,
+            params->n_group);
+  wn_cpu_gemm logits = {.c = scores->data,
+                        .a = x->data,
+                        .b = w->data,
+                        .m = n,
+                        .n = n_experts,
+                        .k = width,
+                        .c_stride = scores->stride[0],
+                        .a_stride = x->stride[0],
+                        .b_stride = w->stride[0],
                         .transpose_b = true};
   WN_CPU(gemm)(&logits);
   wn_status status = NULL;
@@ -227,12 +240,27 @@ wn_status WN_CPU(router_backward)(wn_device *device, wn_tensor *dx, wn_tensor *d
       logits_gradient(dz + i * n_experts, wn_cpu_row(dweight, i), wn_cpu_row(scores, i), wn_cpu_index_row(index, i),
                       n_choices, n_experts, balanced ? f : NULL, params);
   }
-  wn_cpu_gemm input = {.c = dx->data, .a = dz, .b = w->data, .m = n, .n = width, .k = n_experts,
-                       .c_stride = dx->stride[0], .a_stride = n_experts, .b_stride = w->stride[0],
+  wn_cpu_gemm input = {.c = dx->data,
+                       .a = dz,
+                       .b = w->data,
+                       .m = n,
+                       .n = width,
+                       .k = n_experts,
+                       .c_stride = dx->stride[0],
+                       .a_stride = n_experts,
+                       .b_stride = w->stride[0],
                        .accumulate = true};
-  wn_cpu_gemm matrix = {.c = dw->data, .a = dz, .b = x->data, .m = n_experts, .n = width, .k = n,
-                        .c_stride = dw->stride[0], .a_stride = n_experts, .b_stride = x->stride[0],
-                        .transpose_a = true, .accumulate = true};
+  wn_cpu_gemm matrix = {.c = dw->data,
+                        .a = dz,
+                        .b = x->data,
+                        .m = n_experts,
+                        .n = width,
+                        .k = n,
+                        .c_stride = dw->stride[0],
+                        .a_stride = n_experts,
+                        .b_stride = x->stride[0],
+                        .transpose_a = true,
+                        .accumulate = true};
 #pragma omp parallel
   {
     WN_CPU(gemm_tiles)(&input);

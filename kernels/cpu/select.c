@@ -9,8 +9,8 @@
 
 enum { SINK_KEYS = 4 };
 
-wn_status WN_CPU(select_best)(wn_device *device, wn_tensor *selection, const wn_tensor *qa,
-                              const wn_tensor *ka, const wn_rows *rows, const wn_attention_params *params) {
+wn_status WN_CPU(select_best)(wn_device *device, wn_tensor *selection, const wn_tensor *qa, const wn_tensor *ka,
+                              const wn_rows *rows, const wn_attention_params *params) {
   wn_target target = {.qa = qa, .ka = ka, .rows = rows, .scale = (wn_real)params->scale};
   int32_t n = rows->n_rows;
   WN_EXPECT(selection, WN_I32, 2, n, selection->dim[1]);
@@ -36,8 +36,7 @@ wn_status WN_CPU(select_best)(wn_device *device, wn_tensor *selection, const wn_
       wn_target_rows(&work, &target, row, n_rows);
       for (int32_t r = 0; r < n_rows; r++) {
         int32_t first = rows->first_key[row[r]], visible = wn_max_i32(rows->last_key[row[r]] - first + 1, 0);
-        wn_top_k(wn_row_i32(selection, row[r]), selection->dim[1], work.p + r * work.pitch, key, visible,
-                 first);
+        wn_top_k(wn_row_i32(selection, row[r]), selection->dim[1], work.p + r * work.pitch, key, visible, first);
       }
     }
   }
@@ -48,17 +47,15 @@ done:
 
 /* k distinct of `visible` keys, marked one byte each: the first k places of a permutation of the row's own.
  */
-static void draw_picks(uint8_t *picked, int32_t visible, int64_t k, int32_t position,
-                       const wn_pattern_params *params) {
+static void draw_picks(uint8_t *picked, int32_t visible, int64_t k, int32_t position, const wn_pattern_params *params) {
   uint64_t row = (uint64_t)(uint32_t)params->layer << 32 | (uint32_t)position;
   uint64_t seed = wn_rng_u64(params->seed, WN_RNG_SELECT, row);
   memset(picked, 0, (size_t)visible);
-  for (int64_t j = 0; j < k; j++)
-    picked[wn_rng_permute(seed, WN_RNG_SELECT, (uint64_t)visible, (uint64_t)j)] = 1;
+  for (int64_t j = 0; j < k; j++) picked[wn_rng_permute(seed, WN_RNG_SELECT, (uint64_t)visible, (uint64_t)j)] = 1;
 }
 
-static void pattern_row(int32_t *pick, int64_t k, int32_t first, int32_t visible, int32_t position,
-                        uint8_t *picked, const wn_pattern_params *params) {
+static void pattern_row(int32_t *pick, int64_t k, int32_t first, int32_t visible, int32_t position, uint8_t *picked,
+                        const wn_pattern_params *params) {
   int64_t n = 0, sink = 0;
   if (visible > k && params->pattern == WN_PATTERN_RANDOM) {
     draw_picks(picked, visible, k, position, params);

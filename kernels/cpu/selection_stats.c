@@ -86,8 +86,8 @@ static void distribution_columns(double *column, const wn_real *p, const wn_real
 }
 
 /* Columns about the picks; the row sees more than k keys, so there are exactly k. */
-static void pick_columns(double *column, workspace *w, const inputs *in, const wn_real *p,
-                         const int32_t *pick, int32_t first, int32_t visible) {
+static void pick_columns(double *column, workspace *w, const inputs *in, const wn_real *p, const int32_t *pick,
+                         int32_t first, int32_t visible) {
   int64_t k = in->k, sink = wn_cpu_min(SINK_KEYS, k);
   wn_top_k(w->best, k, p, w->key, visible, first);
   int32_t top1 = 0;
@@ -136,10 +136,10 @@ static void sampled_row(workspace *w, const inputs *in, int64_t s, int32_t i, co
   for (int32_t c = 0; c < WN_N_STATS; c++) out[c] = (wn_real)column[c];
 }
 
-wn_status WN_CPU(selection_stats)(wn_device *device, wn_tensor *stats, wn_tensor *picks,
-                                  const wn_tensor *sample, const wn_tensor *picks_prev, const wn_tensor *q,
-                                  const wn_tensor *k, const wn_tensor *w, const wn_tensor *qa,
-                                  const wn_tensor *ka, const wn_rows *rows, const wn_indexer_params *params) {
+wn_status WN_CPU(selection_stats)(wn_device *device, wn_tensor *stats, wn_tensor *picks, const wn_tensor *sample,
+                                  const wn_tensor *picks_prev, const wn_tensor *q, const wn_tensor *k,
+                                  const wn_tensor *w, const wn_tensor *qa, const wn_tensor *ka, const wn_rows *rows,
+                                  const wn_indexer_params *params) {
   int64_t n = sample->dim[0];
   inputs in = {.sample = sample,
                .picks_prev = picks_prev,

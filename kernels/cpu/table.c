@@ -1,4 +1,5 @@
-/* The operation table of the CPU device. Every entry is a function by name: a family that is not there does not link. */
+/* The operation table of the CPU device. Every entry is a function by name: a family that is not there does not link.
+ */
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/indexer.h"
 #include "kernels/cpu/operations.h"

@@ -8,8 +8,7 @@ void *WN_CPU(take)(wn_carver *carver, size_t bytes) {
   return at;
 }
 
-void wn_transpose(wn_real *out, int64_t lanes, const wn_real *rows, int64_t stride, int64_t n_rows,
-                  int64_t n_columns) {
+void wn_transpose(wn_real *out, int64_t lanes, const wn_real *rows, int64_t stride, int64_t n_rows, int64_t n_columns) {
   for (int64_t c = 0; c < n_columns; c++) {
     for (int64_t r = 0; r < n_rows; r++) out[c * lanes + r] = rows[r * stride + c];
     for (int64_t r = n_rows; r < lanes; r++) out[c * lanes + r] = 0;
@@ -53,15 +52,14 @@ void wn_walk_begin(wn_key_walk *walk, const wn_rows *rows, int64_t row0, int32_t
   walk->low = INT32_MAX;
   walk->high = -1;
   for (int32_t i = 0; i < walk->lanes; i++) {
-    int32_t first = i < n_rows ? rows->first_key[row0 + i] : 1,
-            last = i < n_rows ? rows->last_key[row0 + i] : 0;
+    int32_t first = i < n_rows ? rows->first_key[row0 + i] : 1, last = i < n_rows ? rows->last_key[row0 + i] : 0;
     if (first > last) {
       walk->first[i] = 1;
       walk->last[i] = 0;
       continue;
     }
-    WN_ASSERT(first >= 0 && last < rows->n_keys, "row %lld sees keys %d .. %d of %d", (long long)(row0 + i),
-              first, last, rows->n_keys);
+    WN_ASSERT(first >= 0 && last < rows->n_keys, "row %lld sees keys %d .. %d of %d", (long long)(row0 + i), first,
+              last, rows->n_keys);
     walk->first[i] = first;
     walk->last[i] = last;
     walk->low = wn_min_i32(walk->low, first);
@@ -117,8 +115,7 @@ bool wn_walk_next(wn_key_walk *walk) {
   return walk->selection ? next_list(walk) : next_run(walk);
 }
 
-wn_status wn_partials_create(wn_device *device, wn_partials *out, int64_t n_groups, int64_t n_keys,
-                             int64_t width) {
+wn_status wn_partials_create(wn_device *device, wn_partials *out, int64_t n_groups, int64_t n_keys, int64_t width) {
   void *memory;
   WN_TRY(wn_arena_alloc(device->scratch, &memory, "gradient shares",
                         (size_t)(n_groups * n_keys * width) * sizeof(wn_real)));

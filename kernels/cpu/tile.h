@@ -42,10 +42,10 @@ static inline int64_t wn_key_head(const wn_tensor *k, int64_t h) {
 
 /* y = alpha op(a) op(b) + beta y with row-major operands; m, n, k as BLAS has them. */
 static inline void wn_product(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, wn_real alpha,
-                              const wn_real *a, int64_t lda, const wn_real *b, int64_t ldb, wn_real beta,
-                              wn_real *y, int64_t ldy) {
-  wn_gemm(CblasRowMajor, trans_a ? CblasTrans : CblasNoTrans, trans_b ? CblasTrans : CblasNoTrans, (int)m,
-          (int)n, (int)k, alpha, a, (int)lda, b, (int)ldb, beta, y, (int)ldy);
+                              const wn_real *a, int64_t lda, const wn_real *b, int64_t ldb, wn_real beta, wn_real *y,
+                              int64_t ldy) {
+  wn_gemm(CblasRowMajor, trans_a ? CblasTrans : CblasNoTrans, trans_b ? CblasTrans : CblasNoTrans, (int)m, (int)n,
+          (int)k, alpha, a, (int)lda, b, (int)ldb, beta, y, (int)ldy);
 }
 
 /* Per-thread memory is laid out by running the same list of wn_take twice: once over a null base to count,
@@ -60,8 +60,7 @@ void *WN_CPU(take)(wn_carver *carver, size_t bytes);
 
 /* out[c][lanes] = rows[r][c] for r < n_rows; lanes beyond n_rows are 0. */
 #define wn_transpose WN_CPU(transpose)
-void wn_transpose(wn_real *out, int64_t lanes, const wn_real *rows, int64_t stride, int64_t n_rows,
-                  int64_t n_columns);
+void wn_transpose(wn_real *out, int64_t lanes, const wn_real *rows, int64_t stride, int64_t n_rows, int64_t n_columns);
 
 /* How a block of query rows meets its keys. Without a selection the tiles are runs of neighbouring keys; with
  * one, a tile lists keys that some row of the block picked (others are never read). Tiles that no row sees do
@@ -73,7 +72,7 @@ typedef struct wn_key_walk {
   int32_t low, high;                           /* keys that some row sees lie here (inclusive) */
   int32_t next;                                /* key (or place in list) where the next tile begins */
   const wn_tensor *selection;                  /* NULL: all visible keys */
-  int32_t *list, *place; /* [n_keys] picked keys, ascending; where key low + i stands in it */
+  int32_t *list, *place;                       /* [n_keys] picked keys, ascending; where key low + i stands in it */
   int32_t n_list;
   int32_t slot[WN_Q_BLOCK], slot_end[WN_Q_BLOCK]; /* of each row: its picks that stand in this tile */
   /* the current tile */
@@ -101,8 +100,8 @@ typedef struct wn_partials {
 #define wn_partials_begin WN_CPU(partials_begin)
 #define wn_partials_add WN_CPU(partials_add)
 /* From scratch, which the caller releases. */
-WN_MUST_USE wn_status wn_partials_create(wn_device *device, wn_partials *out, int64_t n_groups,
-                                         int64_t n_keys, int64_t width);
+WN_MUST_USE wn_status wn_partials_create(wn_device *device, wn_partials *out, int64_t n_groups, int64_t n_keys,
+                                         int64_t width);
 wn_real *wn_partials_begin(const wn_partials *partials, int64_t group); /* zeroed [n_keys][width] */
 /* to[n_keys,width] += the shares, in order of group */
 void wn_partials_add(wn_device *device, const wn_partials *partials, wn_tensor *to);

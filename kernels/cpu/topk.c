@@ -24,8 +24,7 @@ static int32_t count_reaching(const wn_score_key *key, int32_t count, wn_score_k
   return (int32_t)reached;
 }
 
-void wn_top_k(int32_t *pick, int64_t k, const wn_real *score, wn_score_key *key, int32_t count,
-              int32_t base) {
+void wn_top_k(int32_t *pick, int64_t k, const wn_real *score, wn_score_key *key, int32_t count, int32_t base) {
   if (count <= k) {
     for (int32_t i = 0; i < count; i++) pick[i] = base + i;
     for (int64_t i = count; i < k; i++) pick[i] = -1;

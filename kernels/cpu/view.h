@@ -16,7 +16,8 @@ static inline void wn_cpu_expect(const char *file, int line, const char *name, c
   ok = ok && (t->dim[rank - 1] <= 1 || t->stride[rank - 1] == 1);
   if (ok) return;
   if (!t) wn_assert_failed(file, line, name, "absent");
-  wn_assert_failed(file, line, name, "%s rank %d [%lld,%lld,%lld] last stride %lld, expected %s rank %d [%lld,%lld,%lld]",
+  wn_assert_failed(file, line, name,
+                   "%s rank %d [%lld,%lld,%lld] last stride %lld, expected %s rank %d [%lld,%lld,%lld]",
                    wn_dtype_name(t->dtype), t->rank, (long long)t->dim[0], (long long)t->dim[1], (long long)t->dim[2],
                    (long long)t->stride[t->rank - 1], wn_dtype_name(dtype), rank, (long long)dim[0], (long long)dim[1],
                    (long long)dim[2]);
@@ -48,17 +49,27 @@ static inline int32_t *wn_cpu_index_row(const wn_tensor *t, int64_t row) {
 }
 
 /* Element i of a vector [n]. */
-static inline wn_real *wn_cpu_at(const wn_tensor *t, int64_t i) { return (wn_real *)t->data + i * t->stride[0]; }
+static inline wn_real *wn_cpu_at(const wn_tensor *t, int64_t i) {
+  return (wn_real *)t->data + i * t->stride[0];
+}
 
-static inline int64_t wn_cpu_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t wn_cpu_min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
-static inline int64_t wn_cpu_blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+static inline int64_t wn_cpu_blocks(int64_t n, int64_t block) {
+  return (n + block - 1) / block;
+}
 
 /* Elementwise work in pieces of at most WN_CPU_PIECE neighbours, so that one long row is shared out as well. */
 enum { WN_CPU_PIECE = 16384 };
 
-typedef struct wn_cpu_pieces { int64_t count, per_row, width; } wn_cpu_pieces;
-typedef struct wn_cpu_piece { int64_t row, from, count; } wn_cpu_piece;
+typedef struct wn_cpu_pieces {
+  int64_t count, per_row, width;
+} wn_cpu_pieces;
+typedef struct wn_cpu_piece {
+  int64_t row, from, count;
+} wn_cpu_piece;
 
 static inline wn_cpu_pieces wn_cpu_pieces_of(const wn_tensor *t) {
   int64_t width = t->dim[t->rank - 1], per_row = wn_cpu_blocks(width, WN_CPU_PIECE);

@@ -74,7 +74,9 @@ wn_status wn_arena_alloc(wn_arena *arena, void **out, const char *name, size_t b
   return NULL;
 }
 
-size_t wn_arena_mark(const wn_arena *arena) { return arena->used; }
+size_t wn_arena_mark(const wn_arena *arena) {
+  return arena->used;
+}
 
 void wn_arena_release(wn_arena *arena, size_t mark) {
   WN_ASSERT(mark <= arena->used, "release to %zu of %zu in the %s arena", mark, arena->used, arena->name);
@@ -86,8 +88,12 @@ void wn_arena_release(wn_arena *arena, size_t mark) {
   WN_ASSERT(arena->used == mark, "mark %zu is inside an allocation of the %s arena", mark, arena->name);
 }
 
-size_t wn_arena_used_bytes(const wn_arena *arena) { return arena->used; }
-size_t wn_arena_peak_bytes(const wn_arena *arena) { return arena->peak; }
+size_t wn_arena_used_bytes(const wn_arena *arena) {
+  return arena->used;
+}
+size_t wn_arena_peak_bytes(const wn_arena *arena) {
+  return arena->peak;
+}
 
 void wn_arena_reset_peak(wn_arena *arena) {
   arena->peak = arena->used;

@@ -16,7 +16,9 @@ wn_hash wn_hash_fold(const wn_hash *chunks, size_t n_chunks) {
   return wn_hash_bytes(n_chunks ? (const void *)chunks : "", n_chunks * sizeof *chunks);
 }
 
-int wn_hash_equal(wn_hash a, wn_hash b) { return a.low == b.low && a.high == b.high; }
+int wn_hash_equal(wn_hash a, wn_hash b) {
+  return a.low == b.low && a.high == b.high;
+}
 
 void wn_hash_text(wn_hash hash, char text[WN_HASH_TEXT_BYTES]) {
   snprintf(text, WN_HASH_TEXT_BYTES, "%016" PRIx64 "%016" PRIx64, hash.high, hash.low);
@@ -66,8 +68,10 @@ wn_status wn_hash_file(wn_hash *out, uint64_t *bytes, const char *path) {
     digests[n++] = wn_hash_bytes(chunk, got);
     *bytes += got;
   }
-  if (ferror(file)) status = WN_FAIL(WN_E_IO, "cannot read %s: %s", path, strerror(errno));
-  else *out = wn_hash_fold(digests, n);
+  if (ferror(file))
+    status = WN_FAIL(WN_E_IO, "cannot read %s: %s", path, strerror(errno));
+  else
+    *out = wn_hash_fold(digests, n);
 done:
   if (file) fclose(file);
   free(chunk);

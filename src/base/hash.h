@@ -10,10 +10,12 @@
 
 enum { WN_HASH_CHUNK_BYTES = 4 << 20, WN_HASH_TEXT_BYTES = 33 };
 
-typedef struct wn_hash { uint64_t low, high; } wn_hash;
+typedef struct wn_hash {
+  uint64_t low, high;
+} wn_hash;
 
-wn_hash wn_hash_bytes(const void *data, size_t bytes);          /* XXH3 of 128 bits */
-wn_hash wn_hash_fold(const wn_hash *chunks, size_t n_chunks);   /* XXH3 of the chunk digests; n = 0 is fine */
+wn_hash wn_hash_bytes(const void *data, size_t bytes);        /* XXH3 of 128 bits */
+wn_hash wn_hash_fold(const wn_hash *chunks, size_t n_chunks); /* XXH3 of the chunk digests; n = 0 is fine */
 int wn_hash_equal(wn_hash a, wn_hash b);
 void wn_hash_text(wn_hash hash, char text[WN_HASH_TEXT_BYTES]); /* 32 hex digits */
 int wn_hash_parse(wn_hash *out, const char *text);              /* 0 when it is 32 hex digits */

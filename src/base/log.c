@@ -66,8 +66,10 @@ static void say(wn_log *log, kind k, const char *text) {
   const char *head = k == WARN ? "warning: " : k == ERROR_LINE ? "winnow: " : "";
   const char *on = log->color && loud ? (k == WARN ? "\033[33m" : "\033[31m") : "", *off = on[0] ? "\033[0m" : "";
   fprintf(stderr, "%s%s%s%s", on, head, off, text);
-  if (k == PROGRESS && log->terminal) log->line_open = true;
-  else fputc('\n', stderr);
+  if (k == PROGRESS && log->terminal)
+    log->line_open = true;
+  else
+    fputc('\n', stderr);
   fflush(stderr);
 }
 
@@ -82,9 +84,15 @@ static void say(wn_log *log, kind k, const char *text) {
     say(log, k, text);                                                                                                 \
   } while (0)
 
-void wn_info(wn_log *log, const char *format, ...) { SAY(log, INFO); }
-void wn_warn(wn_log *log, const char *format, ...) { SAY(log, WARN); }
-void wn_progress(wn_log *log, const char *format, ...) { SAY(log, PROGRESS); }
+void wn_info(wn_log *log, const char *format, ...) {
+  SAY(log, INFO);
+}
+void wn_warn(wn_log *log, const char *format, ...) {
+  SAY(log, WARN);
+}
+void wn_progress(wn_log *log, const char *format, ...) {
+  SAY(log, PROGRESS);
+}
 
 void wn_report_error(wn_log *log, wn_status status) {
   if (!log || !status) return;

@@ -7,11 +7,11 @@
 
 /* One entry per use, so that no two uses share numbers. Append only: the values are part of run state. */
 typedef enum wn_purpose {
-  WN_RNG_INIT = 1,    /* weights: index = (parameter id << 40) + element */
-  WN_RNG_ORDER = 2,   /* data order */
-  WN_RNG_SAMPLE = 3,  /* rows of selection_stats */
-  WN_RNG_SELECT = 4,  /* the random selection of eval */
-  WN_RNG_PACK = 5,    /* data pack */
+  WN_RNG_INIT = 1,   /* weights: index = (parameter id << 40) + element */
+  WN_RNG_ORDER = 2,  /* data order */
+  WN_RNG_SAMPLE = 3, /* rows of selection_stats */
+  WN_RNG_SELECT = 4, /* the random selection of eval */
+  WN_RNG_PACK = 5,   /* data pack */
   WN_RNG_TEST = 6
 } wn_purpose;
 

@@ -17,7 +17,9 @@ struct wn_error {
 /* What stands in when there is no memory for an error of its own; never written to, never freed. */
 static const struct wn_error out_of_memory = {WN_E_MEMORY, "out of memory while reporting an error", "", ""};
 
-static int is_static(wn_status status) { return status == (wn_status)(size_t)&out_of_memory; }
+static int is_static(wn_status status) {
+  return status == (wn_status)(size_t)&out_of_memory;
+}
 
 static const char *base_name(const char *file) {
   const char *slash = strrchr(file, '/');
@@ -64,10 +66,18 @@ wn_status wn_status_first(wn_status first, wn_status second) {
   return first;
 }
 
-wn_code wn_status_code(wn_status status) { return status ? status->code : WN_OK; }
-const char *wn_status_text(wn_status status) { return status ? status->text : ""; }
-const char *wn_status_hint(wn_status status) { return status ? status->hint : ""; }
-const char *wn_status_trace(wn_status status) { return status ? status->trace : ""; }
+wn_code wn_status_code(wn_status status) {
+  return status ? status->code : WN_OK;
+}
+const char *wn_status_text(wn_status status) {
+  return status ? status->text : "";
+}
+const char *wn_status_hint(wn_status status) {
+  return status ? status->hint : "";
+}
+const char *wn_status_trace(wn_status status) {
+  return status ? status->trace : "";
+}
 
 void wn_status_free(wn_status status) {
   if (status && !is_static(status)) free(status);

@@ -11,15 +11,15 @@ typedef struct wn_error *wn_status;
 /* The process's exit codes, documented in docs/guide.md. */
 typedef enum wn_code {
   WN_OK = 0,
-  WN_E_CHECK = 1,    /* a check the user asked for did not hold (verify, the demo's claims) */
-  WN_E_USAGE = 2,    /* command line */
-  WN_E_CONFIG = 3,   /* job file, config.json, option value, a stage that cannot follow */
-  WN_E_INPUT = 4,    /* checkpoint, dataset, tokenizer: what a file holds */
-  WN_E_IO = 5,       /* the operating system refused: open, read, write, rename, disk full */
-  WN_E_MEMORY = 6,   /* does not fit */
-  WN_E_DEVICE = 7,   /* the GPU or its driver */
-  WN_E_WORLD = 8,    /* MPI, NCCL, another rank's failure */
-  WN_E_TRAINING = 9, /* training cannot go on (too many non-finite steps in a row) */
+  WN_E_CHECK = 1,       /* a check the user asked for did not hold (verify, the demo's claims) */
+  WN_E_USAGE = 2,       /* command line */
+  WN_E_CONFIG = 3,      /* job file, config.json, option value, a stage that cannot follow */
+  WN_E_INPUT = 4,       /* checkpoint, dataset, tokenizer: what a file holds */
+  WN_E_IO = 5,          /* the operating system refused: open, read, write, rename, disk full */
+  WN_E_MEMORY = 6,      /* does not fit */
+  WN_E_DEVICE = 7,      /* the GPU or its driver */
+  WN_E_WORLD = 8,       /* MPI, NCCL, another rank's failure */
+  WN_E_TRAINING = 9,    /* training cannot go on (too many non-finite steps in a row) */
   WN_E_INTERRUPTED = 10 /* asked to stop by a signal; state was saved */
 } wn_code;
 
@@ -36,11 +36,11 @@ WN_MUST_USE wn_status wn_status_prefix(wn_status status, const char *format, ...
 /* Keeps `first` if it is an error (and frees `second`), else gives `second`. */
 WN_MUST_USE wn_status wn_status_first(wn_status first, wn_status second);
 
-wn_code wn_status_code(wn_status status);        /* WN_OK for NULL */
-const char *wn_status_text(wn_status status);    /* "" for NULL */
-const char *wn_status_hint(wn_status status);    /* "" when there is none */
-const char *wn_status_trace(wn_status status);   /* "file:line < file:line", innermost first */
-void wn_status_free(wn_status status);           /* NULL is fine */
+wn_code wn_status_code(wn_status status);      /* WN_OK for NULL */
+const char *wn_status_text(wn_status status);  /* "" for NULL */
+const char *wn_status_hint(wn_status status);  /* "" when there is none */
+const char *wn_status_trace(wn_status status); /* "file:line < file:line", innermost first */
+void wn_status_free(wn_status status);         /* NULL is fine */
 
 #define WN_FAIL(code, ...) wn_fail_at(__FILE__, __LINE__, (code), NULL, __VA_ARGS__)
 #define WN_FAIL_HINT(code, hint, ...) wn_fail_at(__FILE__, __LINE__, (code), (hint), __VA_ARGS__)

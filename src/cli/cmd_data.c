@@ -16,7 +16,9 @@ static wn_status open_tokenizer(wn_tokenizer **out, const char *path) {
   return path ? wn_tokenizer_load(out, path) : wn_tokenizer_bytes(out);
 }
 
-static wn_status read_error(const char *path) { return WN_FAIL(WN_E_IO, "cannot read %s: %s", path, strerror(errno)); }
+static wn_status read_error(const char *path) {
+  return WN_FAIL(WN_E_IO, "cannot read %s: %s", path, strerror(errno));
+}
 
 static wn_status finish_output(void) {
   if (fflush(stdout) != 0 || ferror(stdout))
@@ -65,13 +67,17 @@ static wn_status cmd_pack(int argc, char **argv, wn_log *log) {
       {"--tokenizer", WN_FLAG_TEXT, &tokenizer_path, 0, 0, "FILE", "tokenizer.json; without it a token is a byte"},
       {"--separator", WN_FLAG_TEXT, &separator, 0, 0, "LINE", "a line equal to it ends a document; else a file is one"},
       {"--files-from", WN_FLAG_TEXT, &list, 0, 0, "LIST", "further files to pack, one a line"},
-      {"--copies", WN_FLAG_REAL, &share, 0, 1, "SHARE", "share of tokens in copy documents (default 0); 1: nothing else"},
+      {"--copies", WN_FLAG_REAL, &share, 0, 1, "SHARE",
+       "share of tokens in copy documents (default 0); 1: nothing else"},
       {"--copy-tokens", WN_FLAG_INT, &document, 4, most, "N", "length of a copy document (default 512)"},
-      {"--copy-passage", WN_FLAG_RANGE, passage, 1, most, "MIN:MAX", "tokens of the passage that is repeated (default 24:64)"},
-      {"--copy-distance", WN_FLAG_RANGE, distance, 0, most, "MIN:MAX", "from the first copy's start to the second's (default: any)"},
+      {"--copy-passage", WN_FLAG_RANGE, passage, 1, most, "MIN:MAX",
+       "tokens of the passage that is repeated (default 24:64)"},
+      {"--copy-distance", WN_FLAG_RANGE, distance, 0, most, "MIN:MAX",
+       "from the first copy's start to the second's (default: any)"},
       {"--copy-skip", WN_FLAG_INT, &skip, 0, most, "N", "tokens of the second copy left unmarked (default 4)"},
       {"--seed", WN_FLAG_INT, &seed, 0, 0, "N", "of the copy documents (default 1)"}};
-  const wn_command_help help = {"winnow data pack --out PREFIX [FLAGS] FILE...", "Packs text files into an indexed dataset."};
+  const wn_command_help help = {"winnow data pack --out PREFIX [FLAGS] FILE...",
+                                "Packs text files into an indexed dataset."};
   int32_t n = 0;
   bool helped;
   WN_TRY(wn_flags_parse(argc, argv, flags, N_FLAGS(flags), &help, &n, &helped));
@@ -85,16 +91,24 @@ static wn_status cmd_pack(int argc, char **argv, wn_log *log) {
   WN_TRY_GOTO(status, done, open_tokenizer(&tokenizer, tokenizer_path));
   WN_TRY_GOTO(status, done,
               wn_pack(&packed, tokenizer,
-                      &(wn_pack_settings){.prefix = out, .files = files.files, .n_files = files.n, .document_separator = separator,
-                                          .copy_share = share, .copy_document_tokens = (int32_t)document,
-                                          .copy_min_passage = (int32_t)passage[0], .copy_max_passage = (int32_t)passage[1],
-                                          .copy_skip = (int32_t)skip, .copy_min_distance = (int32_t)distance[0],
-                                          .copy_max_distance = (int32_t)distance[1], .seed = (uint64_t)seed}, log));
+                      &(wn_pack_settings){.prefix = out,
+                                          .files = files.files,
+                                          .n_files = files.n,
+                                          .document_separator = separator,
+                                          .copy_share = share,
+                                          .copy_document_tokens = (int32_t)document,
+                                          .copy_min_passage = (int32_t)passage[0],
+                                          .copy_max_passage = (int32_t)passage[1],
+                                          .copy_skip = (int32_t)skip,
+                                          .copy_min_distance = (int32_t)distance[0],
+                                          .copy_max_distance = (int32_t)distance[1],
+                                          .seed = (uint64_t)seed},
+                      log));
   wn_info(log, "%s: %" PRId64 " documents, %" PRId64 " tokens from %" PRId64 " bytes of text", out, packed.documents,
           packed.tokens, packed.bytes);
   if (packed.copy_documents)
-    wn_info(log, "%s: %" PRId64 " copy documents of %" PRId64 " tokens, %" PRId64 " tokens marked", out, packed.copy_documents,
-            document, packed.scored_tokens);
+    wn_info(log, "%s: %" PRId64 " copy documents of %" PRId64 " tokens, %" PRId64 " tokens marked", out,
+            packed.copy_documents, document, packed.scored_tokens);
 done:
   wn_tokenizer_free(tokenizer);
   free_files(&files);
@@ -134,7 +148,8 @@ static wn_status cmd_verify(int argc, char **argv, wn_log *log) {
   int64_t vocab = INT32_MAX;
   const wn_flag flags[] = {
       {"--vocab", WN_FLAG_INT, &vocab, 1, INT32_MAX, "N", "every token must be below it (default 2147483647)"}};
-  const wn_command_help help = {"winnow data verify PREFIX [--vocab N]", "Checks a dataset: index, every token, every mark."};
+  const wn_command_help help = {"winnow data verify PREFIX [--vocab N]",
+                                "Checks a dataset: index, every token, every mark."};
   int32_t n = 0;
   bool helped;
   WN_TRY(wn_flags_parse(argc, argv, flags, N_FLAGS(flags), &help, &n, &helped));
@@ -200,10 +215,12 @@ static wn_status print_document(const wn_dataset *d, int64_t document, const wn_
 static wn_status cmd_inspect(int argc, char **argv) {
   const char *tokenizer_path = NULL;
   int64_t document = -1;
-  const wn_flag flags[] = {
-      {"--document", WN_FLAG_INT, &document, 0, 0x1p62, "N", "prints the ids of document N (from 0), marked ones in brackets"},
-      {"--tokenizer", WN_FLAG_TEXT, &tokenizer_path, 0, 0, "FILE", "with --document: prints text instead (FILE: tokenizer.json, or bytes)"}};
-  const wn_command_help help = {"winnow data inspect PREFIX [--document N [--tokenizer FILE]]", "Says what a dataset holds."};
+  const wn_flag flags[] = {{"--document", WN_FLAG_INT, &document, 0, 0x1p62, "N",
+                            "prints the ids of document N (from 0), marked ones in brackets"},
+                           {"--tokenizer", WN_FLAG_TEXT, &tokenizer_path, 0, 0, "FILE",
+                            "with --document: prints text instead (FILE: tokenizer.json, or bytes)"}};
+  const wn_command_help help = {"winnow data inspect PREFIX [--document N [--tokenizer FILE]]",
+                                "Says what a dataset holds."};
   int32_t n = 0;
   bool helped;
   WN_TRY(wn_flags_parse(argc, argv, flags, N_FLAGS(flags), &help, &n, &helped));
@@ -213,7 +230,8 @@ static wn_status cmd_inspect(int argc, char **argv) {
   wn_tokenizer *tokenizer = NULL;
   wn_status status = NULL;
   WN_TRY_GOTO(status, done, wn_dataset_open(&dataset, argv[1]));
-  if (document < 0) print_summary(dataset);
+  if (document < 0)
+    print_summary(dataset);
   else if (document >= wn_dataset_documents(dataset)) {
     status = WN_FAIL(WN_E_USAGE, "%s has %" PRId64 " documents, numbered from 0; there is no %" PRId64, argv[1],
                      wn_dataset_documents(dataset), document);
@@ -247,7 +265,8 @@ static void close_input(FILE *file) {
 static wn_status cmd_tokenize(int argc, char **argv) {
   enum { MOST_BYTES = 1 << 30 };
   const char *tokenizer_path = NULL, *name;
-  const wn_flag flags[] = {{"--tokenizer", WN_FLAG_TEXT, &tokenizer_path, 0, 0, "FILE", "tokenizer.json; without it a token is a byte"}};
+  const wn_flag flags[] = {
+      {"--tokenizer", WN_FLAG_TEXT, &tokenizer_path, 0, 0, "FILE", "tokenizer.json; without it a token is a byte"}};
   const wn_command_help help = {"winnow data tokenize [--tokenizer FILE] [TEXT_FILE]",
                                 "Prints the ids of a text, or of standard input."};
   int32_t count = 0, *ids = NULL;
@@ -264,7 +283,8 @@ static wn_status cmd_tokenize(int argc, char **argv) {
   for (size_t size = 1 << 16;; size *= 2) {
     char *more = size <= MOST_BYTES ? realloc(text, size) : NULL;
     if (!more) {
-      status = WN_FAIL_HINT(WN_E_MEMORY, "`winnow data pack` takes text of any length", "%s is too long to tokenize at once", name);
+      status = WN_FAIL_HINT(WN_E_MEMORY, "`winnow data pack` takes text of any length",
+                            "%s is too long to tokenize at once", name);
       goto done;
     }
     text = more;
@@ -285,9 +305,11 @@ done:
 
 static wn_status cmd_detokenize(int argc, char **argv) {
   const char *tokenizer_path = NULL, *name;
-  const wn_flag flags[] = {{"--tokenizer", WN_FLAG_TEXT, &tokenizer_path, 0, 0, "FILE", "tokenizer.json; without it a token is a byte"}};
-  const wn_command_help help = {"winnow data detokenize [--tokenizer FILE] [ID_FILE]",
-                                "Prints the text of ids (apart by white space or commas) from a file or standard input."};
+  const wn_flag flags[] = {
+      {"--tokenizer", WN_FLAG_TEXT, &tokenizer_path, 0, 0, "FILE", "tokenizer.json; without it a token is a byte"}};
+  const wn_command_help help = {
+      "winnow data detokenize [--tokenizer FILE] [ID_FILE]",
+      "Prints the text of ids (apart by white space or commas) from a file or standard input."};
   int32_t count = 0;
   bool helped;
   WN_TRY(wn_flags_parse(argc, argv, flags, N_FLAGS(flags), &help, &count, &helped));
@@ -302,7 +324,8 @@ static wn_status cmd_detokenize(int argc, char **argv) {
     char *end;
     long id = strtol(word, &end, 10);
     if (end == word || *end || id < 0 || id >= wn_tokenizer_vocab_size(tokenizer)) {
-      status = WN_FAIL(WN_E_INPUT, "%s: \"%s\" is no id from 0 to %d", name, word, wn_tokenizer_vocab_size(tokenizer) - 1);
+      status =
+          WN_FAIL(WN_E_INPUT, "%s: \"%s\" is no id from 0 to %d", name, word, wn_tokenizer_vocab_size(tokenizer) - 1);
       goto done;
     }
     size_t bytes;
@@ -343,6 +366,7 @@ wn_status wn_cmd_data(int argc, char **argv, wn_log *log) {
     fputs(usage, stdout);
     return NULL;
   }
-  if (!*name) return WN_FAIL_HINT(WN_E_USAGE, "run `winnow data --help` for the commands", "winnow data wants a command");
+  if (!*name)
+    return WN_FAIL_HINT(WN_E_USAGE, "run `winnow data --help` for the commands", "winnow data wants a command");
   return WN_FAIL_HINT(WN_E_USAGE, "run `winnow data --help` for the commands", "unknown command 'data %s'", name);
 }

@@ -29,7 +29,8 @@ static wn_status parse_selections(const char *list, const wn_model_config *confi
       if (strlen(name) == length && strncmp(name, at, length) == 0) found = s;
     }
     if (found < 0)
-      return WN_FAIL_HINT(WN_E_USAGE, "selections are dense, indexer, best, recent, sink, random", "unknown selection '%.*s'", (int)length, at);
+      return WN_FAIL_HINT(WN_E_USAGE, "selections are dense, indexer, best, recent, sink, random",
+                          "unknown selection '%.*s'", (int)length, at);
     wanted[found] = true;
     at += length + (at[length] == ',');
   }
@@ -38,16 +39,19 @@ static wn_status parse_selections(const char *list, const wn_model_config *confi
   return NULL;
 }
 
-static const char *const result_columns[] = {"step", "split", "selection", "tokens", "loss", "loss_scored", "mass_at_k", "mass_best", "recall_at_k"};
+static const char *const result_columns[] = {"step",        "split",     "selection", "tokens",     "loss",
+                                             "loss_scored", "mass_at_k", "mass_best", "recall_at_k"};
 static const char *const sequence_columns[] = {"selection", "sequence", "tokens", "loss_sum", "scored", "scored_sum"};
 
-static wn_status write_rows(wn_csv *csv, wn_csv *sequences, const char *split, const char *name, const wn_eval_result *r) {
+static wn_status write_rows(wn_csv *csv, wn_csv *sequences, const char *split, const char *name,
+                            const wn_eval_result *r) {
   if (csv) {
     wn_csv_int(csv, 0);
     wn_csv_text(csv, split);
     wn_csv_text(csv, name);
     wn_csv_int(csv, r->tokens);
-    const double cells[] = {r->loss, r->loss_scored, r->stats[WN_STAT_MASS_AT_K], r->stats[WN_STAT_MASS_BEST], r->stats[WN_STAT_RECALL_AT_K]};
+    const double cells[] = {r->loss, r->loss_scored, r->stats[WN_STAT_MASS_AT_K], r->stats[WN_STAT_MASS_BEST],
+                            r->stats[WN_STAT_RECALL_AT_K]};
     for (size_t i = 0; i < sizeof cells / sizeof *cells; i++) wn_csv_real(csv, cells[i]);
     WN_TRY(wn_csv_end_row(csv));
   }
@@ -76,7 +80,9 @@ static wn_status run(const eval_flags *f, wn_inference *in, const wn_dataset *da
   WN_TRY(parse_selections(f->selections, config, wanted));
   for (int s = 0; s < WN_N_SELECTIONS; s++)
     if (wanted[s] && s != WN_SELECT_DENSE && topk < 1)
-      return WN_FAIL_HINT(WN_E_USAGE, "give --topk K", "selection %s needs a number of keys, and the model's config.json has no index_topk", wn_selection_name((wn_selection)s));
+      return WN_FAIL_HINT(WN_E_USAGE, "give --topk K",
+                          "selection %s needs a number of keys, and the model's config.json has no index_topk",
+                          wn_selection_name((wn_selection)s));
   wn_eval_settings settings = {
       .world = in->world,
       .device = in->device,
@@ -91,15 +97,17 @@ static wn_status run(const eval_flags *f, wn_inference *in, const wn_dataset *da
       .seed = (uint64_t)f->seed,
   };
   bool root = wn_world_rank(in->world) == 0;
-  if (root) printf("%-10s %10s %10s %12s %10s %10s %10s\n", "selection", "tokens", "loss", "loss_scored", "mass_at_k", "mass_best", "recall");
+  if (root)
+    printf("%-10s %10s %10s %12s %10s %10s %10s\n", "selection", "tokens", "loss", "loss_scored", "mass_at_k",
+           "mass_best", "recall");
   for (int s = 0; s < WN_N_SELECTIONS; s++) {
     if (!wanted[s]) continue;
     wn_eval_result r;
     const char *name = wn_selection_name((wn_selection)s);
     WN_TRY(wn_evaluate(&r, &settings, (wn_selection)s));
     if (root)
-      printf("%-10s %10lld %10.4f %12.4f %10.4f %10.4f %10.4f\n", name, (long long)r.tokens, r.loss, r.loss_scored, r.stats[WN_STAT_MASS_AT_K],
-             r.stats[WN_STAT_MASS_BEST], r.stats[WN_STAT_RECALL_AT_K]);
+      printf("%-10s %10lld %10.4f %12.4f %10.4f %10.4f %10.4f\n", name, (long long)r.tokens, r.loss, r.loss_scored,
+             r.stats[WN_STAT_MASS_AT_K], r.stats[WN_STAT_MASS_BEST], r.stats[WN_STAT_RECALL_AT_K]);
     wn_status status = root ? write_rows(csv, sequences, wn_dataset_prefix(dataset), name, &r) : NULL;
     wn_eval_result_free(&r);
     WN_TRY(wn_world_agree(in->world, status));
@@ -110,20 +118,72 @@ static wn_status run(const eval_flags *f, wn_inference *in, const wn_dataset *da
 wn_status wn_cmd_eval(int argc, char **argv, wn_world *world, wn_log *log) {
   eval_flags f = {.seq_len = 512, .sample_rows = 64, .seed = 1};
   const wn_flag flags[] = {
-      {.name = "--data", .kind = WN_FLAG_TEXT, .value = &f.data, .argument = "PREFIX", .help = "dataset (PREFIX.bin, PREFIX.idx)"},
-      {.name = "--selection", .kind = WN_FLAG_TEXT, .value = &f.selections, .argument = "LIST", .help = "of dense,indexer,best,recent,sink,random (default: all the model can do)"},
-      {.name = "--topk", .kind = WN_FLAG_INT, .value = &f.topk, .least = 1, .most = 1 << 24, .argument = "K", .help = "keys a row (default: the model's index_topk)"},
-      {.name = "--seq-len", .kind = WN_FLAG_INT, .value = &f.seq_len, .least = 1, .most = 1 << 24, .argument = "T", .help = "tokens a window (default 512)"},
-      {.name = "--seqs", .kind = WN_FLAG_INT, .value = &f.seqs, .least = 1, .most = 1e9, .argument = "N", .help = "windows, spread evenly (default: all)"},
-      {.name = "--sample-rows", .kind = WN_FLAG_INT, .value = &f.sample_rows, .least = 0, .most = 1 << 24, .argument = "N", .help = "rows a window for mass and recall (default 64)"},
-      {.name = "--seed", .kind = WN_FLAG_INT, .value = &f.seed, .least = 0, .most = 9e15, .argument = "N", .help = "of the random selection and the sampled rows (default 1)"},
-      {.name = "--threads", .kind = WN_FLAG_INT, .value = &f.threads, .least = 0, .most = 4096, .argument = "N", .help = "CPU threads a rank (default: all cores)"},
-      {.name = "--no-document-mask", .kind = WN_FLAG_SWITCH, .value = &f.no_document_mask, .help = "rows see earlier documents of their window too"},
+      {.name = "--data",
+       .kind = WN_FLAG_TEXT,
+       .value = &f.data,
+       .argument = "PREFIX",
+       .help = "dataset (PREFIX.bin, PREFIX.idx)"},
+      {.name = "--selection",
+       .kind = WN_FLAG_TEXT,
+       .value = &f.selections,
+       .argument = "LIST",
+       .help = "of dense,indexer,best,recent,sink,random (default: all the model can do)"},
+      {.name = "--topk",
+       .kind = WN_FLAG_INT,
+       .value = &f.topk,
+       .least = 1,
+       .most = 1 << 24,
+       .argument = "K",
+       .help = "keys a row (default: the model's index_topk)"},
+      {.name = "--seq-len",
+       .kind = WN_FLAG_INT,
+       .value = &f.seq_len,
+       .least = 1,
+       .most = 1 << 24,
+       .argument = "T",
+       .help = "tokens a window (default 512)"},
+      {.name = "--seqs",
+       .kind = WN_FLAG_INT,
+       .value = &f.seqs,
+       .least = 1,
+       .most = 1e9,
+       .argument = "N",
+       .help = "windows, spread evenly (default: all)"},
+      {.name = "--sample-rows",
+       .kind = WN_FLAG_INT,
+       .value = &f.sample_rows,
+       .least = 0,
+       .most = 1 << 24,
+       .argument = "N",
+       .help = "rows a window for mass and recall (default 64)"},
+      {.name = "--seed",
+       .kind = WN_FLAG_INT,
+       .value = &f.seed,
+       .least = 0,
+       .most = 9e15,
+       .argument = "N",
+       .help = "of the random selection and the sampled rows (default 1)"},
+      {.name = "--threads",
+       .kind = WN_FLAG_INT,
+       .value = &f.threads,
+       .least = 0,
+       .most = 4096,
+       .argument = "N",
+       .help = "CPU threads a rank (default: all cores)"},
+      {.name = "--no-document-mask",
+       .kind = WN_FLAG_SWITCH,
+       .value = &f.no_document_mask,
+       .help = "rows see earlier documents of their window too"},
       {.name = "--csv", .kind = WN_FLAG_TEXT, .value = &f.csv, .argument = "FILE", .help = "append a row a selection"},
-      {.name = "--sequences", .kind = WN_FLAG_TEXT, .value = &f.sequences, .argument = "FILE", .help = "append a row a window (for standard errors)"},
+      {.name = "--sequences",
+       .kind = WN_FLAG_TEXT,
+       .value = &f.sequences,
+       .argument = "FILE",
+       .help = "append a row a window (for standard errors)"},
   };
-  const wn_command_help help = {"winnow eval MODEL_DIR --data PREFIX [flags]",
-                                "Mean next-token loss of a model on held-out data, with attention dense or restricted to a selection of keys."};
+  const wn_command_help help = {
+      "winnow eval MODEL_DIR --data PREFIX [flags]",
+      "Mean next-token loss of a model on held-out data, with attention dense or restricted to a selection of keys."};
   int32_t n;
   bool helped;
   WN_TRY(wn_flags_parse(argc, argv, flags, (int32_t)(sizeof flags / sizeof *flags), &help, &n, &helped));
@@ -141,8 +201,10 @@ wn_status wn_cmd_eval(int argc, char **argv, wn_world *world, wn_log *log) {
     goto done;
   }
   if (wn_world_rank(world) == 0) {
-    WN_KEEP_FIRST(status, open_csv(&csv, f.csv, result_columns, (int32_t)(sizeof result_columns / sizeof *result_columns)));
-    WN_KEEP_FIRST(status, open_csv(&sequences, f.sequences, sequence_columns, (int32_t)(sizeof sequence_columns / sizeof *sequence_columns)));
+    WN_KEEP_FIRST(status,
+                  open_csv(&csv, f.csv, result_columns, (int32_t)(sizeof result_columns / sizeof *result_columns)));
+    WN_KEEP_FIRST(status, open_csv(&sequences, f.sequences, sequence_columns,
+                                   (int32_t)(sizeof sequence_columns / sizeof *sequence_columns)));
   }
   WN_TRY_GOTO(status, done, wn_world_agree(world, status));
   WN_TRY_GOTO(status, done, run(&f, &in, dataset, csv, sequences));

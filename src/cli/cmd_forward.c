@@ -8,7 +8,10 @@
 
 enum { MOST_TOKENS = 4096 };
 
-typedef struct int_list { int32_t values[MOST_TOKENS]; int32_t n; } int_list;
+typedef struct int_list {
+  int32_t values[MOST_TOKENS];
+  int32_t n;
+} int_list;
 
 static int word_bytes(const char *text) {
   size_t bytes = strcspn(text, ", \t\r\n");
@@ -25,7 +28,8 @@ static wn_status parse_ints(int_list *out, const char *text, const char *what) {
     long value = strtol(at, &end, 10);
     if (end == at || value < 0 || value > INT32_MAX || (*end && *end != ',' && !isspace((unsigned char)*end)))
       return WN_FAIL(WN_E_USAGE, "%s: number %d is not one: '%.*s'", what, out->n + 1, word_bytes(at), at);
-    if (out->n == MOST_TOKENS) return WN_FAIL(WN_E_USAGE, "%s: more than %d numbers; a dump holds T x T tensors", what, MOST_TOKENS);
+    if (out->n == MOST_TOKENS)
+      return WN_FAIL(WN_E_USAGE, "%s: more than %d numbers; a dump holds T x T tensors", what, MOST_TOKENS);
     out->values[out->n++] = (int32_t)value;
     at = end;
   }
@@ -45,21 +49,26 @@ static wn_status read_tokens(int_list *out, const char *text) {
 }
 
 static wn_status check_documents(const int_list *documents, int32_t n_tokens) {
-  if (documents->values[0] != 0) return WN_FAIL(WN_E_USAGE, "--documents begins with %d, but the first document's first row is 0", documents->values[0]);
+  if (documents->values[0] != 0)
+    return WN_FAIL(WN_E_USAGE, "--documents begins with %d, but the first document's first row is 0",
+                   documents->values[0]);
   for (int32_t i = 0; i < documents->n; i++)
     if (documents->values[i] >= n_tokens || (i > 0 && documents->values[i] <= documents->values[i - 1]))
-      return WN_FAIL(WN_E_USAGE, "--documents: %d is out of order or not below the number of tokens, %d", documents->values[i], n_tokens);
+      return WN_FAIL(WN_E_USAGE, "--documents: %d is out of order or not below the number of tokens, %d",
+                     documents->values[i], n_tokens);
   return NULL;
 }
 
-static wn_status run(const char *dir, const wn_forward_settings *settings, const char *out, int32_t threads, wn_world *world, wn_log *log) {
+static wn_status run(const char *dir, const wn_forward_settings *settings, const char *out, int32_t threads,
+                     wn_world *world, wn_log *log) {
   wn_inference in = {0};
   wn_status status = NULL;
   WN_TRY(wn_inference_open(&in, dir, threads, settings->base_grads || settings->indexer_grads, world, log));
   const wn_model_config *config = &in.model->config;
   for (int32_t i = 0; i < settings->n && !status; i++)
     if (settings->tokens[i] >= config->vocab_size)
-      status = WN_FAIL(WN_E_INPUT, "token %d is %d, but the model's vocabulary has %d", i, settings->tokens[i], config->vocab_size);
+      status = WN_FAIL(WN_E_INPUT, "token %d is %d, but the model's vocabulary has %d", i, settings->tokens[i],
+                       config->vocab_size);
   if (!status && (settings->sparse || settings->indexer_grads) && !config->has_indexer)
     status = WN_FAIL(WN_E_CONFIG, "the model in %s has no indexer", dir);
   if (!status) status = wn_forward_dump(&in, settings, out);
@@ -71,23 +80,52 @@ wn_status wn_cmd_forward(int argc, char **argv, wn_world *world, wn_log *log) {
   const char *tokens = NULL, *out = NULL, *attention = "dense", *grads = NULL, *documents = "0";
   int64_t threads = 0;
   const wn_flag flags[] = {
-      {.name = "--tokens", .kind = WN_FLAG_TEXT, .value = &tokens, .argument = "IDS|FILE", .help = "token ids separated by commas or white space, or a file of them"},
-      {.name = "--dump", .kind = WN_FLAG_TEXT, .value = &out, .argument = "OUT.safetensors", .help = "where the tensors go"},
-      {.name = "--attention", .kind = WN_FLAG_TEXT, .value = &attention, .argument = "dense|sparse", .help = "sparse: each row attends to its indexer's top-k keys"},
-      {.name = "--grads", .kind = WN_FLAG_TEXT, .value = &grads, .argument = "base|indexer", .help = "also gradients: of the mean token loss, or of the summed KL"},
-      {.name = "--documents", .kind = WN_FLAG_TEXT, .value = &documents, .argument = "ROWS", .help = "first row of each packed document (default 0)"},
-      {.name = "--threads", .kind = WN_FLAG_INT, .value = &threads, .least = 0, .most = 4096, .argument = "N", .help = "CPU threads (default: all cores)"},
+      {.name = "--tokens",
+       .kind = WN_FLAG_TEXT,
+       .value = &tokens,
+       .argument = "IDS|FILE",
+       .help = "token ids separated by commas or white space, or a file of them"},
+      {.name = "--dump",
+       .kind = WN_FLAG_TEXT,
+       .value = &out,
+       .argument = "OUT.safetensors",
+       .help = "where the tensors go"},
+      {.name = "--attention",
+       .kind = WN_FLAG_TEXT,
+       .value = &attention,
+       .argument = "dense|sparse",
+       .help = "sparse: each row attends to its indexer's top-k keys"},
+      {.name = "--grads",
+       .kind = WN_FLAG_TEXT,
+       .value = &grads,
+       .argument = "base|indexer",
+       .help = "also gradients: of the mean token loss, or of the summed KL"},
+      {.name = "--documents",
+       .kind = WN_FLAG_TEXT,
+       .value = &documents,
+       .argument = "ROWS",
+       .help = "first row of each packed document (default 0)"},
+      {.name = "--threads",
+       .kind = WN_FLAG_INT,
+       .value = &threads,
+       .least = 0,
+       .most = 4096,
+       .argument = "N",
+       .help = "CPU threads (default: all cores)"},
   };
   const wn_command_help help = {"winnow forward MODEL_DIR --tokens IDS|FILE --dump OUT.safetensors [flags]",
-                                "Runs one sequence and writes hidden states, attention outputs, index scores, selections, KL, logits and gradients in FP32."};
+                                "Runs one sequence and writes hidden states, attention outputs, index scores, "
+                                "selections, KL, logits and gradients in FP32."};
   int32_t n;
   bool helped;
   WN_TRY(wn_flags_parse(argc, argv, flags, (int32_t)(sizeof flags / sizeof *flags), &help, &n, &helped));
   if (helped) return NULL;
-  if (n != 1 || !tokens || !out) return WN_FAIL_HINT(WN_E_USAGE, help.usage, "forward wants one model directory, --tokens and --dump");
+  if (n != 1 || !tokens || !out)
+    return WN_FAIL_HINT(WN_E_USAGE, help.usage, "forward wants one model directory, --tokens and --dump");
   if (wn_world_size(world) != 1) return WN_FAIL(WN_E_USAGE, "forward runs on one rank, not %d", wn_world_size(world));
   bool sparse = strcmp(attention, "sparse") == 0;
-  if (!sparse && strcmp(attention, "dense") != 0) return WN_FAIL(WN_E_USAGE, "--attention is dense or sparse, not '%s'", attention);
+  if (!sparse && strcmp(attention, "dense") != 0)
+    return WN_FAIL(WN_E_USAGE, "--attention is dense or sparse, not '%s'", attention);
   bool base = grads && strcmp(grads, "base") == 0, indexer = grads && strcmp(grads, "indexer") == 0;
   if (grads && !base && !indexer) return WN_FAIL(WN_E_USAGE, "--grads is base or indexer, not '%s'", grads);
   int_list *ids = malloc(2 * sizeof *ids);

@@ -10,7 +10,8 @@ static void print_help(const wn_flag *flags, int32_t n, const wn_command_help *h
   if (n) printf("\nflags:\n");
   for (int32_t i = 0; i < n; i++) {
     char left[64];
-    snprintf(left, sizeof left, "%s%s%s", flags[i].name, flags[i].argument ? " " : "", flags[i].argument ? flags[i].argument : "");
+    snprintf(left, sizeof left, "%s%s%s", flags[i].name, flags[i].argument ? " " : "",
+             flags[i].argument ? flags[i].argument : "");
     printf("  %-28s %s\n", left, flags[i].help);
   }
 }
@@ -39,7 +40,8 @@ static wn_status read_int(const wn_flag *flag, const char *text, const char *end
   char *end;
   errno = 0;
   long long value = strtoll(text, &end, 10);
-  if (end == text || *end != *end_of || errno) return WN_FAIL(WN_E_USAGE, "%s wants a whole number, not '%s'", flag->name, text);
+  if (end == text || *end != *end_of || errno)
+    return WN_FAIL(WN_E_USAGE, "%s wants a whole number, not '%s'", flag->name, text);
   *out = value;
   return in_range(flag, (double)value, text);
 }
@@ -52,7 +54,8 @@ static wn_status read_value(const wn_flag *flag, const char *text) {
   case WN_FLAG_REAL: {
     char *end;
     double value = strtod(text, &end);
-    if (end == text || *end || value != value) return WN_FAIL(WN_E_USAGE, "%s wants a number, not '%s'", flag->name, text);
+    if (end == text || *end || value != value)
+      return WN_FAIL(WN_E_USAGE, "%s wants a number, not '%s'", flag->name, text);
     *(double *)flag->value = value;
     return in_range(flag, value, text);
   }
@@ -75,7 +78,8 @@ static const wn_flag *find(const wn_flag *flags, int32_t n, const char *name, si
   return NULL;
 }
 
-wn_status wn_flags_parse(int argc, char **argv, const wn_flag *flags, int32_t n_flags, const wn_command_help *help, int32_t *n_positional, bool *helped) {
+wn_status wn_flags_parse(int argc, char **argv, const wn_flag *flags, int32_t n_flags, const wn_command_help *help,
+                         int32_t *n_positional, bool *helped) {
   int32_t kept = 0;
   bool only_positional = false;
   *helped = false;
@@ -98,7 +102,8 @@ wn_status wn_flags_parse(int argc, char **argv, const wn_flag *flags, int32_t n_
     const wn_flag *flag = find(flags, n_flags, word, equals ? (size_t)(equals - word) : strlen(word));
     if (!flag) {
       const wn_flag *near = nearest(flags, n_flags, word);
-      return WN_FAIL_HINT(WN_E_USAGE, help->usage, "unknown flag %s%s%s%s", word, near ? "; did you mean " : "", near ? near->name : "", near ? "?" : "");
+      return WN_FAIL_HINT(WN_E_USAGE, help->usage, "unknown flag %s%s%s%s", word, near ? "; did you mean " : "",
+                          near ? near->name : "", near ? "?" : "");
     }
     if (flag->kind == WN_FLAG_SWITCH) {
       if (equals) return WN_FAIL(WN_E_USAGE, "%s takes no value", flag->name);

@@ -18,16 +18,19 @@ typedef enum wn_flag_kind {
 typedef struct wn_flag {
   const char *name; /* "--data" */
   wn_flag_kind kind;
-  void *value;      /* where it goes; holds the default */
-  double least, most; /* INT, REAL and RANGE: allowed values, both included; equal: anything */
+  void *value;                 /* where it goes; holds the default */
+  double least, most;          /* INT, REAL and RANGE: allowed values, both included; equal: anything */
   const char *argument, *help; /* "PREFIX", "dataset to read" */
 } wn_flag;
 
-typedef struct wn_command_help { const char *usage, *about; } wn_command_help;
+typedef struct wn_command_help {
+  const char *usage, *about;
+} wn_command_help;
 
-/* Reads argv[1 ..]; what is not a flag is moved to the front of argv[1 ..] and counted in *n_positional. "--" ends flags. "--help" prints and sets *helped.
- * WN_E_USAGE: unknown flag (naming the nearest), missing or ill-typed or out-of-range value. */
-WN_MUST_USE wn_status wn_flags_parse(int argc, char **argv, const wn_flag *flags, int32_t n_flags, const wn_command_help *help, int32_t *n_positional,
-                                     bool *helped);
+/* Reads argv[1 ..]; what is not a flag is moved to the front of argv[1 ..] and counted in *n_positional. "--" ends
+ * flags. "--help" prints and sets *helped. WN_E_USAGE: unknown flag (naming the nearest), missing or ill-typed or
+ * out-of-range value. */
+WN_MUST_USE wn_status wn_flags_parse(int argc, char **argv, const wn_flag *flags, int32_t n_flags,
+                                     const wn_command_help *help, int32_t *n_positional, bool *helped);
 
 #endif

@@ -45,7 +45,8 @@ int main(int argc, char **argv) {
     settings.quiet = true;
     first++;
   }
-  if (first >= argc || strcmp(argv[first], "--help") == 0 || strcmp(argv[first], "-h") == 0 || strcmp(argv[first], "help") == 0) {
+  if (first >= argc || strcmp(argv[first], "--help") == 0 || strcmp(argv[first], "-h") == 0 ||
+      strcmp(argv[first], "help") == 0) {
     fputs(usage, first < argc ? stdout : stderr);
     return first < argc ? WN_OK : WN_E_USAGE;
   }
@@ -56,8 +57,10 @@ int main(int argc, char **argv) {
   }
   if (!status) status = dispatch(argc - first, argv + first, world, log);
   wn_code code = wn_status_code(status);
-  if (log) wn_report_error(log, status);
-  else if (status) fprintf(stderr, "winnow: %s\n", wn_status_text(status));
+  if (log)
+    wn_report_error(log, status);
+  else if (status)
+    fprintf(stderr, "winnow: %s\n", wn_status_text(status));
   wn_status_free(status);
   wn_log_free(log);
   wn_world_free(world);

@@ -7,7 +7,9 @@
 #include "config/options.h"
 #include "io/yaml.h"
 
-static wn_status out_of_memory(void) { return WN_FAIL(WN_E_MEMORY, "out of memory reading a job"); }
+static wn_status out_of_memory(void) {
+  return WN_FAIL(WN_E_MEMORY, "out of memory reading a job");
+}
 
 const char *wn_stage_name(wn_stage stage) {
   WN_ASSERT(stage < WN_N_STAGES, "stage %d", (int)stage);
@@ -73,10 +75,11 @@ static wn_status fill_defaults(wn_job *job, wn_job_source *source, const char *p
     for (int32_t i = 0; i < wn_option_count(); i++) {
       const wn_option *option = wn_option_at(i);
       if (source->place[i] || option->same_as != (pass == 1)) continue;
-      if (!option->fallback)
-        return WN_FAIL_HINT(WN_E_CONFIG, option->help, "%s: %s is missing", path, option->key);
-      if (option->same_as) wn_option_value(wn_option_at(wn_option_index(option->fallback)), job, value);
-      else snprintf(value, sizeof value, "%s", option->fallback);
+      if (!option->fallback) return WN_FAIL_HINT(WN_E_CONFIG, option->help, "%s: %s is missing", path, option->key);
+      if (option->same_as)
+        wn_option_value(wn_option_at(wn_option_index(option->fallback)), job, value);
+      else
+        snprintf(value, sizeof value, "%s", option->fallback);
       WN_TRY(wn_option_parse(option, value, job));
       WN_TRY(set_place(source, i, option->same_as ? option->fallback : "default"));
     }

@@ -22,8 +22,10 @@ static void print_quoted(FILE *out, const char *text) {
   fputc('"', out);
   for (; *text; text++) {
     if (*text == '"' || *text == '\\') fputc('\\', out);
-    if ((unsigned char)*text < 0x20 || *text == 0x7f) fprintf(out, "\\x%02X", (unsigned)*text);
-    else fputc(*text, out);
+    if ((unsigned char)*text < 0x20 || *text == 0x7f)
+      fprintf(out, "\\x%02X", (unsigned)*text);
+    else
+      fputc(*text, out);
   }
   fputc('"', out);
 }
@@ -47,13 +49,17 @@ wn_status wn_job_save(const wn_job *job, const wn_job_source *source, const char
       fprintf(out, "%.*s:\n", (int)section, option->key);
     fprintf(out, "%s%s: ", section ? "  " : "", option->key + section + (section ? 1 : 0));
     wn_option_value(option, job, value);
-    if (option->type == WN_PATH) print_quoted(out, value);
-    else fputs(value, out);
+    if (option->type == WN_PATH)
+      print_quoted(out, value);
+    else
+      fputs(value, out);
     print_comment(out, source->place[i]);
   }
   wn_status status = NULL;
-  if (fclose(out) != 0) status = WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
-  else status = wn_write_file_atomic(path, text, bytes);
+  if (fclose(out) != 0)
+    status = WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
+  else
+    status = wn_write_file_atomic(path, text, bytes);
   free(text);
   return status;
 }
@@ -61,8 +67,10 @@ wn_status wn_job_save(const wn_job *job, const wn_job_source *source, const char
 static void default_text(const wn_option *option, char out[WN_PATH_BYTES]) {
   if (!option->fallback)
     snprintf(out, WN_PATH_BYTES, "%s", strcmp(option->key, "stage") ? "must be given" : "the command");
-  else if (option->same_as) snprintf(out, WN_PATH_BYTES, "that of %s", option->fallback);
-  else snprintf(out, WN_PATH_BYTES, "%s", option->fallback[0] ? option->fallback : "none");
+  else if (option->same_as)
+    snprintf(out, WN_PATH_BYTES, "that of %s", option->fallback);
+  else
+    snprintf(out, WN_PATH_BYTES, "%s", option->fallback[0] ? option->fallback : "none");
 }
 
 wn_status wn_job_print_options(FILE *out, bool markdown) {

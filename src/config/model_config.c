@@ -12,7 +12,8 @@
 enum { MOST_CONFIG_BYTES = 16 << 20 };
 
 const wn_model_int wn_model_ints[] = {
-#define INT(key, low, high) {#key, offsetof(wn_model_config, key), low, high}
+#define INT(key, low, high)                                                                                            \
+  { #key, offsetof(wn_model_config, key), low, high }
     INT(vocab_size, 1, 1 << 24),
     INT(hidden_size, 1, 1 << 17),
     INT(intermediate_size, 1, 1 << 20),
@@ -42,15 +43,20 @@ const wn_model_int wn_model_index_ints[] = {
 };
 
 /* What Winnow has only one form of. Absent or null means that form. */
-static const struct { const char *key, *only; } single_forms[] = {
-    {"hidden_act", "\"silu\""},   {"scoring_func", "\"sigmoid\""}, {"topk_method", "\"noaux_tc\""},
-    {"attention_bias", "false"},  {"mlp_bias", "false"},           {"tie_word_embeddings", "false"},
-    {"attention_dropout", "0"},   {"moe_layer_freq", "1"},         {"rope_interleave", "true"},
+static const struct {
+  const char *key, *only;
+} single_forms[] = {
+    {"hidden_act", "\"silu\""},           {"scoring_func", "\"sigmoid\""}, {"topk_method", "\"noaux_tc\""},
+    {"attention_bias", "false"},          {"mlp_bias", "false"},           {"tie_word_embeddings", "false"},
+    {"attention_dropout", "0"},           {"moe_layer_freq", "1"},         {"rope_interleave", "true"},
     {"indexer_rope_interleave", "false"},
 };
 
 /* One object being read, and where it stands: "dir/config.json" and "rope_scaling." */
-typedef struct reader { const char *path, *prefix; const json_t *object; } reader;
+typedef struct reader {
+  const char *path, *prefix;
+  const json_t *object;
+} reader;
 
 static const json_t *get(reader in, const char *key) {
   const json_t *value = json_object_get(in.object, key);
@@ -60,8 +66,7 @@ static const json_t *get(reader in, const char *key) {
 static wn_status read_int(reader in, const char *key, int64_t low, int64_t high, int32_t *out) {
   const json_t *value = get(in, key);
   if (!value) return WN_FAIL(WN_E_CONFIG, "%s: %s%s is missing", in.path, in.prefix, key);
-  if (!json_is_integer(value))
-    return WN_FAIL(WN_E_CONFIG, "%s: %s%s is not a whole number", in.path, in.prefix, key);
+  if (!json_is_integer(value)) return WN_FAIL(WN_E_CONFIG, "%s: %s%s is not a whole number", in.path, in.prefix, key);
   int64_t seen = json_integer_value(value);
   if (seen < low || seen > high)
     return WN_FAIL(WN_E_CONFIG, "%s: %s%s is %lld; allowed are %lld to %lld", in.path, in.prefix, key, (long long)seen,
@@ -124,7 +129,8 @@ static wn_status read_layer_kinds(reader in, wn_model_config *out) {
   int32_t dense = 0;
   for (int32_t i = 0; i < out->num_hidden_layers; i++) {
     const char *kind = json_string_value(json_array_get(kinds, (size_t)i));
-    if (kind && !strcmp(kind, "dense") && dense == i) dense++;
+    if (kind && !strcmp(kind, "dense") && dense == i)
+      dense++;
     else if (!kind || strcmp(kind, "sparse") != 0)
       return WN_FAIL(WN_E_CONFIG, "%s: mlp_layer_types[%d] is %.40s; allowed are dense layers, then sparse ones",
                      in.path, (int)i, kind ? kind : "not a string");
@@ -139,7 +145,9 @@ static wn_status read_layer_kinds(reader in, wn_model_config *out) {
   return NULL;
 }
 
-static double get_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1; }
+static double get_mscale(double factor, double mscale) {
+  return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1;
+}
 
 /* Models that scale cos and sin (attention_factor other than 1) are none of the V3 family's: refused, not
  * approximated. */
@@ -163,10 +171,10 @@ static wn_status read_yarn(reader in, wn_model_config *out) {
   if (truncate && !json_is_true(truncate))
     return WN_FAIL(WN_E_CONFIG, "%s: %struncate is not true; Winnow has only true", in.path, in.prefix);
   bool both = out->mscale > 0 && out->mscale_all_dim > 0;
-  double attention_factor = given  ? json_number_value(given)
-                            : both ? get_mscale(out->rope_factor, out->mscale) /
-                                         get_mscale(out->rope_factor, out->mscale_all_dim)
-                                   : get_mscale(out->rope_factor, 1);
+  double attention_factor =
+      given  ? json_number_value(given)
+      : both ? get_mscale(out->rope_factor, out->mscale) / get_mscale(out->rope_factor, out->mscale_all_dim)
+             : get_mscale(out->rope_factor, 1);
   if (attention_factor != 1)
     return WN_FAIL_HINT(WN_E_CONFIG, "models of the DeepSeek-V3 family have mscale equal to mscale_all_dim",
                         "%s: %smscale %g and mscale_all_dim %g scale cos and sin by %.9g; Winnow has only 1", in.path,
@@ -189,8 +197,7 @@ static wn_status read_rope(reader in, wn_model_config *out) {
   double partial;
   WN_TRY(read_real(inner, "partial_rotary_factor", 0, 1, 1, &partial));
   if (partial != 1)
-    return WN_FAIL(WN_E_CONFIG, "%s: %spartial_rotary_factor is %g; Winnow has only 1", in.path, inner.prefix,
-                   partial);
+    return WN_FAIL(WN_E_CONFIG, "%s: %spartial_rotary_factor is %g; Winnow has only 1", in.path, inner.prefix, partial);
   if (!scaling) return NULL;
   const json_t *type = get(inner, "rope_type") ? get(inner, "rope_type") : get(inner, "type");
   const char *name = type ? json_string_value(type) : "default";
@@ -224,10 +231,9 @@ static wn_status check_shapes(reader in, const wn_model_config *c) {
   int32_t kv_heads = c->num_attention_heads;
   if (get(in, "num_key_value_heads")) WN_TRY(read_int(in, "num_key_value_heads", 1, 4096, &kv_heads));
   if (kv_heads != c->num_attention_heads)
-    return WN_FAIL(
-        WN_E_CONFIG,
-        "%s: num_key_value_heads %d differs from num_attention_heads %d; in latent attention they are equal", in.path,
-        (int)kv_heads, (int)c->num_attention_heads);
+    return WN_FAIL(WN_E_CONFIG,
+                   "%s: num_key_value_heads %d differs from num_attention_heads %d; in latent attention they are equal",
+                   in.path, (int)kv_heads, (int)c->num_attention_heads);
   return NULL;
 }
 

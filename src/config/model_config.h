@@ -25,11 +25,11 @@ typedef struct wn_model_config {
   bool tie_word_embeddings;
 } wn_model_config;
 
-/* Reads DIR/config.json: the released form, and the one that transformers 5 writes (rope_parameters, mlp_layer_types). A
- * null stands for an absent key; quantization_config is not looked at (the weights decide). WN_E_CONFIG, naming file and
- * key: missing or ill-typed keys, sizes out of range, shapes that contradict each other (heads, groups, odd rope width,
- * index_head_dim below the rope width), features Winnow does not have (q_lora_rank null, scoring_func other than sigmoid,
- * attention_bias, tied embeddings, other rope types, YaRN that scales cos and sin...). */
+/* Reads DIR/config.json: the released form, and the one that transformers 5 writes (rope_parameters, mlp_layer_types).
+ * A null stands for an absent key; quantization_config is not looked at (the weights decide). WN_E_CONFIG, naming file
+ * and key: missing or ill-typed keys, sizes out of range, shapes that contradict each other (heads, groups, odd rope
+ * width, index_head_dim below the rope width), features Winnow does not have (q_lora_rank null, scoring_func other than
+ * sigmoid, attention_bias, tied embeddings, other rope types, YaRN that scales cos and sin...). */
 WN_MUST_USE wn_status wn_model_config_load(wn_model_config *out, const char *dir);
 /* Writes DIR/config.json atomically with the released key set and order: deepseek_v32 when it has an indexer, else
  * deepseek_v3. `source_dir` may be NULL; keys of its config.json that Winnow does not know are carried over, but for

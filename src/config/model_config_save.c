@@ -9,25 +9,33 @@
 
 /* Keys of a source file that would no longer be true: they name remote code or a storage Winnow does not write, or say
  * in another form what is written below. */
-static const char *const dropped[] = {"auto_map", "quantization_config", "rope_parameters", "mlp_layer_types",
-                                      "layer_types", "dtype", "index_n_heads", "index_head_dim", "index_topk"};
+static const char *const dropped[] = {"auto_map",        "quantization_config", "rope_parameters",
+                                      "mlp_layer_types", "layer_types",         "dtype",
+                                      "index_n_heads",   "index_head_dim",      "index_topk"};
 
 /* Written whatever the source says, because Winnow has only this form. */
-static const struct { const char *key, *json; } fixed[] = {
-    {"attention_bias", "false"},      {"attention_dropout", "0.0"},    {"hidden_act", "\"silu\""},
-    {"moe_layer_freq", "1"},          {"scoring_func", "\"sigmoid\""}, {"tie_word_embeddings", "false"},
+static const struct {
+  const char *key, *json;
+} fixed[] = {
+    {"attention_bias", "false"},     {"attention_dropout", "0.0"},    {"hidden_act", "\"silu\""},
+    {"moe_layer_freq", "1"},         {"scoring_func", "\"sigmoid\""}, {"tie_word_embeddings", "false"},
     {"topk_method", "\"noaux_tc\""},
 };
 
 /* Of the released key set, but nothing Winnow knows of: written where the source does not say. */
-static const struct { const char *key, *json; } defaults[] = {
-    {"ep_size", "1"}, {"num_nextn_predict_layers", "0"}, {"use_cache", "true"}};
+static const struct {
+  const char *key, *json;
+} defaults[] = {{"ep_size", "1"}, {"num_nextn_predict_layers", "0"}, {"use_cache", "true"}};
 
-static int set(json_t *object, const char *key, json_t *value) { return json_object_set_new(object, key, value); }
+static int set(json_t *object, const char *key, json_t *value) {
+  return json_object_set_new(object, key, value);
+}
 static int set_json(json_t *object, const char *key, const char *json) {
   return set(object, key, json_loads(json, JSON_DECODE_ANY, NULL));
 }
-static json_t *token(int32_t id) { return id < 0 ? json_null() : json_integer(id); }
+static json_t *token(int32_t id) {
+  return id < 0 ? json_null() : json_integer(id);
+}
 /* The released files have rope's settings as 10000, not 10000.0. */
 static json_t *short_number(double x) {
   return x == (double)(int64_t)x ? json_integer((json_int_t)x) : json_real(x);
@@ -60,8 +68,8 @@ static int set_all(json_t *root, const wn_model_config *c, const char *torch_dty
   for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++) bad |= set_json(root, fixed[i].key, fixed[i].json);
   for (size_t i = 0; i < sizeof defaults / sizeof *defaults; i++)
     if (!json_object_get(root, defaults[i].key)) bad |= set_json(root, defaults[i].key, defaults[i].json);
-  bad |= set(root, "architectures",
-             json_pack("[s]", c->has_indexer ? "DeepseekV32ForCausalLM" : "DeepseekV3ForCausalLM"));
+  bad |=
+      set(root, "architectures", json_pack("[s]", c->has_indexer ? "DeepseekV32ForCausalLM" : "DeepseekV3ForCausalLM"));
   bad |= set(root, "model_type", json_string(c->has_indexer ? "deepseek_v32" : "deepseek_v3"));
   bad |= set_ints(root, c, wn_model_ints);
   if (c->has_indexer) bad |= set_ints(root, c, wn_model_index_ints);
@@ -77,9 +85,13 @@ static int set_all(json_t *root, const wn_model_config *c, const char *torch_dty
   return bad | set_rope(root, c);
 }
 
-static void indent(FILE *out, int depth) { fprintf(out, "\n%*s", 2 * depth, ""); }
+static void indent(FILE *out, int depth) {
+  fprintf(out, "\n%*s", 2 * depth, "");
+}
 
-static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+static int by_text(const void *a, const void *b) {
+  return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
 
 static int print(FILE *out, json_t *value, int depth);
 
@@ -151,8 +163,10 @@ wn_status wn_model_config_save(const wn_model_config *config, const char *dir, c
   if (!bad) bad = print(out, root, 0);
   if (!bad) fputc('\n', out);
   if (out && fclose(out) != 0) bad = 1;
-  if (bad) status = WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
-  else status = wn_write_file_atomic(path, text, bytes);
+  if (bad)
+    status = WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
+  else
+    status = wn_write_file_atomic(path, text, bytes);
 done:
   free(text);
   json_decref(root);

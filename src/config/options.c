@@ -41,8 +41,8 @@ static const wn_option options[] = {
      .help = "updates of the whole run, those before a resume included"},
     {"training.global_batch_seqs", WN_INT32, AT(training.global_batch_seqs), 1, 1 << 20, .fallback = "16",
      .unit = "sequences", .help = "sequences of an update, over all ranks"},
-    {"training.micro_batch_seqs", WN_INT32, AT(training.micro_batch_seqs), 1, 256, .fallback = "1",
-     .unit = "sequences", .help = "sequences a rank computes at a time; divides global_batch_seqs"},
+    {"training.micro_batch_seqs", WN_INT32, AT(training.micro_batch_seqs), 1, 256, .fallback = "1", .unit = "sequences",
+     .help = "sequences a rank computes at a time; divides global_batch_seqs"},
     {"training.seed", WN_UINT64, AT(training.seed), 0, 9007199254740992.0, .fallback = "1",
      .help = "of initial weights, data order and samples"},
     {"training.deterministic", WN_BOOL, AT(training.deterministic), .fallback = "true",
@@ -51,7 +51,8 @@ static const wn_option options[] = {
      .unit = "steps",
      .help = "updates skipped one after another, for gradients that are not finite, before the run gives up"},
     {"training.attention_init_gain", WN_REAL, AT(training.attention_init_gain), 0.01, 100, .fallback = "1",
-     .help = "factor on the random initial weights of q_a, q_b, kv_a, kv_b and o_proj; small models learn to copy sooner with 3"},
+     .help = "factor on the random initial weights of q_a, q_b, kv_a, kv_b and o_proj; small models learn to copy "
+             "sooner with 3"},
 
     {"optimizer.lr", WN_REAL, AT(optimizer.lr), 0, 10, .help = "peak learning rate of the base"},
     {"optimizer.indexer_lr", WN_REAL, AT(optimizer.indexer_lr), 0, 10, .fallback = "optimizer.lr", .same_as = true,
@@ -75,8 +76,8 @@ static const wn_option options[] = {
      .help = "course of both learning rates after their warm-up"},
     {"lr_schedule.warmup_steps", WN_INT64, AT(lr_schedule.warmup_steps), 0, MOST_STEPS, .fallback = "0",
      .unit = "steps", .help = "linear rise to the peak"},
-    {"lr_schedule.decay_steps", WN_INT64, AT(lr_schedule.decay_steps), 0, MOST_STEPS, .fallback = "0",
-     .unit = "steps", .help = "length of the linear or cosine decay; 0: to the end of training.steps"},
+    {"lr_schedule.decay_steps", WN_INT64, AT(lr_schedule.decay_steps), 0, MOST_STEPS, .fallback = "0", .unit = "steps",
+     .help = "length of the linear or cosine decay; 0: to the end of training.steps"},
     {"lr_schedule.min_lr", WN_REAL, AT(lr_schedule.min_lr), 0, 1, .fallback = "0.0",
      .help = "where the decay ends, as a fraction of the peak"},
 
@@ -121,7 +122,9 @@ static const wn_option options[] = {
      .unit = "sequences", .help = "sequences of an evaluation"},
 };
 
-int32_t wn_option_count(void) { return (int32_t)(sizeof options / sizeof *options); }
+int32_t wn_option_count(void) {
+  return (int32_t)(sizeof options / sizeof *options);
+}
 
 const wn_option *wn_option_at(int32_t i) {
   WN_ASSERT(i >= 0 && i < wn_option_count(), "option %d", (int)i);
@@ -173,7 +176,9 @@ const char *wn_option_nearest(const char *key) {
   return best;
 }
 
-static void *field(const wn_option *option, wn_job *job) { return (char *)job + option->offset; }
+static void *field(const wn_option *option, wn_job *job) {
+  return (char *)job + option->offset;
+}
 
 static wn_status refuse(const wn_option *option, const char *text) {
   char allowed[WN_PATH_BYTES];
@@ -218,14 +223,12 @@ wn_status wn_option_parse(const wn_option *option, const char *text, wn_job *job
     if (!parse_whole(option, text, &whole)) return refuse(option, text);
     *(int32_t *)out = (int32_t)whole;
     return NULL;
-  case WN_INT64:
-    return parse_whole(option, text, out) ? NULL : refuse(option, text);
+  case WN_INT64: return parse_whole(option, text, out) ? NULL : refuse(option, text);
   case WN_UINT64:
     if (!parse_whole(option, text, &whole)) return refuse(option, text);
     *(uint64_t *)out = (uint64_t)whole;
     return NULL;
-  case WN_REAL:
-    return parse_real(option, text, out) ? NULL : refuse(option, text);
+  case WN_REAL: return parse_real(option, text, out) ? NULL : refuse(option, text);
   case WN_BOOL:
     if (strcmp(text, "true") != 0 && strcmp(text, "false") != 0) return refuse(option, text);
     *(bool *)out = text[0] == 't';
@@ -279,7 +282,10 @@ void wn_option_allowed(const wn_option *option, char out[WN_PATH_BYTES]) {
     out[0] = 0;
     for (int i = 0; option->choices[i]; i++)
       used += (size_t)snprintf(out + used, WN_PATH_BYTES - used, "%s%s",
-                               i == 0 ? "" : option->choices[i + 1] ? ", " : " or ", option->choices[i]);
+                               i == 0                   ? ""
+                               : option->choices[i + 1] ? ", "
+                                                        : " or ",
+                               option->choices[i]);
     return;
   }
 }

@@ -1,5 +1,5 @@
-/* THE option table: everything a job file may say. Validation, --help, docs/options.md and config.resolved.yaml come from
- * it and from nowhere else. Internal to src/config and its tests. */
+/* THE option table: everything a job file may say. Validation, --help, docs/options.md and config.resolved.yaml come
+ * from it and from nowhere else. Internal to src/config and its tests. */
 #ifndef WN_CONFIG_OPTIONS_H
 #define WN_CONFIG_OPTIONS_H
 
@@ -14,13 +14,13 @@ typedef enum wn_option_type { WN_PATH, WN_INT32, WN_INT64, WN_UINT64, WN_REAL, W
 typedef struct wn_option {
   const char *key; /* "section.name", or a name at the top */
   wn_option_type type;
-  size_t offset;            /* in wn_job */
-  double low, high;         /* of numbers, inclusive; at most 2^53, so exact */
+  size_t offset;              /* in wn_job */
+  double low, high;           /* of numbers, inclusive; at most 2^53, so exact */
   bool above_low, below_high; /* a bound that itself is not allowed */
-  const char *fallback;     /* the default as text, or another option's key when same_as; NULL: must be given */
+  const char *fallback;       /* the default as text, or another option's key when same_as; NULL: must be given */
   bool same_as;
-  bool may_change;          /* on resume */
-  const char *unit;         /* NULL: none */
+  bool may_change;  /* on resume */
+  const char *unit; /* NULL: none */
   const char *help;
   const char *const *choices; /* of WN_CHOICE: NULL-terminated; the index is the value */
 } wn_option;

@@ -16,7 +16,8 @@ static wn_status gather_begin(wn_group *group, wn_request **out, const char *ope
   if (group->size == 1) return NULL;
   wn_request *request;
   WN_TRY(wn_exchange_begin(&request, group, operation, 2 * (size_t)(group->size - 1), bytes));
-  for (int32_t k = 1; k < group->size; k++) { /* each rank starts with its neighbour, so that no rank is everyone's first */
+  for (int32_t k = 1; k < group->size;
+       k++) { /* each rank starts with its neighbour, so that no rank is everyone's first */
     int32_t to = (group->rank + k) % group->size, from = (group->rank + group->size - k) % group->size;
     WN_TRY(wn_exchange_receive(request, from, bytes == 0 ? NULL : (char *)all + (size_t)from * bytes, bytes));
     WN_TRY(wn_exchange_send(request, to, piece, bytes));

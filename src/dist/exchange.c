@@ -19,7 +19,7 @@ enum {
   YIELDS = 64,
   MAX_SLEEP_US = 500
 };
-_Static_assert(WN_MAX_GROUPS * TAGS_PER_GROUP < WN_EXIT_TAG, "tags of groups reach the exit tag");
+_Static_assert(WN_MAX_GROUPS *TAGS_PER_GROUP < WN_EXIT_TAG, "tags of groups reach the exit tag");
 
 typedef struct message {
   int32_t peer; /* world rank */
@@ -37,7 +37,9 @@ struct wn_request {
   message *messages;
 };
 
-static size_t chunks_of(size_t bytes) { return bytes == 0 ? 1 : (bytes + CHUNK_BYTES - 1) / CHUNK_BYTES; }
+static size_t chunks_of(size_t bytes) {
+  return bytes == 0 ? 1 : (bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
+}
 
 static void free_request(wn_request *request) {
   free(request->handles);
@@ -85,11 +87,13 @@ static wn_status mpi_failed(const wn_request *request, int32_t peer, int code) {
   int length = 0, class = MPI_SUCCESS;
   MPI_Error_class(code, &class);
   if (class == MPI_ERR_TRUNCATE)
-    return WN_FAIL(WN_E_WORLD, "rank %d in %s got more bytes from rank %d than expected: the ranks are not at the same point",
+    return WN_FAIL(WN_E_WORLD,
+                   "rank %d in %s got more bytes from rank %d than expected: the ranks are not at the same point",
                    request->group->world->rank, request->operation, peer);
   MPI_Error_string(code, text, &length);
   return WN_FAIL_HINT(WN_E_WORLD, "see the other ranks' messages: usually one of them failed first",
-                      "rank %d: %s with rank %d failed: %s", request->group->world->rank, request->operation, peer, text);
+                      "rank %d: %s with rank %d failed: %s", request->group->world->rank, request->operation, peer,
+                      text);
 }
 
 static wn_status post(wn_request *request, int32_t place, void *data, size_t bytes, bool receive) {
@@ -178,7 +182,8 @@ static wn_status check_counts(wn_request *request) {
     if (!m->receive) continue;
     MPI_Get_count(&request->statuses[i], MPI_BYTE, &count);
     if (count == m->bytes) continue;
-    return WN_FAIL(WN_E_WORLD, "rank %d in %s expected %d bytes from rank %d and got %d: the ranks are not at the same point",
+    return WN_FAIL(WN_E_WORLD,
+                   "rank %d in %s expected %d bytes from rank %d and got %d: the ranks are not at the same point",
                    request->group->world->rank, request->operation, m->bytes, m->peer, count);
   }
   return NULL;
@@ -188,7 +193,8 @@ static wn_status test_failed(const wn_request *request, int code) {
   if (code == MPI_ERR_IN_STATUS)
     for (int32_t i = 0; i < request->n; i++) {
       int error = request->statuses[i].MPI_ERROR;
-      if (error != MPI_SUCCESS && error != MPI_ERR_PENDING) return mpi_failed(request, request->messages[i].peer, error);
+      if (error != MPI_SUCCESS && error != MPI_ERR_PENDING)
+        return mpi_failed(request, request->messages[i].peer, error);
     }
   return mpi_failed(request, request->group->world->rank, code);
 }
@@ -209,7 +215,8 @@ static wn_status poll_until_done(wn_request *request, double *waited_s) {
     if (polls > YIELDS && polls % 16 == 0 && peer_left(request, &who)) {
       if (left_since == 0) left_since = now;
       if (now - left_since > LEAVE_GRACE_S)
-        return WN_FAIL(WN_E_WORLD, "rank %d was left alone in %s: rank %d has ended", world->rank, request->operation, who);
+        return WN_FAIL(WN_E_WORLD, "rank %d was left alone in %s: rank %d has ended", world->rank, request->operation,
+                       who);
     }
     idle(polls);
   }

@@ -1,4 +1,5 @@
-/* What the files of src/dist share: the world's and groups' insides, and the exchange that every collective is made of. */
+/* What the files of src/dist share: the world's and groups' insides, and the exchange that every collective is made of.
+ */
 #ifndef WN_DIST_INTERNAL_H
 #define WN_DIST_INTERNAL_H
 
@@ -8,10 +9,10 @@ enum { WN_MAX_GROUPS = 15, WN_EXIT_TAG = 32767 /* the largest tag that MPI promi
 
 struct wn_group {
   wn_world *world;
-  int32_t index;        /* which group of the world, the same on every rank: keeps the tags of groups apart */
-  int32_t size, rank;   /* rank: this process's place in the group */
-  int32_t first, step;  /* the world rank of place i is first + i * step */
-  uint32_t sequence;    /* collectives begun: the same on every member at the same point */
+  int32_t index;       /* which group of the world, the same on every rank: keeps the tags of groups apart */
+  int32_t size, rank;  /* rank: this process's place in the group */
+  int32_t first, step; /* the world rank of place i is first + i * step */
+  uint32_t sequence;   /* collectives begun: the same on every member at the same point */
 };
 
 struct wn_world {

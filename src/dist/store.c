@@ -49,7 +49,9 @@ struct wn_store {
   bool weight_slot_taken[N_SLOTS], grad_slot_taken[N_SLOTS];
 };
 
-static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 static int64_t param_count(const wn_param *p) {
   int64_t n = 1;
@@ -57,7 +59,9 @@ static int64_t param_count(const wn_param *p) {
   return n;
 }
 
-static bool kind_trains(wn_kind kind) { return kind == WN_BASE || kind == WN_INDEXER; }
+static bool kind_trains(wn_kind kind) {
+  return kind == WN_BASE || kind == WN_INDEXER;
+}
 
 /* Elements between tensors so that a unit's tensors are aligned in every dtype it exists in. */
 static int64_t align_elements(const wn_device *device) {
@@ -103,7 +107,8 @@ static wn_status check_same_table(const wn_store *store, int32_t group) {
   free(all);
   if (other == NONE) return NULL;
   return WN_FAIL_HINT(WN_E_WORLD, "start every rank with the same job file and the same program",
-                      "rank %d and rank %d of group %d lay out different parameters", wn_group_rank(members), other, group);
+                      "rank %d and rank %d of group %d lay out different parameters", wn_group_rank(members), other,
+                      group);
 }
 
 /* ---- layout ---------------------------------------------------------------------------------------------------- */
@@ -187,8 +192,8 @@ static void lay_out(wn_store *store) {
   int64_t align = align_elements(store->device);
   for (int32_t i = 0; i < store->n_params; i++) {
     if (i == 0 || store->params[i].layer != store->params[i - 1].layer)
-      store->layers[store->n_layers++] = (layer_state){
-          .layer = store->params[i].layer, .first_param = i, .weight_slot = NONE, .grad_slot = NONE};
+      store->layers[store->n_layers++] =
+          (layer_state){.layer = store->params[i].layer, .first_param = i, .weight_slot = NONE, .grad_slot = NONE};
     store->layers[store->n_layers - 1].n_params++;
   }
   for (int32_t l = 0; l < store->n_layers; l++) {
@@ -242,15 +247,17 @@ static wn_status allocate_tables(wn_store *store) {
 wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
                           const wn_param *params, int32_t n_params) {
   WN_ASSERT(n_params > 0 && n_groups > 0 && n_groups <= MAX_GROUPS, "%d parameters, %d groups", n_params, n_groups);
-  WN_ASSERT(device->dtype_of[WN_MASTER] == device->dtype_of[WN_ACT], "masters are %s, weights %s: a gather does not convert",
-            wn_dtype_name(device->dtype_of[WN_MASTER]), wn_dtype_name(device->dtype_of[WN_ACT]));
+  WN_ASSERT(device->dtype_of[WN_MASTER] == device->dtype_of[WN_ACT],
+            "masters are %s, weights %s: a gather does not convert", wn_dtype_name(device->dtype_of[WN_MASTER]),
+            wn_dtype_name(device->dtype_of[WN_ACT]));
   wn_store *store = calloc(1, sizeof *store);
   if (!store) return WN_FAIL(WN_E_MEMORY, "out of memory for the parameter store");
   *store = (wn_store){.device = device, .n_groups = n_groups, .params = params, .n_params = n_params};
   memcpy(store->groups, groups, (size_t)n_groups * sizeof *groups);
   wn_status status = NULL;
   check_params(store);
-  for (int32_t g = 0; g < n_groups; g++) WN_KEEP_FIRST(status, check_same_table(store, g)); /* every rank in every group */
+  for (int32_t g = 0; g < n_groups; g++)
+    WN_KEEP_FIRST(status, check_same_table(store, g)); /* every rank in every group */
   if (!status) status = allocate_tables(store);
   if (!status) {
     lay_out(store);
@@ -307,7 +314,8 @@ static wn_tensor grads_of(const wn_store *store, const layer_state *layer, int32
 static wn_tensor param_view(const wn_store *store, int32_t i, wn_tensor whole) {
   const wn_param *p = &store->params[i];
   wn_tensor flat = wn_tensor_slice(whole, 0, store->param_offset[i], param_count(p));
-  return wn_tensor_of(flat.data, flat.dtype, p->rank, p->dim[0], p->rank > 1 ? p->dim[1] : 0, p->rank > 2 ? p->dim[2] : 0, 0);
+  return wn_tensor_of(flat.data, flat.dtype, p->rank, p->dim[0], p->rank > 1 ? p->dim[1] : 0,
+                      p->rank > 2 ? p->dim[2] : 0, 0);
 }
 
 static wn_status hold(wn_store *store, layer_state *layer) {
@@ -333,7 +341,9 @@ static wn_status await(wn_store *store, const layer_state *layer) {
   return NULL;
 }
 
-wn_status wn_store_prefetch(wn_store *store, int32_t layer) { return hold(store, find_layer(store, layer)); }
+wn_status wn_store_prefetch(wn_store *store, int32_t layer) {
+  return hold(store, find_layer(store, layer));
+}
 
 wn_status wn_store_acquire(wn_store *store, int32_t layer_number, wn_tensor *by_param) {
   layer_state *layer = find_layer(store, layer_number);
@@ -374,7 +384,8 @@ static wn_status reduce_unit(wn_store *store, const layer_state *layer, int32_t 
   wn_device *device = store->device;
   wn_tensor whole = grads_of(store, layer, u), received;
   size_t mark = wn_arena_mark(device->scratch);
-  WN_TRY(wn_device_tensor(device, &received, device->scratch, "gradients of other ranks", WN_WGRAD, 1, at->elements, 0, 0, 0));
+  WN_TRY(wn_device_tensor(device, &received, device->scratch, "gradients of other ranks", WN_WGRAD, 1, at->elements, 0,
+                          0, 0));
   WN_TRY(wn_group_reduce_scatter(at->group, store->pieces[u].grad.data, whole.data, (size_t)at->piece_elements,
                                  (int32_t)wn_dtype_bytes(whole.dtype), received.data));
   wn_arena_release(device->scratch, mark);
@@ -397,7 +408,9 @@ wn_status wn_store_reduce(wn_store *store, int32_t layer_number) {
 
 /* ---- access ---------------------------------------------------------------------------------------------------- */
 
-int32_t wn_store_pieces(const wn_store *store) { return store->n_units; }
+int32_t wn_store_pieces(const wn_store *store) {
+  return store->n_units;
+}
 
 wn_piece *wn_store_piece(wn_store *store, int32_t i) {
   WN_ASSERT(i >= 0 && i < store->n_units, "piece %d of %d", i, store->n_units);

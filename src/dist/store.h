@@ -1,9 +1,10 @@
 /* The parameter store: who holds which piece of which parameter.
  *
- * A unit is (layer, group, kind): one flat buffer with its tensors at 256-byte offsets, padded to a multiple of the group's size;
- * rank r of the group holds piece r, contiguous. A piece has the FP32 master, and, where it trains (BASE, INDEXER), two moments and an FP32
- * gradient. A layer's weights are gathered when it needs them, a layer ahead; its gradients are summed over the group and
- * cut as soon as it is done. In a world of one the gathered weights and gradients ARE the pieces: nothing is copied. */
+ * A unit is (layer, group, kind): one flat buffer with its tensors at 256-byte offsets, padded to a multiple of the
+ * group's size; rank r of the group holds piece r, contiguous. A piece has the FP32 master, and, where it trains (BASE,
+ * INDEXER), two moments and an FP32 gradient. A layer's weights are gathered when it needs them, a layer ahead; its
+ * gradients are summed over the group and cut as soon as it is done. In a world of one the gathered weights and
+ * gradients ARE the pieces: nothing is copied. */
 #ifndef WN_DIST_STORE_H
 #define WN_DIST_STORE_H
 
@@ -25,15 +26,18 @@ typedef struct wn_param {
   int32_t layer;               /* -1 embedding; 0 .. L-1; L: final norm and head */
   int32_t slot, expert;        /* which weight of the layer (model/params.h); expert -1: not one */
   wn_kind kind;
-  int32_t group;               /* index into the store's groups: 0 all ranks, 1 expert group */
+  int32_t group; /* index into the store's groups: 0 all ranks, 1 expert group */
   int32_t rank;
   int64_t dim[3];
-  bool decay;                  /* weight decay: matrices only */
-  wn_dtype file_dtype;         /* in checkpoints: F32 or BF16 */
+  bool decay;          /* weight decay: matrices only */
+  wn_dtype file_dtype; /* in checkpoints: F32 or BF16 */
 } wn_param;
 
 /* A run of one parameter's elements inside this rank's piece. */
-typedef struct wn_segment { int32_t param; int64_t first, offset, count; } wn_segment; /* parameter element, piece element, elements */
+typedef struct wn_segment {
+  int32_t param;
+  int64_t first, offset, count;
+} wn_segment; /* parameter element, piece element, elements */
 
 typedef struct wn_piece {
   int32_t layer, group;
@@ -45,25 +49,26 @@ typedef struct wn_piece {
 
 typedef struct wn_store wn_store;
 
-/* params must be sorted by layer and outlive the store, as must the groups; groups[0] is all ranks. A group's members pass the same
- * parameters of it, in the same order (else WN_E_WORLD on all of them); the parameters of other groups may differ from rank to
- * rank. Zeroed masters, moments, gradients. All memory from device->weights, but a layer's worth of scratch during reduce.
- * MASTER and ACT are of one dtype (asserted). Collective. */
-WN_MUST_USE wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
-                                      const wn_param *params, int32_t n_params);
+/* params must be sorted by layer and outlive the store, as must the groups; groups[0] is all ranks. A group's members
+ * pass the same parameters of it, in the same order (else WN_E_WORLD on all of them); the parameters of other groups
+ * may differ from rank to rank. Zeroed masters, moments, gradients. All memory from device->weights, but a layer's
+ * worth of scratch during reduce. MASTER and ACT are of one dtype (asserted). Collective. */
+WN_MUST_USE wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn_group *const *groups,
+                                      int32_t n_groups, const wn_param *params, int32_t n_params);
 void wn_store_free(wn_store *store);
 
-/* Starts gathering a layer's weights; acquire without it is fine, and waits. At most two layers are held (prefetched or acquired)
- * at once, asserted. Pieces are not written while a layer is held; all ranks ask in the same order. */
+/* Starts gathering a layer's weights; acquire without it is fine, and waits. At most two layers are held (prefetched or
+ * acquired) at once, asserted. Pieces are not written while a layer is held; all ranks ask in the same order. */
 WN_MUST_USE wn_status wn_store_prefetch(wn_store *store, int32_t layer);
-/* by_param[n_params]: fills the entries of this layer's parameters with ACT tensors of their full shapes. Valid until release. */
+/* by_param[n_params]: fills the entries of this layer's parameters with ACT tensors of their full shapes. Valid until
+ * release. */
 WN_MUST_USE wn_status wn_store_acquire(wn_store *store, int32_t layer, wn_tensor *by_param);
 WN_MUST_USE wn_status wn_store_release(wn_store *store, int32_t layer);
-/* Full-shape WGRAD tensors to add gradients into (absent for FROZEN and BUFFER); zeroed, or holding this step's sum so far where
- * the group is one rank. At most two layers at once. */
+/* Full-shape WGRAD tensors to add gradients into (absent for FROZEN and BUFFER); zeroed, or holding this step's sum so
+ * far where the group is one rank. At most two layers at once. */
 WN_MUST_USE wn_status wn_store_grads(wn_store *store, int32_t layer, wn_tensor *by_param);
-/* Sums over the group and adds into the pieces' grad; ends what wn_store_grads began. The pieces' grad is zeroed by whoever
- * updates, once a step. */
+/* Sums over the group and adds into the pieces' grad; ends what wn_store_grads began. The pieces' grad is zeroed by
+ * whoever updates, once a step. */
 WN_MUST_USE wn_status wn_store_reduce(wn_store *store, int32_t layer);
 
 int32_t wn_store_pieces(const wn_store *store);

@@ -17,8 +17,8 @@ static int32_t env_count(const char *name) {
   return value > 0 && value <= INT32_MAX ? (int32_t)value : -1;
 }
 
-/* How many processes the launcher started; 1 without one; 0 when there is a launcher that does not say. A batch script's own
- * shell also has SLURM_PROCID: only a step's task count means srun. */
+/* How many processes the launcher started; 1 without one; 0 when there is a launcher that does not say. A batch
+ * script's own shell also has SLURM_PROCID: only a step's task count means srun. */
 static int32_t launched_processes(void) {
   static const char *const counts[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"};
   for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
@@ -39,7 +39,8 @@ static wn_status start_mpi(wn_world *world, int32_t launched) {
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   if (provided < MPI_THREAD_FUNNELED)
-    return WN_FAIL(WN_E_WORLD, "this MPI allows no threads beside it (level %d, needed %d)", provided, MPI_THREAD_FUNNELED);
+    return WN_FAIL(WN_E_WORLD, "this MPI allows no threads beside it (level %d, needed %d)", provided,
+                   MPI_THREAD_FUNNELED);
   if (launched > 0 && size != launched)
     return WN_FAIL_HINT(WN_E_WORLD, "start with the mpirun of the MPI that the program was built with",
                         "the launcher started %d processes, but MPI sees a world of %d", launched, size);
@@ -92,9 +93,15 @@ void wn_world_free(wn_world *world) {
   free(world);
 }
 
-int32_t wn_world_rank(const wn_world *world) { return world->rank; }
-int32_t wn_world_size(const wn_world *world) { return world->size; }
-wn_group *wn_world_all(wn_world *world) { return &world->groups[0]; }
+int32_t wn_world_rank(const wn_world *world) {
+  return world->rank;
+}
+int32_t wn_world_size(const wn_world *world) {
+  return world->size;
+}
+wn_group *wn_world_all(wn_world *world) {
+  return &world->groups[0];
+}
 
 void wn_world_set_timeout(wn_world *world, int32_t timeout_s) {
   WN_ASSERT(timeout_s > 0, "timeout of %d s", timeout_s);
@@ -124,12 +131,20 @@ wn_status wn_world_split(wn_world *world, wn_group **out, int32_t n_classes) {
   return NULL;
 }
 
-int32_t wn_group_rank(const wn_group *group) { return group->rank; }
-int32_t wn_group_size(const wn_group *group) { return group->size; }
-int32_t wn_group_world_rank(const wn_group *group, int32_t place) { return group->first + place * group->step; }
+int32_t wn_group_rank(const wn_group *group) {
+  return group->rank;
+}
+int32_t wn_group_size(const wn_group *group) {
+  return group->size;
+}
+int32_t wn_group_world_rank(const wn_group *group, int32_t place) {
+  return group->first + place * group->step;
+}
 
 /* Long enough for any wn_status; cut off beyond. */
-typedef struct failure_text { char text[1024], hint[512]; } failure_text;
+typedef struct failure_text {
+  char text[1024], hint[512];
+} failure_text;
 
 static wn_status agree_among(wn_world *world, wn_status local) {
   wn_group *all = wn_world_all(world);

@@ -69,7 +69,9 @@ void wn_csv_text(wn_csv *csv, const char *value) {
   append(csv, "\"", 1);
 }
 
-void wn_csv_empty(wn_csv *csv) { begin_cell(csv); }
+void wn_csv_empty(wn_csv *csv) {
+  begin_cell(csv);
+}
 
 /* One write: a file opened for append takes it whole or, on a full disk, in part, which is cut off again. */
 static wn_status write_row(wn_csv *csv) {
@@ -173,8 +175,10 @@ wn_status wn_csv_open(wn_csv **out, const char *path, const char *const *columns
     status = WN_FAIL(WN_E_MEMORY, "out of memory opening %s", path);
     goto fail;
   }
-  if (bytes == 0) WN_TRY_GOTO(status, fail, wn_csv_end_row(csv));
-  else WN_TRY_GOTO(status, fail, adopt(csv, text, bytes));
+  if (bytes == 0)
+    WN_TRY_GOTO(status, fail, wn_csv_end_row(csv));
+  else
+    WN_TRY_GOTO(status, fail, adopt(csv, text, bytes));
   free(text);
   *out = csv;
   return NULL;

@@ -174,8 +174,12 @@ static wn_status sync_path(const char *path, int flags) {
   return status;
 }
 
-wn_status wn_sync_file(const char *path) { return sync_path(path, 0); }
-wn_status wn_sync_dir(const char *path) { return sync_path(path, O_DIRECTORY); }
+wn_status wn_sync_file(const char *path) {
+  return sync_path(path, 0);
+}
+wn_status wn_sync_dir(const char *path) {
+  return sync_path(path, O_DIRECTORY);
+}
 
 wn_status wn_rename_sync(const char *from, const char *to) {
   char parent[WN_PATH_BYTES];
@@ -264,7 +268,9 @@ wn_status wn_link_or_copy(const char *from, const char *to, const char **how) {
   return wn_copy_file(absolute, to);
 }
 
-static int by_bytes(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+static int by_bytes(const void *a, const void *b) {
+  return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
 wn_status wn_list_dir(char ***names, size_t *n, const char *path) {
   wn_status status = NULL;

@@ -11,7 +11,10 @@
 
 enum { MOST_INDEX_BYTES = 256 << 20, MOST_SHARDS = 100000 };
 
-typedef struct place { const wn_st_entry *entry; int32_t shard; } place;
+typedef struct place {
+  const wn_st_entry *entry;
+  int32_t shard;
+} place;
 
 struct wn_hf_dir {
   char *path;
@@ -32,7 +35,9 @@ static wn_status check_shard_name(const char *index_path, const char *tensor, co
   return NULL;
 }
 
-static int by_text(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+static int by_text(const void *a, const void *b) {
+  return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
 
 /* The distinct file names of the map, sorted; they stay owned by the map. */
 static wn_status shard_names(const char ***out, int32_t *n, const char *index_path, json_t *map) {
@@ -110,7 +115,9 @@ static wn_status gather(wn_hf_dir *dir) {
   return NULL;
 }
 
-static const char *file_name(const char *path) { return strrchr(path, '/') + 1; }
+static const char *file_name(const char *path) {
+  return strrchr(path, '/') + 1;
+}
 
 /* Index and shards must tell the same story, in both directions. */
 static wn_status compare_with_index(const wn_hf_dir *dir, json_t *map) {
@@ -174,8 +181,7 @@ wn_status wn_hf_dir_open(wn_hf_dir **out, const char *path) {
   *out = NULL;
   wn_hf_dir *dir = calloc(1, sizeof *dir);
   if (dir) dir->path = strdup(path);
-  wn_status status =
-      dir && dir->path ? open_dir(dir) : WN_FAIL(WN_E_MEMORY, "out of memory opening %s", path);
+  wn_status status = dir && dir->path ? open_dir(dir) : WN_FAIL(WN_E_MEMORY, "out of memory opening %s", path);
   if (status) {
     wn_hf_dir_close(dir);
     return wn_status_trail(status, __FILE__, __LINE__);
@@ -194,9 +200,15 @@ void wn_hf_dir_close(wn_hf_dir *dir) {
   free(dir);
 }
 
-const char *wn_hf_dir_path(const wn_hf_dir *dir) { return dir->path; }
-int64_t wn_hf_dir_count(const wn_hf_dir *dir) { return dir->n; }
-int32_t wn_hf_dir_shards(const wn_hf_dir *dir) { return dir->n_shards; }
+const char *wn_hf_dir_path(const wn_hf_dir *dir) {
+  return dir->path;
+}
+int64_t wn_hf_dir_count(const wn_hf_dir *dir) {
+  return dir->n;
+}
+int32_t wn_hf_dir_shards(const wn_hf_dir *dir) {
+  return dir->n_shards;
+}
 
 const wn_st_entry *wn_hf_dir_at(const wn_hf_dir *dir, int64_t i, int32_t *shard) {
   WN_ASSERT(i >= 0 && i < dir->n, "%s has %lld tensors, asked for %lld", dir->path, (long long)dir->n, (long long)i);
@@ -204,7 +216,9 @@ const wn_st_entry *wn_hf_dir_at(const wn_hf_dir *dir, int64_t i, int32_t *shard)
   return dir->places[i].entry;
 }
 
-static int name_against(const void *name, const void *at) { return strcmp(name, ((const place *)at)->entry->name); }
+static int name_against(const void *name, const void *at) {
+  return strcmp(name, ((const place *)at)->entry->name);
+}
 
 const wn_st_entry *wn_hf_dir_find(const wn_hf_dir *dir, const char *name, int32_t *shard) {
   const place *found = bsearch(name, dir->by_name, (size_t)dir->n, sizeof *found, name_against);
@@ -237,8 +251,8 @@ wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_st_entry *entry, int64_
     return WN_FAIL_HINT(WN_E_INPUT, "weights are read from F32, F16 and BF16", "tensor %s is stored as %s", entry->name,
                         wn_dtype_name(entry->dtype));
   int64_t width = wn_dtype_bytes(entry->dtype), total = (int64_t)entry->bytes / width;
-  WN_ASSERT(first >= 0 && count >= 0 && first <= total && count <= total - first,
-            "%s: elements %lld + %lld of %lld", entry->name, (long long)first, (long long)count, (long long)total);
+  WN_ASSERT(first >= 0 && count >= 0 && first <= total && count <= total - first, "%s: elements %lld + %lld of %lld",
+            entry->name, (long long)first, (long long)count, (long long)total);
   if (count == 0) return NULL;
   const char *from = (const char *)entry->data + first * width;
   if (dtype == WN_F64) {

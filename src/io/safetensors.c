@@ -24,7 +24,9 @@ struct wn_safetensors {
   int64_t n;
 };
 
-static bool product(int64_t *out, int64_t a, int64_t b) { return !__builtin_mul_overflow(a, b, out); }
+static bool product(int64_t *out, int64_t a, int64_t b) {
+  return !__builtin_mul_overflow(a, b, out);
+}
 
 static wn_status read_dtype(wn_st_entry *entry, const char *path, const json_t *info) {
   const char *text = json_string_value(json_object_get(info, "dtype"));
@@ -85,7 +87,10 @@ static wn_status read_entry(wn_st_entry *entry, uint64_t *begin, const char *pat
   return NULL;
 }
 
-typedef struct placed { wn_st_entry entry; uint64_t begin; } placed;
+typedef struct placed {
+  wn_st_entry entry;
+  uint64_t begin;
+} placed;
 
 static int by_begin(const void *a, const void *b) {
   const placed *x = a, *y = b;
@@ -150,8 +155,8 @@ static wn_status read_entries(wn_safetensors *file, uint64_t data_begin) {
     file->by_name[i] = &file->entries[i];
   }
   if (at != data_bytes) {
-    status = WN_FAIL(WN_E_INPUT, "%s: %" PRIu64 " bytes after the last tensor belong to none", file->path,
-                     data_bytes - at);
+    status =
+        WN_FAIL(WN_E_INPUT, "%s: %" PRIu64 " bytes after the last tensor belong to none", file->path, data_bytes - at);
     goto done;
   }
   qsort(file->by_name, n, sizeof(wn_st_entry *), by_name);
@@ -170,8 +175,8 @@ static wn_status map_file(wn_safetensors *file) {
   } else if (!S_ISREG(info.st_mode)) {
     status = WN_FAIL(WN_E_INPUT, "%s is not a regular file", file->path);
   } else if (info.st_size < LENGTH_BYTES) {
-    status = WN_FAIL(WN_E_INPUT, "%s: %lld bytes are too few for a safetensors file", file->path,
-                     (long long)info.st_size);
+    status =
+        WN_FAIL(WN_E_INPUT, "%s: %lld bytes are too few for a safetensors file", file->path, (long long)info.st_size);
   } else {
     void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
     if (map == MAP_FAILED) {
@@ -233,12 +238,15 @@ void wn_safetensors_close(wn_safetensors *file) {
   free(file);
 }
 
-const char *wn_safetensors_path(const wn_safetensors *file) { return file->path; }
-int64_t wn_safetensors_count(const wn_safetensors *file) { return file->n; }
+const char *wn_safetensors_path(const wn_safetensors *file) {
+  return file->path;
+}
+int64_t wn_safetensors_count(const wn_safetensors *file) {
+  return file->n;
+}
 
 const wn_st_entry *wn_safetensors_at(const wn_safetensors *file, int64_t i) {
-  WN_ASSERT(i >= 0 && i < file->n, "%s has %lld tensors, asked for %lld", file->path, (long long)file->n,
-            (long long)i);
+  WN_ASSERT(i >= 0 && i < file->n, "%s has %lld tensors, asked for %lld", file->path, (long long)file->n, (long long)i);
   return &file->entries[i];
 }
 

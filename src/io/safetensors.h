@@ -24,9 +24,9 @@ WN_MUST_USE wn_status wn_safetensors_open(wn_safetensors **out, const char *path
 void wn_safetensors_close(wn_safetensors *file);
 const char *wn_safetensors_path(const wn_safetensors *file);
 int64_t wn_safetensors_count(const wn_safetensors *file);
-const wn_st_entry *wn_safetensors_at(const wn_safetensors *file, int64_t i); /* in file order */
+const wn_st_entry *wn_safetensors_at(const wn_safetensors *file, int64_t i);          /* in file order */
 const wn_st_entry *wn_safetensors_find(const wn_safetensors *file, const char *name); /* NULL: absent */
-const char *wn_safetensors_metadata(const wn_safetensors *file, const char *key); /* NULL: absent */
+const char *wn_safetensors_metadata(const wn_safetensors *file, const char *key);     /* NULL: absent */
 
 /* Layout of a file to be written, from shapes alone: every rank computes the same one, so pieces can be written in
  * place by whoever owns them. Offsets are absolute. Tensors stand in the order given (widest dtype first keeps them
@@ -42,10 +42,11 @@ typedef struct wn_st_spec {
 WN_MUST_USE wn_status wn_st_layout_create(wn_st_layout **out, const wn_st_spec *specs, int64_t n);
 void wn_st_layout_free(wn_st_layout *layout);
 uint64_t wn_st_layout_file_bytes(const wn_st_layout *layout);
-uint64_t wn_st_layout_offset(const wn_st_layout *layout, int64_t i); /* of tensor i's first byte in the file */
+uint64_t wn_st_layout_offset(const wn_st_layout *layout, int64_t i);          /* of tensor i's first byte in the file */
 const void *wn_st_layout_header(const wn_st_layout *layout, uint64_t *bytes); /* length word + JSON + padding */
 
 /* Writes a whole file at once, atomically (for dumps and small files): tensors dense in host memory. */
-WN_MUST_USE wn_status wn_safetensors_write(const char *path, const wn_st_spec *specs, const void *const *data, int64_t n);
+WN_MUST_USE wn_status wn_safetensors_write(const char *path, const wn_st_spec *specs, const void *const *data,
+                                           int64_t n);
 
 #endif

@@ -12,9 +12,9 @@
 enum { LENGTH_BYTES = 8 };
 
 struct wn_st_layout {
-  char *header;        /* length word, JSON, spaces up to a multiple of 8 */
+  char *header; /* length word, JSON, spaces up to a multiple of 8 */
   uint64_t header_bytes;
-  uint64_t *offset;    /* [n + 1], absolute; the last is the file's length */
+  uint64_t *offset; /* [n + 1], absolute; the last is the file's length */
   int64_t n;
 };
 
@@ -90,7 +90,9 @@ void wn_st_layout_free(wn_st_layout *layout) {
   free(layout);
 }
 
-uint64_t wn_st_layout_file_bytes(const wn_st_layout *layout) { return layout->offset[layout->n]; }
+uint64_t wn_st_layout_file_bytes(const wn_st_layout *layout) {
+  return layout->offset[layout->n];
+}
 
 uint64_t wn_st_layout_offset(const wn_st_layout *layout, int64_t i) {
   WN_ASSERT(i >= 0 && i < layout->n, "tensor %lld of %lld", (long long)i, (long long)layout->n);

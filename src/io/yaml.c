@@ -19,7 +19,9 @@ typedef struct loader {
   wn_yaml sections; /* the sections seen, as keys */
 } loader;
 
-static int line_of(const yaml_event_t *event) { return (int)event->start_mark.line + 1; }
+static int line_of(const yaml_event_t *event) {
+  return (int)event->start_mark.line + 1;
+}
 
 static wn_status next(loader *in, yaml_event_t *event) {
   if (yaml_parser_parse(&in->parser, event)) return NULL;
@@ -28,8 +30,8 @@ static wn_status next(loader *in, yaml_event_t *event) {
   const char *problem = p->problem ? p->problem : "not readable";
   if (p->error == YAML_READER_ERROR)
     return WN_FAIL(WN_E_CONFIG, "%s: %s (byte %zu)", in->path, problem, p->problem_offset);
-  return WN_FAIL(WN_E_CONFIG, "%s:%d: %s%s%s", in->path, (int)p->problem_mark.line + 1, problem,
-                 p->context ? ", " : "", p->context ? p->context : "");
+  return WN_FAIL(WN_E_CONFIG, "%s:%d: %s%s%s", in->path, (int)p->problem_mark.line + 1, problem, p->context ? ", " : "",
+                 p->context ? p->context : "");
 }
 
 static wn_status append(const loader *in, wn_yaml *list, const char *key, const char *value, int line) {
@@ -147,7 +149,8 @@ static wn_status read_document(loader *in) {
     if (!status && event.type == YAML_DOCUMENT_START_EVENT && seen)
       status = WN_FAIL(WN_E_CONFIG, "%s:%d: a second document begins here; only one is supported", in->path,
                        line_of(&event));
-    else if (!status && event.type == YAML_DOCUMENT_START_EVENT) seen = true;
+    else if (!status && event.type == YAML_DOCUMENT_START_EVENT)
+      seen = true;
     else if (!status && event.type == YAML_MAPPING_START_EVENT) {
       status = check_mapping(in, &event);
       if (!status) status = read_mapping(in, NULL);

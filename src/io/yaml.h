@@ -6,8 +6,14 @@
 
 #include "base/status.h"
 
-typedef struct wn_yaml_entry { char *key, *value; int32_t line; } wn_yaml_entry; /* "data.seq_len", "512", 7 */
-typedef struct wn_yaml { wn_yaml_entry *entries; int32_t n; } wn_yaml;
+typedef struct wn_yaml_entry {
+  char *key, *value;
+  int32_t line;
+} wn_yaml_entry; /* "data.seq_len", "512", 7 */
+typedef struct wn_yaml {
+  wn_yaml_entry *entries;
+  int32_t n;
+} wn_yaml;
 
 /* Refuses, naming file and line: syntax errors, sequences, anchors, aliases, tags, several documents, non-scalar keys,
  * keys without a value (or null), empty sections, duplicate keys, nesting deeper than two. WN_E_CONFIG. A file without

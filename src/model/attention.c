@@ -15,7 +15,9 @@ static wn_tensor up_weights(const wn_call *c, const wn_tensor *kv_b) {
   return wn_tensor_view(*kv_b, 3, f->num_attention_heads, f->qk_nope_head_dim + f->v_head_dim, f->kv_lora_rank, 0);
 }
 
-static wn_tensor uk_part(const wn_call *c, wn_tensor up) { return wn_tensor_slice(up, 1, 0, c->config->qk_nope_head_dim); }
+static wn_tensor uk_part(const wn_call *c, wn_tensor up) {
+  return wn_tensor_slice(up, 1, 0, c->config->qk_nope_head_dim);
+}
 
 static wn_tensor uv_part(const wn_call *c, wn_tensor up) {
   return wn_tensor_slice(up, 1, c->config->qk_nope_head_dim, c->config->v_head_dim);
@@ -25,7 +27,9 @@ static wn_tensor values(const wn_call *c, wn_tensor up) {
   return wn_tensor_slice(up, 2, c->config->qk_nope_head_dim, c->config->v_head_dim);
 }
 
-static wn_tensor rows_of(wn_tensor t, int64_t from, int64_t count) { return wn_tensor_slice(t, 0, from, count); }
+static wn_tensor rows_of(wn_tensor t, int64_t from, int64_t count) {
+  return wn_tensor_slice(t, 0, from, count);
+}
 
 static wn_rows chunk_of(const wn_rows *rows, int64_t from, int64_t count) {
   return (wn_rows){.n_rows = (int32_t)count,
@@ -71,8 +75,7 @@ static wn_status per_head_forward(wn_call *c, wn_attention *a, const wn_tensor *
   wn_attention_params params = constants(c);
   if (!selection)
     return c->ops->attention_dense(c->device, &a->o, &a->lse, delta, d_o, &m->q, &a->k, &v, c->rows, &params);
-  return c->ops->attention_masked(c->device, &a->o, &a->lse, delta, d_o, &m->q, &a->k, &v, selection, c->rows,
-                                  &params);
+  return c->ops->attention_masked(c->device, &a->o, &a->lse, delta, d_o, &m->q, &a->k, &v, selection, c->rows, &params);
 }
 
 static wn_status per_head_backward(wn_call *c, wn_attention *a, wn_tensor *dq, wn_tensor *dkv, wn_tensor *p,
@@ -93,8 +96,8 @@ static wn_status per_head_backward(wn_call *c, wn_attention *a, wn_tensor *dq, w
     WN_TRY(c->ops->attention_masked_backward(c->device, dq, &dk, &dv, p, d_o, &m->q, &a->k, &v, selection, &a->lse,
                                              &a->delta, c->rows, &params));
   else
-    WN_TRY(c->ops->attention_dense_backward(c->device, dq, &dk, &dv, d_o, &m->q, &a->k, &v, &a->lse, &a->delta,
-                                            c->rows, &params));
+    WN_TRY(c->ops->attention_dense_backward(c->device, dq, &dk, &dv, d_o, &m->q, &a->k, &v, &a->lse, &a->delta, c->rows,
+                                            &params));
   wn_tensor dup_nope = wn_tensor_slice(dup, 2, 0, nope), dk_nope = wn_tensor_slice(dk, 2, 0, nope);
   wn_tensor dk_rope = wn_tensor_slice(dk, 2, nope, rope), flat = wn_tensor_view(dup, 2, c->n, heads * up_width, 0, 0);
   wn_tensor dc = wn_tensor_slice(*dkv, 1, 0, latent), dk_pe = wn_tensor_slice(*dkv, 1, latent, rope);
@@ -225,8 +228,7 @@ static wn_status absorbed_backward(wn_call *c, wn_attention *a, wn_tensor *dq, w
   return NULL;
 }
 
-wn_status wn_attention_forward(wn_call *c, wn_attention *a, wn_tensor *p, const wn_mla *m,
-                               const wn_tensor *selection) {
+wn_status wn_attention_forward(wn_call *c, wn_attention *a, wn_tensor *p, const wn_mla *m, const wn_tensor *selection) {
   WN_ASSERT(selection || !p, "p belongs to a selection");
   WN_TRY(allocate(c, a, false));
   if (selection && c->form == WN_FORM_ABSORBED) return absorbed_forward(c, a, p, m, selection);

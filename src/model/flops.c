@@ -6,12 +6,15 @@ static double layer_linear(const wn_model_config *c, int32_t layer) {
   double weights = D * c->q_lora_rank + c->q_lora_rank * H * dq + D * (c->kv_lora_rank + c->qk_rope_head_dim) +
                    c->kv_lora_rank * H * (c->qk_nope_head_dim + c->v_head_dim) + H * c->v_head_dim * D;
   if (wn_model_config_is_moe(c, layer))
-    weights += D * c->n_routed_experts + 3 * D * c->moe_intermediate_size * (c->num_experts_per_tok + c->n_shared_experts);
-  else weights += 3 * D * c->intermediate_size;
+    weights +=
+        D * c->n_routed_experts + 3 * D * c->moe_intermediate_size * (c->num_experts_per_tok + c->n_shared_experts);
+  else
+    weights += 3 * D * c->intermediate_size;
   return 2 * weights;
 }
 
-/* Attention over `pairs`: QK^T and PV forward; five products backward. Sparse attention counts in the latent form (keys c + r wide, values c). */
+/* Attention over `pairs`: QK^T and PV forward; five products backward. Sparse attention counts in the latent form (keys
+ * c + r wide, values c). */
 static double attention(const wn_model_config *c, double pairs, bool sparse, bool backward) {
   double H = c->num_attention_heads;
   double key = sparse ? c->kv_lora_rank + c->qk_rope_head_dim : c->qk_nope_head_dim + c->qk_rope_head_dim;
@@ -20,8 +23,9 @@ static double attention(const wn_model_config *c, double pairs, bool sparse, boo
   return backward ? forward + 2 * H * pairs * (3 * key + 2 * value) : forward;
 }
 
-/* The indexer: projections forward and backward; logits over all visible pairs (to select, or for the log-sum); the KL's target where no
- * attention backward gives it, and its gradients (logits again, dq, dk) over the pairs the KL runs over. */
+/* The indexer: projections forward and backward; logits over all visible pairs (to select, or for the log-sum); the
+ * KL's target where no attention backward gives it, and its gradients (logits again, dq, dk) over the pairs the KL runs
+ * over. */
 static double indexer(const wn_model_config *c, const wn_flops_work *w) {
   double width = (double)c->index_n_heads * c->index_head_dim;
   double weights = c->q_lora_rank * width + (double)c->hidden_size * (c->index_head_dim + c->index_n_heads);

@@ -1,5 +1,6 @@
-/* Counted work: the one place where a FLOP is defined, for bench, metrics and the planner. One multiply-add is two FLOPs; causal work counts the
- * visible pairs only, sparse work the selected keys only; the recomputation of layers is not counted. */
+/* Counted work: the one place where a FLOP is defined, for bench, metrics and the planner. One multiply-add is two
+ * FLOPs; causal work counts the visible pairs only, sparse work the selected keys only; the recomputation of layers is
+ * not counted. */
 #ifndef WN_MODEL_FLOPS_H
 #define WN_MODEL_FLOPS_H
 

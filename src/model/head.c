@@ -31,11 +31,11 @@ static wn_status head(wn_model *model, const wn_layer_tensors *weights, wn_layer
   wn_head_params params = {.chunk_rows = HEAD_CHUNK_ROWS};
   wn_tensor x, inv, dx;
   WN_TRY(final_norm(model, weights, &x, &inv, h));
-  if (!dh)
-    return device->ops->head_loss(device, logp, NULL, NULL, &x, &w[WN_P_HEAD], target, NULL, &params);
+  if (!dh) return device->ops->head_loss(device, logp, NULL, NULL, &x, &w[WN_P_HEAD], target, NULL, &params);
   WN_ASSERT(grads && grads->slot[WN_P_HEAD].data && weight, "the head's gradient goes nowhere, or has no weights");
   WN_TRY(wn_device_tensor(device, &dx, device->scratch, "head input gradient", WN_ACT, 2, x.dim[0], x.dim[1], 0, 0));
-  WN_TRY(device->ops->head_loss(device, logp, &dx, &grads->slot[WN_P_HEAD], &x, &w[WN_P_HEAD], target, weight, &params));
+  WN_TRY(
+      device->ops->head_loss(device, logp, &dx, &grads->slot[WN_P_HEAD], &x, &w[WN_P_HEAD], target, weight, &params));
   return device->ops->rms_norm_backward(device, dh, &grads->slot[WN_P_FINAL_NORM], &dx, h, &inv, &w[WN_P_FINAL_NORM],
                                         &(wn_norm_params){.eps = model->config.rms_norm_eps});
 }

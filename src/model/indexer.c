@@ -1,21 +1,26 @@
-/* The lightning indexer: projections, and the KL that alone trains it (model-spec 1.4, 4.1, 4.2). Its inputs, the normed
- * x and the normed query latent, are detached: gradients stop at its own five tensors. No Hadamard rotation and no FP8:
- * both belong to inference, and the rotation changes nothing in exact arithmetic. */
+/* The lightning indexer: projections, and the KL that alone trains it (model-spec 1.4, 4.1, 4.2). Its inputs, the
+ * normed x and the normed query latent, are detached: gradients stop at its own five tensors. No Hadamard rotation and
+ * no FP8: both belong to inference, and the rotation changes nothing in exact arithmetic. */
 #include "model/parts.h"
 
 #include <math.h>
 
-static wn_tensor one_head(wn_tensor k) { return wn_tensor_split_last(k, 1, k.dim[1]); }
+static wn_tensor one_head(wn_tensor k) {
+  return wn_tensor_split_last(k, 1, k.dim[1]);
+}
 
 /* The FIRST rope columns of every head: the attention rotates the last ones. */
-static wn_tensor rope_part(const wn_call *c, wn_tensor q) { return wn_tensor_slice(q, 2, 0, c->config->qk_rope_head_dim); }
+static wn_tensor rope_part(const wn_call *c, wn_tensor q) {
+  return wn_tensor_slice(q, 2, 0, c->config->qk_rope_head_dim);
+}
 
-static double weight_scale(const wn_call *c) { return 1.0 / sqrt((double)c->config->index_n_heads); }
+static double weight_scale(const wn_call *c) {
+  return 1.0 / sqrt((double)c->config->index_n_heads);
+}
 
 wn_indexer_params wn_indexer_constants(const wn_call *c) {
-  return (wn_indexer_params){.scale = c->model->index_scale,
-                             .attention_scale = c->model->softmax_scale,
-                             .coeff = c->pass->kl_coeff};
+  return (wn_indexer_params){
+      .scale = c->model->index_scale, .attention_scale = c->model->softmax_scale, .coeff = c->pass->kl_coeff};
 }
 
 wn_status wn_indexer_project(wn_call *c, wn_index_state *s, const wn_mla *m) {
@@ -31,8 +36,8 @@ wn_status wn_indexer_project(wn_call *c, wn_index_state *s, const wn_mla *m) {
   WN_TRY(c->ops->linear(c->device, &flat, &m->qr, &w[WN_P_INDEX_Q_B], &(wn_accumulate){0}));
   WN_TRY(wn_call_rope(c, &q_pe, false, false));
   WN_TRY(c->ops->linear(c->device, &s->k_raw, &m->x, &w[WN_P_INDEX_K], &(wn_accumulate){0}));
-  WN_TRY(c->ops->layer_norm(c->device, &s->k, &s->k_stat, &s->k_raw, &w[WN_P_INDEX_K_NORM],
-                            &w[WN_P_INDEX_K_NORM_BIAS], &(wn_norm_params){.eps = WN_LATENT_EPS}));
+  WN_TRY(c->ops->layer_norm(c->device, &s->k, &s->k_stat, &s->k_raw, &w[WN_P_INDEX_K_NORM], &w[WN_P_INDEX_K_NORM_BIAS],
+                            &(wn_norm_params){.eps = WN_LATENT_EPS}));
   WN_TRY(wn_call_rope(c, &k_pe, false, false));
   WN_TRY(c->ops->linear(c->device, &s->w, &m->x, &w[WN_P_INDEX_WEIGHTS], &(wn_accumulate){0}));
   return c->ops->scale(c->device, &s->w, &s->w, weight_scale(c));

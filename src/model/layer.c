@@ -85,8 +85,7 @@ static wn_status choose(wn_call *c, wn_tensor *selection, const wn_mla *m, const
   wn_attention_params attention = {.scale = c->model->softmax_scale};
   wn_pattern_params pattern = {.seed = c->pass->seed, .layer = c->layer};
   switch (c->pass->selection) {
-  case WN_SELECT_INDEXER:
-    return c->ops->indexer_select(c->device, selection, &s->q, &s->k, &s->w, c->rows, &indexer);
+  case WN_SELECT_INDEXER: return c->ops->indexer_select(c->device, selection, &s->q, &s->k, &s->w, c->rows, &indexer);
   case WN_SELECT_BEST: return c->ops->select_best(c->device, selection, &m->q, &a->k, c->rows, &attention);
   case WN_SELECT_RECENT: pattern.pattern = WN_PATTERN_RECENT; break;
   case WN_SELECT_SINK: pattern.pattern = WN_PATTERN_SINK; break;
@@ -106,8 +105,12 @@ typedef struct block {
   wn_tensor selection, p, kl; /* [n,k] INDEX, [n,k] STAT, [n] STAT; data NULL: absent */
 } block;
 
-static const wn_tensor *selection_of(const block *b) { return b->selection.data ? &b->selection : NULL; }
-static wn_tensor *p_of(block *b) { return b->p.data ? &b->p : NULL; }
+static const wn_tensor *selection_of(const block *b) {
+  return b->selection.data ? &b->selection : NULL;
+}
+static wn_tensor *p_of(block *b) {
+  return b->p.data ? &b->p : NULL;
+}
 
 /* Projections, keys, selection: what forward and recompute share. */
 static wn_status prepare(wn_call *c, block *b, bool backward, const wn_tensor *h_in, const wn_replay *replay,
@@ -138,8 +141,7 @@ static wn_status measure(wn_call *c, const block *b, wn_layer_measures *measures
   wn_indexer_params params = wn_indexer_constants(c);
   if (b->plan.scores)
     WN_TRY(c->ops->indexer_scores(c->device, &measures->index_scores, &s->q, &s->k, &s->w, c->rows, &params));
-  if (b->plan.topk)
-    WN_TRY(c->ops->indexer_select(c->device, &measures->topk, &s->q, &s->k, &s->w, c->rows, &params));
+  if (b->plan.topk) WN_TRY(c->ops->indexer_select(c->device, &measures->topk, &s->q, &s->k, &s->w, c->rows, &params));
   if (!b->plan.stats) return NULL;
   WN_ASSERT(measures->sample.data && measures->picks.data, "selection statistics without sample or picks");
   return c->ops->selection_stats(c->device, &measures->stats, &measures->picks, &measures->sample,
@@ -266,7 +268,8 @@ wn_status wn_layer_backward(wn_model *model, int32_t layer, const wn_layer_tenso
                             const wn_pass *pass, const wn_rows *rows, wn_tensor *dh, const wn_tensor *h_in,
                             const wn_tensor *h_mid, wn_replay *replay, wn_layer_measures *measures) {
   wn_call c = make_call(model, layer, weights, grads, pass, rows, h_in);
-  WN_ASSERT(h_mid && wn_tensor_same_shape(h_mid, h_in) && wn_tensor_same_shape(dh, h_in), "layer %d's h_mid, dh", layer);
+  WN_ASSERT(h_mid && wn_tensor_same_shape(h_mid, h_in) && wn_tensor_same_shape(dh, h_in), "layer %d's h_mid, dh",
+            layer);
   WN_ASSERT(wn_call_grad(&c, WN_P_INPUT_NORM), "a backward is for a base that trains");
   size_t mark = wn_arena_mark(model->device->scratch);
   wn_status status = NULL;

@@ -1,14 +1,18 @@
 /* Latent projections of multi-head latent attention: x -> qr -> q and x -> [c | k_pe] (model-spec 1.3). */
 #include "model/parts.h"
 
-static wn_tensor rope_part(wn_tensor q, int64_t nope, int64_t rope) { return wn_tensor_slice(q, 2, nope, rope); }
+static wn_tensor rope_part(wn_tensor q, int64_t nope, int64_t rope) {
+  return wn_tensor_slice(q, 2, nope, rope);
+}
 
 /* The rotated columns of kv[n,latent+rope], as one head. */
 static wn_tensor key_rope_part(wn_tensor kv, int64_t latent, int64_t rope) {
   return wn_tensor_split_last(wn_tensor_slice(kv, 1, latent, rope), 1, rope);
 }
 
-static wn_tensor flat_heads(wn_tensor q) { return wn_tensor_view(q, 2, q.dim[0], q.dim[1] * q.dim[2], 0, 0); }
+static wn_tensor flat_heads(wn_tensor q) {
+  return wn_tensor_view(q, 2, q.dim[0], q.dim[1] * q.dim[2], 0, 0);
+}
 
 static wn_status project_queries(wn_call *c, wn_mla *m) {
   const wn_model_config *f = c->config;

@@ -1,10 +1,12 @@
-/* The gated MLP, and the mixture of experts with its shared experts (model-spec 1.5). Backwards recompute from the normed
- * input x. */
+/* The gated MLP, and the mixture of experts with its shared experts (model-spec 1.5). Backwards recompute from the
+ * normed input x. */
 #include "model/parts.h"
 
 /* ---- gated MLP: y += (silu(x Wg^T) * x Wu^T) Wd^T ---- */
 
-typedef struct gated { wn_tensor gate, up, act; } gated; /* [rows,F] each */
+typedef struct gated {
+  wn_tensor gate, up, act;
+} gated; /* [rows,F] each */
 
 static wn_status gated_alloc(wn_call *c, gated *g, int64_t rows, int64_t width) {
   WN_TRY(wn_scratch(c, &g->gate, "mlp gate", WN_ACT, 2, rows, width, 0));

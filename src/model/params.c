@@ -1,4 +1,5 @@
-/* The parameter table: names as Hugging Face has them, shapes from the configuration, order by (layer, slot, expert). */
+/* The parameter table: names as Hugging Face has them, shapes from the configuration, order by (layer, slot, expert).
+ */
 #include "model/params.h"
 
 #include <stdio.h>
@@ -39,10 +40,18 @@ static const char *const slot_names[WN_N_SLOTS] = {
     [WN_P_HEAD] = "lm_head.weight",
 };
 
-static bool is_expert(int32_t slot) { return slot >= WN_P_EXPERT_GATE && slot <= WN_P_EXPERT_DOWN; }
-static bool is_indexer(int32_t slot) { return slot >= WN_P_INDEX_Q_B && slot <= WN_P_INDEX_WEIGHTS; }
-static bool is_bias(int32_t slot) { return slot == WN_P_ROUTER_BIAS || slot == WN_P_INDEX_K_NORM_BIAS; }
-static bool always_f32(int32_t slot) { return is_bias(slot) || slot == WN_P_INDEX_K_NORM; }
+static bool is_expert(int32_t slot) {
+  return slot >= WN_P_EXPERT_GATE && slot <= WN_P_EXPERT_DOWN;
+}
+static bool is_indexer(int32_t slot) {
+  return slot >= WN_P_INDEX_Q_B && slot <= WN_P_INDEX_WEIGHTS;
+}
+static bool is_bias(int32_t slot) {
+  return slot == WN_P_ROUTER_BIAS || slot == WN_P_INDEX_K_NORM_BIAS;
+}
+static bool always_f32(int32_t slot) {
+  return is_bias(slot) || slot == WN_P_INDEX_K_NORM;
+}
 
 /* How many parameters `layer` has in `slot`: 0, 1, or one an expert. */
 static int32_t slot_count(const wn_model_config *c, int32_t layer, int32_t slot) {
@@ -132,8 +141,8 @@ wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *conf
   size_t n = 0;
   for (int32_t layer = -1; layer <= layers; layer++)
     for (int32_t slot = 0; slot < WN_N_SLOTS; slot++) n += (size_t)slot_count(config, layer, slot);
-  if (n > INT32_MAX / 4) return WN_FAIL(WN_E_CONFIG, "%zu parameters in the model, at most %d are possible", n,
-                                         INT32_MAX / 4);
+  if (n > INT32_MAX / 4)
+    return WN_FAIL(WN_E_CONFIG, "%zu parameters in the model, at most %d are possible", n, INT32_MAX / 4);
   wn_param_table table = {.params = calloc(n, sizeof *table.params),
                           .first = calloc((size_t)layers + 3, sizeof *table.first)};
   if (!table.params || !table.first) {

@@ -7,26 +7,46 @@
 
 typedef enum wn_slot {
   WN_P_EMBED, /* model.embed_tokens.weight [V,D] */
-  WN_P_INPUT_NORM, WN_P_Q_A, WN_P_Q_A_NORM, WN_P_Q_B, WN_P_KV_A, WN_P_KV_A_NORM, WN_P_KV_B, WN_P_O, WN_P_POST_NORM,
-  WN_P_MLP_GATE, WN_P_MLP_UP, WN_P_MLP_DOWN,                  /* leading dense layers */
-  WN_P_ROUTER, WN_P_ROUTER_BIAS,                              /* [E,D]; [E] */
-  WN_P_SHARED_GATE, WN_P_SHARED_UP, WN_P_SHARED_DOWN,
-  WN_P_EXPERT_GATE, WN_P_EXPERT_UP, WN_P_EXPERT_DOWN,         /* one parameter an expert; experts consecutive in a slot */
-  WN_P_INDEX_Q_B, WN_P_INDEX_K, WN_P_INDEX_K_NORM, WN_P_INDEX_K_NORM_BIAS, WN_P_INDEX_WEIGHTS,
-  WN_P_FINAL_NORM, WN_P_HEAD,
+  WN_P_INPUT_NORM,
+  WN_P_Q_A,
+  WN_P_Q_A_NORM,
+  WN_P_Q_B,
+  WN_P_KV_A,
+  WN_P_KV_A_NORM,
+  WN_P_KV_B,
+  WN_P_O,
+  WN_P_POST_NORM,
+  WN_P_MLP_GATE,
+  WN_P_MLP_UP,
+  WN_P_MLP_DOWN, /* leading dense layers */
+  WN_P_ROUTER,
+  WN_P_ROUTER_BIAS, /* [E,D]; [E] */
+  WN_P_SHARED_GATE,
+  WN_P_SHARED_UP,
+  WN_P_SHARED_DOWN,
+  WN_P_EXPERT_GATE,
+  WN_P_EXPERT_UP,
+  WN_P_EXPERT_DOWN, /* one parameter an expert; experts consecutive in a slot */
+  WN_P_INDEX_Q_B,
+  WN_P_INDEX_K,
+  WN_P_INDEX_K_NORM,
+  WN_P_INDEX_K_NORM_BIAS,
+  WN_P_INDEX_WEIGHTS,
+  WN_P_FINAL_NORM,
+  WN_P_HEAD,
   WN_N_SLOTS
 } wn_slot;
 
 typedef struct wn_param_table {
   wn_param *params; /* sorted by layer (-1, 0 .. L-1, L), then slot, then expert */
   int32_t n;
-  int32_t *first;   /* first[layer + 1] .. first[layer + 2]: the layer's parameters */
+  int32_t *first; /* first[layer + 1] .. first[layer + 2]: the layer's parameters */
 } wn_param_table;
 
 typedef struct wn_param_settings {
   bool train_base, train_indexer; /* false: FROZEN (and the router bias FROZEN with the base) */
   wn_dtype file_dtype;            /* of matrices and norms; k_norm and the router bias are always F32 */
-  int32_t expert_group;           /* the store's group of the routed experts; 0 where experts are not split over ranks */
+  int32_t expert_group; /* the store's group of the routed experts; 0 where experts are not split over ranks */
 } wn_param_settings;
 
 WN_MUST_USE wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *config,

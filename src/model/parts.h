@@ -37,17 +37,17 @@ WN_MUST_USE wn_status wn_call_rope(wn_call *c, wn_tensor *x, bool interleaved, b
 
 /* ---- latent projections (mla.c) ---- */
 typedef struct wn_mla {
-  wn_tensor x, x_inv;           /* [n,D] normed input; [n] STAT inverse deviation */
-  wn_tensor qa, qa_inv, qr;     /* [n,q_lora]; [n] STAT; [n,q_lora] normed: also the indexer's input */
-  wn_tensor q;                  /* [n,H,nope+rope], rotated */
-  wn_tensor kv_raw, c_inv;      /* [n,latent+rope] as projected; [n] STAT */
-  wn_tensor kv;                 /* [n,latent+rope]: normed latent | rotated k_pe */
+  wn_tensor x, x_inv;       /* [n,D] normed input; [n] STAT inverse deviation */
+  wn_tensor qa, qa_inv, qr; /* [n,q_lora]; [n] STAT; [n,q_lora] normed: also the indexer's input */
+  wn_tensor q;              /* [n,H,nope+rope], rotated */
+  wn_tensor kv_raw, c_inv;  /* [n,latent+rope] as projected; [n] STAT */
+  wn_tensor kv;             /* [n,latent+rope]: normed latent | rotated k_pe */
 } wn_mla;
 
 WN_MUST_USE wn_status wn_mla_project(wn_call *c, wn_mla *m, const wn_tensor *h_in);
 /* dh[n,D] += gradient of h_in through q and kv. dq[n,H,nope+rope] and dkv[n,latent+rope] are rotated back in place. */
-WN_MUST_USE wn_status wn_mla_project_backward(wn_call *c, wn_tensor *dh, wn_tensor *dq, wn_tensor *dkv,
-                                              const wn_mla *m, const wn_tensor *h_in);
+WN_MUST_USE wn_status wn_mla_project_backward(wn_call *c, wn_tensor *dh, wn_tensor *dq, wn_tensor *dkv, const wn_mla *m,
+                                              const wn_tensor *h_in);
 
 /* ---- attention in its three forms (attention.c) ---- */
 typedef struct wn_attention {
@@ -90,7 +90,7 @@ WN_MUST_USE wn_status wn_mlp_backward(wn_call *c, wn_tensor *dx, bool accumulate
                                       const wn_tensor *x, wn_slot gate);
 
 typedef struct wn_moe_choice {
-  wn_tensor expert;        /* [n,K] INDEX: written, or read when forced */
+  wn_tensor expert; /* [n,K] INDEX: written, or read when forced */
   bool forced;
   wn_tensor load, balance; /* [E] INDEX +=; [1] STAT += (data NULL: not wanted) */
 } wn_moe_choice;

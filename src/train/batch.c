@@ -2,9 +2,12 @@
 
 #include <string.h>
 
-typedef struct host_rows { int32_t *tokens, *target, *first_key, *last_key, *position; } host_rows;
+typedef struct host_rows {
+  int32_t *tokens, *target, *first_key, *last_key, *position;
+} host_rows;
 
-/* Host staging lives in the scratch arena for the length of the load; what the device keeps is uploaded to the stash. */
+/* Host staging lives in the scratch arena for the length of the load; what the device keeps is uploaded to the stash.
+ */
 static wn_status host_ints(wn_device *device, int32_t **out, int64_t n) {
   wn_tensor t;
   WN_TRY(wn_tensor_alloc(&t, device->scratch, "batch staging", WN_I32, 1, n, 0, 0, 0));
@@ -37,7 +40,8 @@ static wn_status upload(wn_batch *batch, wn_device *device, const host_rows *hos
   }
   WN_TRY(wn_device_tensor(device, &batch->weight, device->stash, "token weights", WN_STAT, 1, n, 0, 0, 0));
   if (device->dtype_of[WN_STAT] == WN_F32) return device->ops->upload(device, &batch->weight, w);
-  return device->ops->cast(device, &batch->weight, &weight); /* the FP64 device of the gradient tests is in host memory */
+  return device->ops->cast(device, &batch->weight,
+                           &weight); /* the FP64 device of the gradient tests is in host memory */
 }
 
 static wn_status stage_rows(wn_device *device, host_rows *host, int64_t n) {

@@ -12,17 +12,21 @@ typedef struct wn_batch {
   wn_tensor tokens, target;        /* [n] INDEX; target -1 where nothing is predicted */
   wn_tensor weight;                /* [n] STAT: 1, or 0 where nothing is predicted */
   wn_rows rows;
-  const uint8_t *scored;           /* [n] host: 1 where the predicted token is scored apart */
-  int64_t predicted, scored_count, kl_rows, pairs; /* kl_rows: rows that see two keys or more; pairs: visible (row, key) */
+  const uint8_t *scored; /* [n] host: 1 where the predicted token is scored apart */
+  int64_t predicted, scored_count, kl_rows,
+      pairs; /* kl_rows: rows that see two keys or more; pairs: visible (row, key) */
 } wn_batch;
 
-typedef struct wn_batch_settings { int32_t seq_len; bool document_mask; } wn_batch_settings;
+typedef struct wn_batch_settings {
+  int32_t seq_len;
+  bool document_mask;
+} wn_batch_settings;
 
 /* Loads `windows[n_seqs]` as one micro-batch; memory from device->stash. */
-WN_MUST_USE wn_status wn_batch_load(wn_batch *out, wn_device *device, const wn_dataset *dataset, wn_batch_settings settings,
-                                    const int64_t *windows, int32_t n_seqs);
-/* The same for tokens given by hand: one sequence of n tokens whose documents begin at document_first[0 .. n_documents-1] (ascending, the first 0); each row
- * predicts the next token, the last none. */
+WN_MUST_USE wn_status wn_batch_load(wn_batch *out, wn_device *device, const wn_dataset *dataset,
+                                    wn_batch_settings settings, const int64_t *windows, int32_t n_seqs);
+/* The same for tokens given by hand: one sequence of n tokens whose documents begin at document_first[0 ..
+ * n_documents-1] (ascending, the first 0); each row predicts the next token, the last none. */
 WN_MUST_USE wn_status wn_batch_from_tokens(wn_batch *out, wn_device *device, const int32_t *tokens, int32_t n,
                                            const int32_t *document_first, int32_t n_documents);
 

@@ -57,7 +57,8 @@ static wn_status put_back(const char *checkpoints, const char *name) {
 
 static wn_status clean_one(const char *checkpoints, const char *name) {
   char path[WN_PATH_BYTES];
-  if (strncmp(name, REPLACED, strlen(REPLACED)) == 0 && step_of(name + strlen(REPLACED)) >= 0) return put_back(checkpoints, name);
+  if (strncmp(name, REPLACED, strlen(REPLACED)) == 0 && step_of(name + strlen(REPLACED)) >= 0)
+    return put_back(checkpoints, name);
   if (strncmp(name, TEMPORARY, strlen(TEMPORARY)) != 0) return NULL;
   WN_TRY(wn_path(path, "%s/%s", checkpoints, name));
   return wn_remove_tree(path);

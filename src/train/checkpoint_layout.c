@@ -24,14 +24,18 @@ void wn_names_free(wn_names *names) {
   names->sorted = NULL;
 }
 
-static int name_against(const void *name, const void *at) { return strcmp(name, (*(const wn_param *const *)at)->hf_name); }
+static int name_against(const void *name, const void *at) {
+  return strcmp(name, (*(const wn_param *const *)at)->hf_name);
+}
 
 int32_t wn_names_find(const wn_names *names, const char *hf_name) {
   const wn_param **found = bsearch(hf_name, names->sorted, (size_t)names->n, sizeof(const wn_param *), name_against);
   return found ? (int32_t)(*found - names->params) : -1;
 }
 
-bool wn_param_trains(const wn_param *p) { return p->kind == WN_BASE || p->kind == WN_INDEXER; }
+bool wn_param_trains(const wn_param *p) {
+  return p->kind == WN_BASE || p->kind == WN_INDEXER;
+}
 
 int64_t wn_param_elements(const wn_param *p) {
   int64_t n = 1;
@@ -62,13 +66,15 @@ wn_tensor *wn_field_of(wn_piece *piece, wn_field field) {
 
 /* ---- lists of tensors, cut into files ---- */
 
-/* Unchanged: what the source holds is what the checkpoint shall hold. Tensors that are no parameters (MTP layers) always are. */
+/* Unchanged: what the source holds is what the checkpoint shall hold. Tensors that are no parameters (MTP layers)
+ * always are. */
 static bool unchanged(const wn_names *names, const wn_st_entry *entry) {
   int32_t p = wn_names_find(names, entry->name);
   return p < 0 || names->params[p].kind == WN_FROZEN;
 }
 
-static void add_param(wn_checkpoint_layout *layout, int64_t *n, const wn_param *params, int32_t p, wn_field field, wn_dtype dtype) {
+static void add_param(wn_checkpoint_layout *layout, int64_t *n, const wn_param *params, int32_t p, wn_field field,
+                      wn_dtype dtype) {
   wn_file_tensor *t = &layout->tensors[(*n)++];
   *t = (wn_file_tensor){.dtype = dtype, .rank = params[p].rank, .param = p, .field = field};
   for (int32_t d = 0; d < t->rank; d++) t->dim[d] = params[p].dim[d];
@@ -152,11 +158,12 @@ static void link_shards(wn_checkpoint_layout *layout, bool *linked, const wn_nam
 
 static wn_status check_frozen(const wn_param *p, const wn_st_entry *entry, const wn_hf_dir *source) {
   if (wn_param_shaped(p, entry)) return NULL;
-  return WN_FAIL(WN_E_INPUT, "%s: tensor %s has another shape than when this run started", wn_hf_dir_path(source), p->hf_name);
+  return WN_FAIL(WN_E_INPUT, "%s: tensor %s has another shape than when this run started", wn_hf_dir_path(source),
+                 p->hf_name);
 }
 
-static wn_status lay_out_model(wn_checkpoint_layout *layout, int64_t *n, const wn_names *names, const wn_hf_dir *source, bool *linked,
-                               int64_t shard_bytes) {
+static wn_status lay_out_model(wn_checkpoint_layout *layout, int64_t *n, const wn_names *names, const wn_hf_dir *source,
+                               bool *linked, int64_t shard_bytes) {
   const wn_param *params = names->params;
   if (source) link_shards(layout, linked, names, source);
   for (int64_t i = 0; source && i < wn_hf_dir_count(source); i++) {
@@ -167,17 +174,21 @@ static wn_status lay_out_model(wn_checkpoint_layout *layout, int64_t *n, const w
   for (int32_t p = 0; p < names->n; p++) {
     if (params[p].kind != WN_FROZEN) continue;
     const wn_st_entry *entry = source ? wn_hf_dir_find(source, params[p].hf_name, NULL) : NULL;
-    if (entry) WN_TRY(check_frozen(&params[p], entry, source));
-    else add_param(layout, n, params, p, WN_FIELD_WEIGHT, WN_F32); /* never rounded: it has no master to come back from */
+    if (entry)
+      WN_TRY(check_frozen(&params[p], entry, source));
+    else
+      add_param(layout, n, params, p, WN_FIELD_WEIGHT, WN_F32); /* never rounded: it has no master to come back from */
   }
   WN_TRY(cut(layout, 0, *n, shard_bytes));
   int64_t trained = *n;
   for (int32_t p = 0; p < names->n; p++)
-    if (params[p].kind != WN_FROZEN) add_param(layout, n, params, p, WN_FIELD_WEIGHT, params[p].kind == WN_BUFFER ? WN_F32 : params[p].file_dtype);
+    if (params[p].kind != WN_FROZEN)
+      add_param(layout, n, params, p, WN_FIELD_WEIGHT, params[p].kind == WN_BUFFER ? WN_F32 : params[p].file_dtype);
   return cut(layout, trained, *n, shard_bytes);
 }
 
-static wn_status lay_out_optimizer(wn_checkpoint_layout *layout, int64_t *n, const wn_param *params, int32_t n_params, int64_t shard_bytes) {
+static wn_status lay_out_optimizer(wn_checkpoint_layout *layout, int64_t *n, const wn_param *params, int32_t n_params,
+                                   int64_t shard_bytes) {
   int64_t first = *n;
   for (int32_t p = 0; p < n_params; p++) {
     if (!wn_param_trains(&params[p])) continue;
@@ -192,12 +203,13 @@ static void name_files(wn_checkpoint_layout *layout) {
   for (int32_t i = 0; i < layout->n_files; i++) {
     bool model = i < layout->n_model;
     int32_t place = model ? i : i - layout->n_model, of = model ? layout->n_model : layout->n_files - layout->n_model;
-    snprintf(layout->files[i].name, sizeof layout->files[i].name, "%s-%05d-of-%05d.safetensors", model ? "model" : "optimizer", place + 1, of);
+    snprintf(layout->files[i].name, sizeof layout->files[i].name, "%s-%05d-of-%05d.safetensors",
+             model ? "model" : "optimizer", place + 1, of);
   }
 }
 
-wn_status wn_checkpoint_layout_create(wn_checkpoint_layout **out, const wn_param *params, int32_t n_params, const wn_hf_dir *source,
-                                      int64_t shard_bytes) {
+wn_status wn_checkpoint_layout_create(wn_checkpoint_layout **out, const wn_param *params, int32_t n_params,
+                                      const wn_hf_dir *source, int64_t shard_bytes) {
   wn_status status = NULL;
   wn_names names = {0};
   int64_t n = 0, n_source = source ? wn_hf_dir_count(source) : 0;
@@ -251,7 +263,8 @@ wn_status wn_checkpoint_write_index(const wn_checkpoint_layout *layout, const wn
   WN_TRY(wn_path(path, "%s/" WN_INDEX_NAME, dir));
   for (int32_t i = 0; i < layout->n_model; i++) {
     const wn_checkpoint_file *file = &layout->files[i];
-    for (int64_t t = 0; t < file->n; t++) bad |= add_to_map(map, &total, file->tensors[t].name, tensor_bytes(&file->tensors[t]), file->name);
+    for (int64_t t = 0; t < file->n; t++)
+      bad |= add_to_map(map, &total, file->tensors[t].name, tensor_bytes(&file->tensors[t]), file->name);
     for (int64_t t = 0; file->source_shard >= 0 && t < wn_hf_dir_count(source); t++) {
       int32_t shard;
       const wn_st_entry *entry = wn_hf_dir_at(source, t, &shard);
@@ -260,7 +273,8 @@ wn_status wn_checkpoint_write_index(const wn_checkpoint_layout *layout, const wn
   }
   json_t *root = json_pack("{s{sI}so}", "metadata", "total_size", total, "weight_map", map);
   char *text = bad || !root ? NULL : json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS);
-  wn_status status = text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
+  wn_status status =
+      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
   free(text);
   json_decref(root);
   return status;

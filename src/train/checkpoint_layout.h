@@ -1,9 +1,10 @@
-/* What the files of a checkpoint hold and where in them everything stands: a pure function of the parameter table and of
- * the headers of the source directory, so every rank computes the same without a word.
+/* What the files of a checkpoint hold and where in them everything stands: a pure function of the parameter table and
+ * of the headers of the source directory, so every rank computes the same without a word.
  *
- * The source is the directory that unchanged tensors come from. Its shards that hold nothing but unchanged tensors are linked;
- * unchanged tensors out of other shards are copied byte for byte into "carried" files; what trains is written from the store.
- * In that order the model files are numbered, so that a checkpoint made from an earlier one of the same run has the same files. */
+ * The source is the directory that unchanged tensors come from. Its shards that hold nothing but unchanged tensors are
+ * linked; unchanged tensors out of other shards are copied byte for byte into "carried" files; what trains is written
+ * from the store. In that order the model files are numbered, so that a checkpoint made from an earlier one of the same
+ * run has the same files. */
 #ifndef WN_TRAIN_CHECKPOINT_LAYOUT_H
 #define WN_TRAIN_CHECKPOINT_LAYOUT_H
 
@@ -15,7 +16,10 @@
 
 /* ---- parameters by name ---- */
 
-typedef struct wn_names { const wn_param *params, **sorted; int32_t n; } wn_names;
+typedef struct wn_names {
+  const wn_param *params, **sorted;
+  int32_t n;
+} wn_names;
 WN_MUST_USE wn_status wn_names_create(wn_names *out, const wn_param *params, int32_t n);
 void wn_names_free(wn_names *names);
 int32_t wn_names_find(const wn_names *names, const char *hf_name); /* -1: no such parameter */
@@ -45,8 +49,8 @@ typedef struct wn_file_tensor {
 
 typedef struct wn_checkpoint_file {
   char name[WN_FILE_NAME_BYTES];
-  int32_t source_shard;  /* linked to this shard of the source; -1: written */
-  wn_st_layout *layout;  /* of a written file, with its tensors; NULL when linked */
+  int32_t source_shard; /* linked to this shard of the source; -1: written */
+  wn_st_layout *layout; /* of a written file, with its tensors; NULL when linked */
   const wn_file_tensor *tensors;
   int64_t n;
 } wn_checkpoint_file;
@@ -57,12 +61,13 @@ typedef struct wn_checkpoint_layout {
   int32_t n_model, n_files;
 } wn_checkpoint_layout;
 
-/* source NULL: nothing to carry over; frozen parameters are then written from the store in FP32. WN_E_INPUT when a frozen parameter's shape
- * in the source is another one. The layout points into params and source. */
-WN_MUST_USE wn_status wn_checkpoint_layout_create(wn_checkpoint_layout **out, const wn_param *params, int32_t n, const wn_hf_dir *source,
-                                                  int64_t shard_bytes);
+/* source NULL: nothing to carry over; frozen parameters are then written from the store in FP32. WN_E_INPUT when a
+ * frozen parameter's shape in the source is another one. The layout points into params and source. */
+WN_MUST_USE wn_status wn_checkpoint_layout_create(wn_checkpoint_layout **out, const wn_param *params, int32_t n,
+                                                  const wn_hf_dir *source, int64_t shard_bytes);
 void wn_checkpoint_layout_free(wn_checkpoint_layout *layout);
 /* DIR/model.safetensors.index.json, names sorted. */
-WN_MUST_USE wn_status wn_checkpoint_write_index(const wn_checkpoint_layout *layout, const wn_hf_dir *source, const char *dir);
+WN_MUST_USE wn_status wn_checkpoint_write_index(const wn_checkpoint_layout *layout, const wn_hf_dir *source,
+                                                const char *dir);
 
 #endif

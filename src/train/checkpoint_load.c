@@ -12,12 +12,15 @@ static wn_status verify_share(const char *dir, int32_t rank, int32_t size) {
   wn_manifest manifest;
   WN_TRY(wn_manifest_load(&manifest, dir));
   wn_status status = rank == 0 ? wn_manifest_check_names(&manifest, dir) : NULL;
-  for (size_t i = (size_t)rank; !status && i < manifest.n; i += (size_t)size) status = wn_manifest_check_file(&manifest.entries[i], dir);
+  for (size_t i = (size_t)rank; !status && i < manifest.n; i += (size_t)size)
+    status = wn_manifest_check_file(&manifest.entries[i], dir);
   wn_manifest_free(&manifest);
   return status;
 }
 
-wn_status wn_checkpoint_verify(const char *dir) { return verify_share(dir, 0, 1); }
+wn_status wn_checkpoint_verify(const char *dir) {
+  return verify_share(dir, 0, 1);
+}
 
 /* Rank 0 lists, all have the list. */
 static wn_status share_steps(wn_world *world, const char *checkpoints, int64_t **steps, int64_t *n) {
@@ -29,8 +32,10 @@ static wn_status share_steps(wn_world *world, const char *checkpoints, int64_t *
   WN_TRY_GOTO(status, fail, wn_world_agree(world, status));
   WN_TRY_GOTO(status, fail, wn_group_broadcast(wn_world_all(world), n, sizeof *n, 0));
   if (!*steps) *steps = calloc((size_t)*n + 1, sizeof **steps);
-  WN_TRY_GOTO(status, fail, wn_world_agree(world, *steps ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory listing %s", checkpoints)));
-  if (*n > 0) WN_TRY_GOTO(status, fail, wn_group_broadcast(wn_world_all(world), *steps, (size_t)*n * sizeof **steps, 0));
+  WN_TRY_GOTO(status, fail,
+              wn_world_agree(world, *steps ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory listing %s", checkpoints)));
+  if (*n > 0)
+    WN_TRY_GOTO(status, fail, wn_group_broadcast(wn_world_all(world), *steps, (size_t)*n * sizeof **steps, 0));
   return NULL;
 fail:
   free(*steps);
@@ -58,8 +63,8 @@ wn_status wn_checkpoint_newest(const wn_checkpoint_plan *plan, char path[WN_PATH
   free(steps);
   /* starting anew beside the remains of a run would throw it away in silence */
   if (!status && !*found && newest_damage)
-    status = WN_FAIL_HINT(WN_E_INPUT, "repair it, or move the directory away to start anew", "%s holds no whole checkpoint; the newest: %s",
-                          checkpoints, wn_status_text(newest_damage));
+    status = WN_FAIL_HINT(WN_E_INPUT, "repair it, or move the directory away to start anew",
+                          "%s holds no whole checkpoint; the newest: %s", checkpoints, wn_status_text(newest_damage));
   wn_status_free(newest_damage);
   return status;
 }
@@ -106,7 +111,8 @@ static wn_status read_field(load *l, int32_t p, wn_field field) {
 static wn_status read_param(load *l, int32_t p) {
   const wn_param *param = &l->params[p];
   const wn_st_entry *weight = wn_hf_dir_find(l->dir, param->hf_name, NULL);
-  if (!wn_param_trains(param)) return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, weight, l->buffer);
+  if (!wn_param_trains(param))
+    return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, weight, l->buffer);
   WN_TRY(read_field(l, p, WN_FIELD_M));
   WN_TRY(read_field(l, p, WN_FIELD_V));
   if (weight->dtype != WN_F32) return read_field(l, p, WN_FIELD_MASTER);
@@ -123,8 +129,9 @@ static wn_status load_local(load *l, const wn_checkpoint_plan *plan, const char 
   WN_TRY(wn_checkpoint_read_state(path, &read, &stage, &found));
   if (!found) return WN_FAIL(WN_E_INPUT, "%s has no " WN_STATE_NAME ": it is not a checkpoint", path);
   if (stage != plan->stage)
-    return WN_FAIL_HINT(WN_E_CONFIG, "give it as init of a run with another run_dir", "%s was written by %s; it cannot be continued by %s", path,
-                        wn_stage_name(stage), wn_stage_name(plan->stage));
+    return WN_FAIL_HINT(WN_E_CONFIG, "give it as init of a run with another run_dir",
+                        "%s was written by %s; it cannot be continued by %s", path, wn_stage_name(stage),
+                        wn_stage_name(plan->stage));
   WN_TRY(wn_dir_check(l->dir, &l->names, rules, &indexer_absent, &passed_over));
   for (int32_t p = 0; p < l->n_params; p++) WN_TRY(read_param(l, p));
   *state = read;

@@ -12,7 +12,8 @@ wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params) {
   if (!parts) return WN_FAIL(WN_E_MEMORY, "out of memory for the places of %d parameters", n_params);
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
     wn_piece *piece = wn_store_piece(store, i);
-    WN_ASSERT(piece->master.dtype == WN_F32, "masters are %s; checkpoints hold FP32", wn_dtype_name(piece->master.dtype));
+    WN_ASSERT(piece->master.dtype == WN_F32, "masters are %s; checkpoints hold FP32",
+              wn_dtype_name(piece->master.dtype));
     for (int32_t s = 0; s < piece->n_segments; s++) {
       wn_segment at = piece->segments[s];
       WN_ASSERT(!parts[at.param].piece, "parameter %d lies in two pieces of one rank", at.param);
@@ -28,7 +29,8 @@ static int64_t chunk_at(const wn_part *part, int64_t done) {
   return left < WN_COPY_ELEMENTS ? left : WN_COPY_ELEMENTS;
 }
 
-wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_st_entry *entry, float *buffer) {
+wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_st_entry *entry,
+                       float *buffer) {
   if (!part->piece) return NULL;
   const wn_tensor *flat = wn_field_of(part->piece, field);
   for (int64_t done = 0, n; done < part->count; done += n) {
@@ -40,8 +42,8 @@ wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, c
   return NULL;
 }
 
-wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd, const char *path,
-                        uint64_t tensor_offset, float *buffer, uint16_t *scratch) {
+wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd,
+                        const char *path, uint64_t tensor_offset, float *buffer, uint16_t *scratch) {
   WN_ASSERT(dtype == WN_F32 || dtype == WN_BF16, "file dtype %s", wn_dtype_name(dtype));
   const wn_tensor *flat = wn_field_of(part->piece, field);
   int64_t width = wn_dtype_bytes(dtype);
@@ -62,7 +64,10 @@ wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, 
 enum { MOST_NAMED = 5, NAMED_BYTES = 1024 };
 
 /* "4: a, b, c, d" or "12: a, b, c, d, e, ..." */
-typedef struct name_list { int64_t n; char text[NAMED_BYTES]; } name_list;
+typedef struct name_list {
+  int64_t n;
+  char text[NAMED_BYTES];
+} name_list;
 
 static void name_one(name_list *list, const char *format, ...) WN_PRINTF(2, 3);
 static void name_one(name_list *list, const char *format, ...) {
@@ -82,7 +87,8 @@ static void name_one(name_list *list, const char *format, ...) {
 static void shape_text(char out[128], int32_t rank, const int64_t *dim) {
   size_t used = 1;
   memcpy(out, "[", 2);
-  for (int32_t d = 0; d < rank; d++) used += (size_t)snprintf(out + used, 128 - used, d ? ", %lld" : "%lld", (long long)dim[d]);
+  for (int32_t d = 0; d < rank; d++)
+    used += (size_t)snprintf(out + used, 128 - used, d ? ", %lld" : "%lld", (long long)dim[d]);
   snprintf(out + used, 128 - used, "]");
 }
 
@@ -96,7 +102,9 @@ static int64_t layer_of(const char *name) {
   return *end == '.' ? (int64_t)layer : -1;
 }
 
-static bool is_indexer(const wn_param *p) { return p->slot >= WN_P_INDEX_Q_B && p->slot <= WN_P_INDEX_WEIGHTS; }
+static bool is_indexer(const wn_param *p) {
+  return p->slot >= WN_P_INDEX_Q_B && p->slot <= WN_P_INDEX_WEIGHTS;
+}
 
 static wn_status complain(const wn_hf_dir *dir, const char *what, const name_list *list, const char *hint) {
   if (list->n == 0) return NULL;
@@ -104,7 +112,9 @@ static wn_status complain(const wn_hf_dir *dir, const char *what, const name_lis
                       list->n == 1 ? "tensor " : "tensors ", what, list->text);
 }
 
-static bool readable(wn_dtype dtype) { return dtype == WN_F32 || dtype == WN_F16 || dtype == WN_BF16; }
+static bool readable(wn_dtype dtype) {
+  return dtype == WN_F32 || dtype == WN_F16 || dtype == WN_BF16;
+}
 
 static void check_param(const wn_param *p, const wn_st_entry *entry, name_list *shape, name_list *dtype) {
   char theirs[128], ours[128];
@@ -116,7 +126,8 @@ static void check_param(const wn_param *p, const wn_st_entry *entry, name_list *
   if (!readable(entry->dtype)) name_one(dtype, "%s (%s)", p->hf_name, wn_dtype_name(entry->dtype));
 }
 
-wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules, bool *indexer_absent, int64_t *passed_over) {
+wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules, bool *indexer_absent,
+                       int64_t *passed_over) {
   name_list missing = {0}, shape = {0}, dtype = {0}, surplus = {0};
   int64_t indexer_found = 0, indexer_wanted = 0;
   *passed_over = 0;
@@ -129,17 +140,22 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
   for (int32_t i = 0; i < names->n; i++) {
     const wn_param *p = &names->params[i];
     const wn_st_entry *entry = wn_hf_dir_find(dir, p->hf_name, NULL);
-    if (entry) check_param(p, entry, &shape, &dtype);
-    else if (!(*indexer_absent && is_indexer(p))) name_one(&missing, "%s", p->hf_name);
+    if (entry)
+      check_param(p, entry, &shape, &dtype);
+    else if (!(*indexer_absent && is_indexer(p)))
+      name_one(&missing, "%s", p->hf_name);
   }
   for (int64_t i = 0; i < wn_hf_dir_count(dir); i++) {
     const char *name = wn_hf_dir_at(dir, i, NULL)->name;
     if (wn_names_find(names, name) >= 0) continue;
-    if (layer_of(name) >= rules.n_layers) (*passed_over)++;
-    else name_one(&surplus, "%s", name);
+    if (layer_of(name) >= rules.n_layers)
+      (*passed_over)++;
+    else
+      name_one(&surplus, "%s", name);
   }
   /* before the surplus: the scales of FP8 weights are surplus too, but not the matter */
-  WN_TRY(complain(dir, "of a type that cannot be read", &dtype, "weights are read from F32, F16 and BF16; reading FP8 weights is not in this version"));
+  WN_TRY(complain(dir, "of a type that cannot be read", &dtype,
+                  "weights are read from F32, F16 and BF16; reading FP8 weights is not in this version"));
   WN_TRY(complain(dir, "missing", &missing, "config.json may be another model's, or the directory incomplete"));
   WN_TRY(complain(dir, "misshapen", &shape, "config.json may be another model's"));
   return complain(dir, "that this model does not have", &surplus, "config.json may be another model's");
@@ -192,7 +208,9 @@ wn_status wn_optimizer_check(const wn_st_entry *entry, const wn_param *p, wn_fie
   char name[WN_FIELD_NAME_BYTES];
   wn_field_name(name, p, field);
   if (!entry) return WN_FAIL(WN_E_INPUT, "%s: the optimizer files lack tensor %s", dir, name);
-  if (!wn_param_shaped(p, entry)) return WN_FAIL(WN_E_INPUT, "%s: tensor %s has another shape than its parameter", dir, name);
-  if (entry->dtype != WN_F32) return WN_FAIL(WN_E_INPUT, "%s: tensor %s is %s instead of F32", dir, name, wn_dtype_name(entry->dtype));
+  if (!wn_param_shaped(p, entry))
+    return WN_FAIL(WN_E_INPUT, "%s: tensor %s has another shape than its parameter", dir, name);
+  if (entry->dtype != WN_F32)
+    return WN_FAIL(WN_E_INPUT, "%s: tensor %s is %s instead of F32", dir, name, wn_dtype_name(entry->dtype));
   return NULL;
 }

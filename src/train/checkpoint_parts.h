@@ -7,19 +7,25 @@
 
 #define WN_STATE_NAME "state.json"
 
-/* This rank's part of every parameter; piece NULL where it has none. A parameter lies in one unit and a rank holds one contiguous
- * piece of it, so there is at most one. */
-typedef struct wn_part { wn_piece *piece; int64_t first, offset, count; } wn_part; /* parameter element, piece element, elements */
+/* This rank's part of every parameter; piece NULL where it has none. A parameter lies in one unit and a rank holds one
+ * contiguous piece of it, so there is at most one. */
+typedef struct wn_part {
+  wn_piece *piece;
+  int64_t first, offset, count;
+} wn_part; /* parameter element, piece element, elements */
 WN_MUST_USE wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params);
 
 /* Elements that are converted at a time: bounds the host memory of saves and loads. */
 enum { WN_COPY_ELEMENTS = 1 << 18 };
 
-/* The part of `field` that this rank holds, read from an entry of the parameter's shape. `buffer` has WN_COPY_ELEMENTS floats. */
-WN_MUST_USE wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_st_entry *entry, float *buffer);
-/* The same, written into an open file as `dtype` (F32 or BF16) at tensor_offset + first * width. `scratch`: as many uint16. */
-WN_MUST_USE wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd, const char *path,
-                                    uint64_t tensor_offset, float *buffer, uint16_t *scratch);
+/* The part of `field` that this rank holds, read from an entry of the parameter's shape. `buffer` has WN_COPY_ELEMENTS
+ * floats. */
+WN_MUST_USE wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_st_entry *entry,
+                                   float *buffer);
+/* The same, written into an open file as `dtype` (F32 or BF16) at tensor_offset + first * width. `scratch`: as many
+ * uint16. */
+WN_MUST_USE wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd,
+                                    const char *path, uint64_t tensor_offset, float *buffer, uint16_t *scratch);
 
 /* ---- checks of a directory against the parameter table ---- */
 
@@ -27,13 +33,17 @@ typedef struct wn_dir_rules {
   bool new_indexer_allowed; /* indexer parameters may be absent, but then all of them */
   int32_t n_layers;         /* tensors of model.layers.N with N >= n_layers are MTP layers, and passed over */
 } wn_dir_rules;
-/* Every parameter there and of its shape, in F32, F16 or BF16, and nothing else. *indexer_absent: as the rules allow; *passed_over: tensors of
- * MTP layers. WN_E_INPUT with up to five names and the count. */
-WN_MUST_USE wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules, bool *indexer_absent, int64_t *passed_over);
+/* Every parameter there and of its shape, in F32, F16 or BF16, and nothing else. *indexer_absent: as the rules allow;
+ * *passed_over: tensors of MTP layers. WN_E_INPUT with up to five names and the count. */
+WN_MUST_USE wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules,
+                                   bool *indexer_absent, int64_t *passed_over);
 
 /* ---- optimizer files ---- */
 
-typedef struct wn_optimizer_files { wn_safetensors **files; size_t n, last; } wn_optimizer_files;
+typedef struct wn_optimizer_files {
+  wn_safetensors **files;
+  size_t n, last;
+} wn_optimizer_files;
 WN_MUST_USE wn_status wn_optimizer_open(wn_optimizer_files *out, const char *dir);
 void wn_optimizer_close(wn_optimizer_files *files);
 const wn_st_entry *wn_optimizer_find(wn_optimizer_files *files, const wn_param *p, wn_field field); /* NULL: absent */

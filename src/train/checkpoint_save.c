@@ -1,6 +1,6 @@
-/* Saving. Rank 0 makes a temporary directory with every file at its full length; each rank writes the byte ranges it holds; the
- * files are dealt out and hashed; rank 0 writes the manifest and renames. Ranks agree after each of these, so whatever fails
- * anywhere fails everywhere, the temporary directory goes, and what stood before still stands. */
+/* Saving. Rank 0 makes a temporary directory with every file at its full length; each rank writes the byte ranges it
+ * holds; the files are dealt out and hashed; rank 0 writes the manifest and renames. Ranks agree after each of these,
+ * so whatever fails anywhere fails everywhere, the temporary directory goes, and what stood before still stands. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -13,7 +13,9 @@
 #include "train/checkpoint_parts.h"
 
 /* What rank 0 decides and tells the others. */
-typedef struct places { char source[WN_PATH_BYTES], temporary[WN_PATH_BYTES]; } places;
+typedef struct places {
+  char source[WN_PATH_BYTES], temporary[WN_PATH_BYTES];
+} places;
 
 typedef struct save {
   const wn_checkpoint_plan *plan;
@@ -26,7 +28,7 @@ typedef struct save {
   wn_hf_dir *source; /* NULL: none */
   wn_checkpoint_layout *layout;
   wn_part *parts;
-  wn_manifest_entry *digests; /* [n_files], of this rank's deal; of all after gathering (rank 0) */
+  wn_manifest_entry *digests;           /* [n_files], of this rank's deal; of all after gathering (rank 0) */
   uint64_t linked_bytes, written_bytes; /* rank 0 */
 } save;
 
@@ -41,8 +43,8 @@ static bool opens(const char *path) {
   return opened;
 }
 
-/* Unchanged tensors come from the newest earlier checkpoint of this run, which holds them whatever has become of init since; the first
- * save takes them from init. */
+/* Unchanged tensors come from the newest earlier checkpoint of this run, which holds them whatever has become of init
+ * since; the first save takes them from init. */
 static wn_status choose_source(save *s) {
   int64_t *steps;
   size_t n;
@@ -64,7 +66,8 @@ static wn_status prepare(save *s) {
   WN_TRY(wn_sync_dir(s->plan->run_dir));
   wn_steps_clean(s->checkpoints, s->plan->log);
   WN_TRY(choose_source(s));
-  WN_TRY(wn_path(s->at.temporary, "%s/.tmp-" WN_STEP_FORMAT "-%ld", s->checkpoints, (long long)s->state->step, (long)getpid()));
+  WN_TRY(wn_path(s->at.temporary, "%s/.tmp-" WN_STEP_FORMAT "-%ld", s->checkpoints, (long long)s->state->step,
+                 (long)getpid()));
   if (mkdir(s->at.temporary, 0777) != 0)
     return WN_FAIL(WN_E_IO, "cannot create directory %s: %s", s->at.temporary, strerror(errno));
   s->made = true;
@@ -73,8 +76,9 @@ static wn_status prepare(save *s) {
 
 /* ---- every rank lays out ---- */
 
-/* A run's frozen weights were read when it started: a source that has changed since would make a checkpoint of two models. Compared are
- * the first elements of every frozen part, not all, since all would be the whole base at every save. */
+/* A run's frozen weights were read when it started: a source that has changed since would make a checkpoint of two
+ * models. Compared are the first elements of every frozen part, not all, since all would be the whole base at every
+ * save. */
 static wn_status check_source_unchanged(const save *s) {
   enum { COMPARED = 256 };
   float theirs[COMPARED], ours[COMPARED];
@@ -88,8 +92,8 @@ static wn_status check_source_unchanged(const save *s) {
     WN_TRY(wn_hf_read(theirs, WN_F32, entry, part->first, n));
     WN_TRY(device->ops->download(device, ours, &own));
     if (memcmp(theirs, ours, (size_t)n * sizeof *ours) != 0)
-      return WN_FAIL_HINT(WN_E_INPUT, "put the model back that the run started from", "%s: tensor %s is not what it was when this run started",
-                          s->at.source, s->params[p].hf_name);
+      return WN_FAIL_HINT(WN_E_INPUT, "put the model back that the run started from",
+                          "%s: tensor %s is not what it was when this run started", s->at.source, s->params[p].hf_name);
   }
   return NULL;
 }
@@ -121,13 +125,15 @@ static wn_status link_file(save *s, const wn_checkpoint_file *file, const char *
   const char *from = wn_hf_dir_shard_path(s->source, file->source_shard), *how;
   struct stat info;
   WN_TRY(wn_link_or_copy(from, path, &how));
-  if (!strcmp(how, "copied")) wn_warn(s->plan->log, "%s could not be linked and was copied: every checkpoint holds the whole base", from);
+  if (!strcmp(how, "copied"))
+    wn_warn(s->plan->log, "%s could not be linked and was copied: every checkpoint holds the whole base", from);
   if (stat(path, &info) == 0) s->linked_bytes += (uint64_t)info.st_size;
   return NULL;
 }
 
 static bool travels(const char *name) {
-  static const char *const others[] = {"generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"};
+  static const char *const others[] = {"generation_config.json", "chat_template.jinja", "chat_template.json",
+                                       "vocab.json", "merges.txt"};
   for (size_t i = 0; i < sizeof others / sizeof *others; i++)
     if (!strcmp(name, others[i])) return true;
   return strstr(name, "token") != NULL;
@@ -146,7 +152,8 @@ static wn_status copy_companions(const save *s) {
     if (!travels(names[i]) || strstr(names[i], ".safetensors")) continue;
     status = wn_path(from, "%s/%s", s->at.source, names[i]);
     if (!status) status = wn_path(to, "%s/%s", s->at.temporary, names[i]);
-    if (!status && stat(from, &info) == 0 && S_ISREG(info.st_mode) && info.st_size <= MOST_BYTES) status = wn_copy_file(from, to);
+    if (!status && stat(from, &info) == 0 && S_ISREG(info.st_mode) && info.st_size <= MOST_BYTES)
+      status = wn_copy_file(from, to);
   }
   wn_list_free(names, n);
   return status;
@@ -172,7 +179,8 @@ static wn_status create_files(save *s) {
   }
   WN_TRY(copy_companions(s));
   WN_TRY(wn_checkpoint_write_index(s->layout, s->source, s->at.temporary));
-  WN_TRY(wn_model_config_save(&s->plan->model->config, s->at.temporary, s->source ? s->at.source : NULL, stored_dtype(s)));
+  WN_TRY(
+      wn_model_config_save(&s->plan->model->config, s->at.temporary, s->source ? s->at.source : NULL, stored_dtype(s)));
   return wn_state_write(s->plan, s->state, s->at.temporary);
 }
 
@@ -192,7 +200,8 @@ static wn_status write_file(const save *s, const wn_checkpoint_file *file, float
     bool mine = t->source ? i % size == rank : s->parts[t->param].piece != NULL;
     if (!mine) continue;
     status = t->source ? wn_write_at(fd, path, t->source->data, t->source->bytes, offset)
-                       : wn_part_write(s->plan->model->device, &s->parts[t->param], t->field, t->dtype, fd, path, offset, buffer, scratch);
+                       : wn_part_write(s->plan->model->device, &s->parts[t->param], t->field, t->dtype, fd, path,
+                                       offset, buffer, scratch);
     wrote = true;
   }
   if (!status && wrote && fsync(fd) != 0) status = WN_FAIL(WN_E_IO, "cannot sync %s: %s", path, strerror(errno));
@@ -236,7 +245,8 @@ static wn_status gather_digests(save *s) {
   size_t bytes = (size_t)n * sizeof *s->digests;
   if (size == 1) return NULL;
   wn_manifest_entry *all = calloc((size_t)size, bytes);
-  WN_TRY(wn_world_agree(s->plan->world, all ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the digests of %d files", n)));
+  WN_TRY(wn_world_agree(s->plan->world,
+                        all ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the digests of %d files", n)));
   wn_status status = wn_group_gather(wn_world_all(s->plan->world), all, s->digests, bytes);
   for (int32_t i = 0; !status && i < n; i++) s->digests[i] = all[(size_t)(i % size) * (size_t)n + (size_t)i];
   free(all);
@@ -303,8 +313,9 @@ wn_status wn_checkpoint_save(const wn_checkpoint_plan *plan, const wn_state *sta
     wn_status_free(wn_remove_tree(s->at.temporary));
   } else if (!status && wn_world_rank(plan->world) == 0) {
     wn_steps_retain(s->checkpoints, state->step, plan->keep, plan->log);
-    wn_info(plan->log, "saved %s/" WN_STEP_FORMAT ": %.1f MB written, %.1f MB linked, %.2f s", s->checkpoints, (long long)state->step,
-            (double)s->written_bytes * 1e-6, (double)s->linked_bytes * 1e-6, wn_time_s() - start_s);
+    wn_info(plan->log, "saved %s/" WN_STEP_FORMAT ": %.1f MB written, %.1f MB linked, %.2f s", s->checkpoints,
+            (long long)state->step, (double)s->written_bytes * 1e-6, (double)s->linked_bytes * 1e-6,
+            wn_time_s() - start_s);
   }
   wn_checkpoint_layout_free(s->layout);
   wn_hf_dir_close(s->source);

@@ -9,7 +9,10 @@
 enum { FORMAT = 1, MOST_BYTES = 1 << 20 };
 
 /* One table for writing and reading: a counter that is added to wn_state is added here, and nowhere else. */
-typedef struct counter { const char *key; size_t offset; } counter;
+typedef struct counter {
+  const char *key;
+  size_t offset;
+} counter;
 static const counter counters[] = {
     {"step", offsetof(wn_state, step)},
     {"tokens", offsetof(wn_state, tokens)},
@@ -34,10 +37,12 @@ wn_status wn_state_write(const wn_checkpoint_plan *plan, const wn_state *state, 
   }
   if (!bad)
     bad = json_object_set_new(root, "indexer_trained", json_boolean(state->indexer_trained)) ||
-          json_object_set_new(root, "seed", json_string(seed)) || json_object_set_new(root, "code_version", json_string(WN_VERSION)) ||
+          json_object_set_new(root, "seed", json_string(seed)) ||
+          json_object_set_new(root, "code_version", json_string(WN_VERSION)) ||
           json_object_set_new(root, "written_by_ranks", json_integer(wn_world_size(plan->world)));
   char *text = bad ? NULL : json_dumps(root, JSON_INDENT(2));
-  wn_status status = text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
+  wn_status status =
+      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
   free(text);
   json_decref(root);
   return status;
@@ -57,7 +62,8 @@ static wn_status read_values(wn_state *state, wn_stage *stage, const char *path,
   const json_t *format = json_object_get(root, "format"), *trained = json_object_get(root, "indexer_trained");
   if (!json_is_integer(format)) return WN_FAIL(WN_E_INPUT, "%s is not the state of a Winnow checkpoint", path);
   if (json_integer_value(format) != FORMAT)
-    return WN_FAIL(WN_E_INPUT, "%s: its format is %lld; this version reads %d", path, (long long)json_integer_value(format), FORMAT);
+    return WN_FAIL(WN_E_INPUT, "%s: its format is %lld; this version reads %d", path,
+                   (long long)json_integer_value(format), FORMAT);
   WN_TRY(read_stage(stage, path, root));
   for (size_t i = 0; i < N_COUNTERS; i++) {
     const json_t *item = json_object_get(root, counters[i].key);

@@ -36,9 +36,11 @@ static wn_status layers_forward(evaluation *ev, const wn_batch *batch, wn_tensor
   int32_t layers = s->model->config.num_hidden_layers;
   if (rows) {
     measures.sample = *rows;
-    WN_TRY(wn_device_tensor(device, &measures.stats, device->stash, "selection stats", WN_STAT, 2, rows->dim[0], WN_N_STATS, 0, 0));
+    WN_TRY(wn_device_tensor(device, &measures.stats, device->stash, "selection stats", WN_STAT, 2, rows->dim[0],
+                            WN_N_STATS, 0, 0));
     for (int i = 0; i < 2; i++)
-      WN_TRY(wn_device_tensor(device, &picks[i], device->stash, "sampled picks", WN_INDEX, 2, rows->dim[0], ev->pass.topk, 0, 0));
+      WN_TRY(wn_device_tensor(device, &picks[i], device->stash, "sampled picks", WN_INDEX, 2, rows->dim[0],
+                              ev->pass.topk, 0, 0));
   }
   for (int32_t l = 0; l < layers; l++) {
     WN_TRY(wn_store_acquire(s->store, l, ev->by_param));
@@ -48,7 +50,8 @@ static wn_status layers_forward(evaluation *ev, const wn_batch *batch, wn_tensor
       measures.picks = picks[l & 1];
       measures.picks_prev = l > 0 ? picks[(l + 1) & 1] : (wn_tensor){0};
     }
-    WN_TRY(wn_layer_forward(s->model, l, &weights, NULL, &ev->pass, &batch->rows, &h[(l + 1) & 1], NULL, &h[l & 1], NULL, &measures));
+    WN_TRY(wn_layer_forward(s->model, l, &weights, NULL, &ev->pass, &batch->rows, &h[(l + 1) & 1], NULL, &h[l & 1],
+                            NULL, &measures));
     WN_TRY(wn_store_release(s->store, l));
     if (!rows) continue;
     WN_TRY(device->ops->download(device, ev->stats, &measures.stats));
@@ -75,7 +78,8 @@ static wn_status one_window(evaluation *ev, int64_t window, bool counts, wn_eval
   memcpy(before, ev->sums, sizeof before);
   WN_TRY(wn_batch_load(&batch, device, s->dataset, (wn_batch_settings){T, s->document_mask}, &window, 1));
   for (int i = 0; i < 2; i++)
-    WN_TRY(wn_device_tensor(device, &h[i], device->stash, "hidden states", WN_ACT, 2, T, s->model->config.hidden_size, 0, 0));
+    WN_TRY(wn_device_tensor(device, &h[i], device->stash, "hidden states", WN_ACT, 2, T, s->model->config.hidden_size,
+                            0, 0));
   WN_TRY(wn_device_tensor(device, &logp, device->stash, "token log-probabilities", WN_STAT, 1, T, 0, 0, 0));
   if (ev->sample_rows) WN_TRY(sample(ev, &rows, window));
   WN_TRY(wn_store_acquire(s->store, -1, ev->by_param));
@@ -130,7 +134,8 @@ static wn_status share(const wn_eval_settings *s, wn_eval_result *out, double *s
   memcpy(flat + n * FIELDS, sums, WN_N_STATS * sizeof *sums);
   wn_status status = wn_group_sum_f64(wn_world_all(s->world), flat, n * FIELDS + WN_N_STATS);
   for (size_t i = 0; i < n && !status; i++)
-    out->sequences[i] = (wn_eval_sequence){flat[i * FIELDS], flat[i * FIELDS + 1], (int64_t)flat[i * FIELDS + 2], (int64_t)flat[i * FIELDS + 3]};
+    out->sequences[i] = (wn_eval_sequence){flat[i * FIELDS], flat[i * FIELDS + 1], (int64_t)flat[i * FIELDS + 2],
+                                           (int64_t)flat[i * FIELDS + 3]};
   memcpy(sums, flat + n * FIELDS, WN_N_STATS * sizeof *sums);
   free(flat);
   return status;
@@ -138,12 +143,16 @@ static wn_status share(const wn_eval_settings *s, wn_eval_result *out, double *s
 
 wn_status wn_evaluate(wn_eval_result *out, const wn_eval_settings *s, wn_selection selection) {
   wn_status status = NULL;
-  int64_t windows = wn_dataset_windows(s->dataset, s->seq_len), n = s->n_seqs > 0 && s->n_seqs < windows ? s->n_seqs : windows;
+  int64_t windows = wn_dataset_windows(s->dataset, s->seq_len),
+          n = s->n_seqs > 0 && s->n_seqs < windows ? s->n_seqs : windows;
   int64_t ranks = wn_world_size(s->world), rank = wn_world_rank(s->world);
   bool quality = s->model->config.has_indexer && s->sample_rows > 0;
   evaluation ev = {.settings = s};
   ev.sample_rows = !quality ? 0 : s->sample_rows < s->seq_len ? s->sample_rows : s->seq_len;
-  ev.pass = (wn_pass){.selection = selection, .topk = s->topk < s->seq_len ? s->topk : s->seq_len, .rows_per_sequence = s->seq_len, .seed = s->seed};
+  ev.pass = (wn_pass){.selection = selection,
+                      .topk = s->topk < s->seq_len ? s->topk : s->seq_len,
+                      .rows_per_sequence = s->seq_len,
+                      .seed = s->seed};
   ev.by_param = calloc((size_t)s->model->table.n, sizeof *ev.by_param);
   ev.logp = calloc((size_t)s->seq_len, sizeof *ev.logp);
   ev.stats = calloc((size_t)ev.sample_rows * WN_N_STATS + 1, sizeof *ev.stats);

@@ -1,4 +1,5 @@
-/* Held-out loss of a model under any of the six selections, per sequence, with the selection's quality on sampled rows. */
+/* Held-out loss of a model under any of the six selections, per sequence, with the selection's quality on sampled rows.
+ */
 #ifndef WN_TRAIN_EVALUATE_H
 #define WN_TRAIN_EVALUATE_H
 
@@ -20,13 +21,16 @@ typedef struct wn_eval_settings {
   uint64_t seed;
 } wn_eval_settings;
 
-typedef struct wn_eval_sequence { double loss_sum, scored_sum; int64_t tokens, scored; } wn_eval_sequence; /* sums of -logp, nats */
+typedef struct wn_eval_sequence {
+  double loss_sum, scored_sum;
+  int64_t tokens, scored;
+} wn_eval_sequence; /* sums of -logp, nats */
 
 typedef struct wn_eval_result {
   int64_t n_seqs, tokens, scored;
-  double loss, loss_scored;  /* means over tokens; loss_scored NaN where nothing is marked */
+  double loss, loss_scored;    /* means over tokens; loss_scored NaN where nothing is marked */
   wn_eval_sequence *sequences; /* [n_seqs], the same on all ranks */
-  double stats[WN_N_STATS];  /* means over sampled rows and layers; NaN where not measured */
+  double stats[WN_N_STATS];    /* means over sampled rows and layers; NaN where not measured */
 } wn_eval_result;
 
 /* Collective. */

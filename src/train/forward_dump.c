@@ -24,7 +24,8 @@ static wn_status dump_grow(dump *d) {
 }
 
 /* Adds a host copy of `t` under "prefix" + name, or, with a number >= 0, "prefix" + number. */
-static wn_status dump_add(dump *d, wn_device *device, const wn_tensor *t, const char *prefix, const char *name, int32_t number) {
+static wn_status dump_add(dump *d, wn_device *device, const wn_tensor *t, const char *prefix, const char *name,
+                          int32_t number) {
   WN_TRY(dump_grow(d));
   char *full = malloc(WN_NAME_BYTES + 32);
   void *host = malloc((size_t)wn_tensor_bytes(t) + 1);
@@ -33,8 +34,10 @@ static wn_status dump_add(dump *d, wn_device *device, const wn_tensor *t, const 
     free(host);
     return WN_FAIL(WN_E_MEMORY, "out of memory for the dump");
   }
-  if (number >= 0) snprintf(full, WN_NAME_BYTES + 32, "%s%d", prefix, number);
-  else snprintf(full, WN_NAME_BYTES + 32, "%s%s", prefix, name);
+  if (number >= 0)
+    snprintf(full, WN_NAME_BYTES + 32, "%s%d", prefix, number);
+  else
+    snprintf(full, WN_NAME_BYTES + 32, "%s%s", prefix, name);
   wn_st_spec spec = {.name = full, .dtype = t->dtype, .rank = t->rank};
   memcpy(spec.dim, t->dim, sizeof spec.dim);
   d->specs[d->n] = spec;
@@ -58,8 +61,8 @@ typedef struct job {
   wn_batch batch;
   wn_pass pass;
   wn_tensor *by_param, *grads_by_param;
-  wn_tensor *h, *mid;  /* [L + 1], [L] */
-  wn_replay *replay;   /* [L] */
+  wn_tensor *h, *mid; /* [L + 1], [L] */
+  wn_replay *replay;  /* [L] */
   dump out;
 } job;
 
@@ -115,8 +118,8 @@ static wn_status layer_forward(job *j, int32_t l) {
     WN_TRY(tensor(j, &measures.topk, WN_INDEX, n, pass.topk));
   }
   WN_TRY(acquire(j, l, &weights, stage1_grads ? &grads : NULL));
-  WN_TRY(wn_layer_forward(model, l, &weights, stage1_grads ? &grads : NULL, &pass, &j->batch.rows, &j->h[l + 1], &j->mid[l], &j->h[l],
-                          &j->replay[l], &measures));
+  WN_TRY(wn_layer_forward(model, l, &weights, stage1_grads ? &grads : NULL, &pass, &j->batch.rows, &j->h[l + 1],
+                          &j->mid[l], &j->h[l], &j->replay[l], &measures));
   WN_TRY(release(j, l, stage1_grads));
   WN_TRY(dump_add(&j->out, device, &j->h[l], "hidden.", NULL, l));
   WN_TRY(dump_add(&j->out, device, &measures.attention, "attn.", NULL, l));
@@ -129,8 +132,8 @@ static wn_status layer_forward(job *j, int32_t l) {
   return NULL;
 }
 
-/* The backward that training runs: with base_grads from the token loss, with indexer_grads from a zero gradient, so that whatever the KL leaks
- * into the base shows. */
+/* The backward that training runs: with base_grads from the token loss, with indexer_grads from a zero gradient, so
+ * that whatever the KL leaks into the base shows. */
 static wn_status run_backward(job *j) {
   wn_model *model = j->in->model;
   wn_device *device = j->in->device;
@@ -155,7 +158,8 @@ static wn_status run_backward(job *j) {
     j->replay[l].force_expert = j->replay[l].expert.data != NULL;
     j->replay[l].force_selection = j->replay[l].selection.data != NULL;
     WN_TRY(acquire(j, l, &weights, &grads));
-    WN_TRY(wn_layer_backward(model, l, &weights, &grads, &pass, &j->batch.rows, &dh, &j->h[l], &j->mid[l], &j->replay[l], &measures));
+    WN_TRY(wn_layer_backward(model, l, &weights, &grads, &pass, &j->batch.rows, &dh, &j->h[l], &j->mid[l],
+                             &j->replay[l], &measures));
     WN_TRY(release(j, l, true));
   }
   WN_TRY(acquire(j, -1, &weights, &grads));
@@ -190,7 +194,8 @@ static wn_status prepare(job *j) {
   j->h = calloc(layers, sizeof *j->h);
   j->mid = calloc(layers, sizeof *j->mid);
   j->replay = calloc(layers, sizeof *j->replay);
-  if (!j->by_param || !j->grads_by_param || !j->h || !j->mid || !j->replay) return WN_FAIL(WN_E_MEMORY, "out of memory for the dump");
+  if (!j->by_param || !j->grads_by_param || !j->h || !j->mid || !j->replay)
+    return WN_FAIL(WN_E_MEMORY, "out of memory for the dump");
   WN_TRY(wn_batch_from_tokens(&j->batch, j->in->device, s->tokens, s->n, s->document_first, s->n_documents));
   j->pass = (wn_pass){
       .selection = s->sparse ? WN_SELECT_INDEXER : WN_SELECT_DENSE,
@@ -202,7 +207,8 @@ static wn_status prepare(job *j) {
     WN_TRY(tensor(j, &j->h[l], WN_ACT, s->n, config->hidden_size));
     if (l == L) continue;
     WN_TRY(tensor(j, &j->mid[l], WN_ACT, s->n, config->hidden_size));
-    if (wn_model_config_is_moe(config, l)) WN_TRY(tensor(j, &j->replay[l].expert, WN_INDEX, s->n, config->num_experts_per_tok));
+    if (wn_model_config_is_moe(config, l))
+      WN_TRY(tensor(j, &j->replay[l].expert, WN_INDEX, s->n, config->num_experts_per_tok));
     if (s->sparse) WN_TRY(tensor(j, &j->replay[l].selection, WN_INDEX, s->n, j->pass.topk));
   }
   return NULL;

@@ -3,16 +3,23 @@
 #include "kernels/cpu/cpu.h"
 #include "train/checkpoint.h"
 
-wn_status wn_inference_open(wn_inference *out, const char *dir, int32_t threads, bool with_grads, wn_world *world, wn_log *log) {
+wn_status wn_inference_open(wn_inference *out, const char *dir, int32_t threads, bool with_grads, wn_world *world,
+                            wn_log *log) {
   wn_inference inference = {.world = world};
   wn_status status = NULL;
   wn_model_config config;
   wn_group *all = wn_world_all(world);
   WN_TRY_GOTO(status, fail, wn_model_config_load(&config, dir));
   WN_TRY_GOTO(status, fail, wn_cpu_create_f32(&inference.device, (wn_cpu_settings){.threads = threads}));
-  WN_TRY_GOTO(status, fail, wn_model_create(&inference.model, inference.device, &config, (wn_param_settings){.train_base = with_grads, .train_indexer = with_grads, .file_dtype = WN_F32}));
-  WN_TRY_GOTO(status, fail, wn_store_create(&inference.store, inference.device, world, &all, 1, inference.model->table.params, inference.model->table.n));
-  wn_checkpoint_plan plan = {.model = inference.model, .store = inference.store, .world = world, .log = log, .run_dir = "", .init_dir = dir};
+  WN_TRY_GOTO(status, fail,
+              wn_model_create(
+                  &inference.model, inference.device, &config,
+                  (wn_param_settings){.train_base = with_grads, .train_indexer = with_grads, .file_dtype = WN_F32}));
+  WN_TRY_GOTO(status, fail,
+              wn_store_create(&inference.store, inference.device, world, &all, 1, inference.model->table.params,
+                              inference.model->table.n));
+  wn_checkpoint_plan plan = {
+      .model = inference.model, .store = inference.store, .world = world, .log = log, .run_dir = "", .init_dir = dir};
   WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_init_load(&plan, dir, false)));
   *out = inference;
   return NULL;

@@ -39,7 +39,8 @@ static wn_status draw(const init *in, int32_t p) {
   const wn_model_config *config = &in->plan->model->config;
   uint64_t seed = in->plan->seed;
   float *buffer = in->buffer;
-  bool attention = param->slot == WN_P_Q_A || param->slot == WN_P_Q_B || param->slot == WN_P_KV_A || param->slot == WN_P_KV_B || param->slot == WN_P_O;
+  bool attention = param->slot == WN_P_Q_A || param->slot == WN_P_Q_B || param->slot == WN_P_KV_A ||
+                   param->slot == WN_P_KV_B || param->slot == WN_P_O;
   double gain = attention && in->plan->attention_init_gain > 0 ? in->plan->attention_init_gain : 1.0;
   if (!part->piece) return NULL;
   for (int64_t done = 0, n; done < part->count; done += n) {
@@ -53,8 +54,8 @@ static wn_status draw(const init *in, int32_t p) {
   return NULL;
 }
 
-/* Where the directory is a checkpoint, the bytes of its weights are compared with its manifest (this rank's share of the files). Its other
- * files may have been edited by hand, as a config.json may be. */
+/* Where the directory is a checkpoint, the bytes of its weights are compared with its manifest (this rank's share of
+ * the files). Its other files may have been edited by hand, as a config.json may be. */
 static wn_status verify_weights(const wn_hf_dir *dir, int32_t rank, int32_t size) {
   char path[WN_PATH_BYTES];
   wn_manifest manifest;
@@ -86,8 +87,10 @@ static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char
   }
   if (wn_world_rank(plan->world) != 0) return NULL;
   if (passed_over)
-    wn_info(plan->log, "%s: %lld tensors of layers from %d on (multi-token prediction) are not trained; checkpoints carry them through", dir,
-            (long long)passed_over, rules.n_layers);
+    wn_info(plan->log,
+            "%s: %lld tensors of layers from %d on (multi-token prediction) are not trained; checkpoints carry them "
+            "through",
+            dir, (long long)passed_over, rules.n_layers);
   if (indexer_absent) wn_info(plan->log, "%s has no indexer: a new one is drawn from the seed", dir);
   return NULL;
 }

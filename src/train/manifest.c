@@ -18,9 +18,11 @@ static wn_status read_entry(wn_manifest_entry *out, const char *path, const json
   const json_t *bytes = json_object_get(item, "bytes");
   if (!name || !hash || !json_is_integer(bytes) || json_integer_value(bytes) < 0)
     return WN_FAIL(WN_E_INPUT, "%s: an entry lacks its name, bytes or hash", path);
-  if (name[0] == 0 || strchr(name, '/') || !strcmp(name, ".") || !strcmp(name, "..") || strlen(name) >= WN_FILE_NAME_BYTES)
+  if (name[0] == 0 || strchr(name, '/') || !strcmp(name, ".") || !strcmp(name, "..") ||
+      strlen(name) >= WN_FILE_NAME_BYTES)
     return WN_FAIL(WN_E_INPUT, "%s: '%.100s' is not the name of a file in the directory", path, name);
-  if (wn_hash_parse(&out->hash, hash)) return WN_FAIL(WN_E_INPUT, "%s: the hash of %s is not 32 hexadecimal digits", path, name);
+  if (wn_hash_parse(&out->hash, hash))
+    return WN_FAIL(WN_E_INPUT, "%s: the hash of %s is not 32 hexadecimal digits", path, name);
   memcpy(out->name, name, strlen(name) + 1);
   out->bytes = (uint64_t)json_integer_value(bytes);
   return NULL;
@@ -33,7 +35,8 @@ static wn_status read_entries(wn_manifest *out, const char *path, const json_t *
   if (!json_is_array(files)) return WN_FAIL(WN_E_INPUT, "%s holds no list of files", path);
   out->entries = calloc(json_array_size(files) + 1, sizeof *out->entries);
   if (!out->entries) return WN_FAIL(WN_E_MEMORY, "out of memory reading %s", path);
-  for (size_t i = 0; i < json_array_size(files); i++) WN_TRY(read_entry(&out->entries[out->n++], path, json_array_get(files, i)));
+  for (size_t i = 0; i < json_array_size(files); i++)
+    WN_TRY(read_entry(&out->entries[out->n++], path, json_array_get(files, i)));
   qsort(out->entries, out->n, sizeof *out->entries, by_name);
   for (size_t i = 1; i < out->n; i++)
     if (!by_name(&out->entries[i - 1], &out->entries[i]))
@@ -71,11 +74,14 @@ wn_status wn_manifest_write(wn_manifest *manifest, const char *dir) {
   for (size_t i = 0; i < manifest->n; i++) {
     const wn_manifest_entry *entry = &manifest->entries[i];
     wn_hash_text(entry->hash, hash);
-    bad |= json_array_append_new(files, json_pack("{ss sI ss}", "name", entry->name, "bytes", (json_int_t)entry->bytes, "hash", hash));
+    bad |= json_array_append_new(
+        files, json_pack("{ss sI ss}", "name", entry->name, "bytes", (json_int_t)entry->bytes, "hash", hash));
   }
-  json_t *root = json_pack("{si ss so}", "format", FORMAT, "hash", "XXH3-128 of the XXH3-128 digests of 4 MiB chunks", "files", files);
+  json_t *root = json_pack("{si ss so}", "format", FORMAT, "hash", "XXH3-128 of the XXH3-128 digests of 4 MiB chunks",
+                           "files", files);
   char *text = bad || !root ? NULL : json_dumps(root, JSON_INDENT(1));
-  wn_status status = text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
+  wn_status status =
+      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
   free(text);
   json_decref(root);
   return status;
@@ -86,8 +92,10 @@ const wn_manifest_entry *wn_manifest_find(const wn_manifest *manifest, const cha
     size_t middle = low + (high - low) / 2;
     int order = strcmp(name, manifest->entries[middle].name);
     if (order == 0) return &manifest->entries[middle];
-    if (order < 0) high = middle;
-    else low = middle + 1;
+    if (order < 0)
+      high = middle;
+    else
+      low = middle + 1;
   }
   return NULL;
 }
@@ -117,7 +125,8 @@ wn_status wn_manifest_check_file(const wn_manifest_entry *entry, const char *dir
   WN_TRY(wn_path(path, "%s/%s", dir, entry->name));
   /* the length first: a cut file is told from a changed one, and costs no reading */
   if (stat(path, &info) == 0 && (uint64_t)info.st_size != entry->bytes)
-    return WN_FAIL(WN_E_INPUT, "%s is %lld bytes long; " WN_MANIFEST_NAME " lists %" PRIu64, path, (long long)info.st_size, entry->bytes);
+    return WN_FAIL(WN_E_INPUT, "%s is %lld bytes long; " WN_MANIFEST_NAME " lists %" PRIu64, path,
+                   (long long)info.st_size, entry->bytes);
   WN_TRY(wn_hash_file(&hash, &bytes, path));
   if (bytes != entry->bytes || !wn_hash_equal(hash, entry->hash))
     return WN_FAIL(WN_E_INPUT, "%s differs from its digest in " WN_MANIFEST_NAME, path);

@@ -1,5 +1,5 @@
-/* MANIFEST.json: name, length and digest of every file of a checkpoint. It is written last, so a directory that has one was
- * whole; whether it still is, is found by reading every byte. */
+/* MANIFEST.json: name, length and digest of every file of a checkpoint. It is written last, so a directory that has one
+ * was whole; whether it still is, is found by reading every byte. */
 #ifndef WN_TRAIN_MANIFEST_H
 #define WN_TRAIN_MANIFEST_H
 
@@ -12,8 +12,15 @@
 
 enum { WN_FILE_NAME_BYTES = 256 };
 
-typedef struct wn_manifest_entry { char name[WN_FILE_NAME_BYTES]; uint64_t bytes; wn_hash hash; } wn_manifest_entry;
-typedef struct wn_manifest { wn_manifest_entry *entries; size_t n; } wn_manifest; /* sorted by name */
+typedef struct wn_manifest_entry {
+  char name[WN_FILE_NAME_BYTES];
+  uint64_t bytes;
+  wn_hash hash;
+} wn_manifest_entry;
+typedef struct wn_manifest {
+  wn_manifest_entry *entries;
+  size_t n;
+} wn_manifest; /* sorted by name */
 
 /* WN_E_INPUT, naming the file, when it is not a manifest; WN_E_IO when it cannot be read. */
 WN_MUST_USE wn_status wn_manifest_load(wn_manifest *out, const char *dir);

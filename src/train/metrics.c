@@ -8,12 +8,29 @@
 
 enum { TRAIN, SPEED, LAYERS, EVAL, EVENTS, N_TABLES };
 
-static const char *const train_columns[] = {"step", "tokens", "lr", "indexer_lr", "loss", "lm_loss", "indexer_kl", "grad_norm",
-                                            "indexer_grad_norm", "skipped"};
-static const char *const speed_columns[] = {"step", "step_ms", "data_ms", "comm_wait_ms", "tokens_per_s", "tflops", "mfu_pct", "mem_peak_gib"};
-static const char *const layers_columns[] = {"step", "layer", "kl", "kl_dense", "kl_uniform", "mass_at_k", "mass_best", "mass_recent",
-                                             "mass_sink", "mass_random", "recall_at_k", "top1_hit", "entropy_target", "entropy_index",
-                                             "select_dist_mean", "select_local_ratio", "select_iou_prev", "density", "expert_load_max"};
+static const char *const train_columns[] = {"step",    "tokens",     "lr",        "indexer_lr",        "loss",
+                                            "lm_loss", "indexer_kl", "grad_norm", "indexer_grad_norm", "skipped"};
+static const char *const speed_columns[] = {"step",         "step_ms", "data_ms", "comm_wait_ms",
+                                            "tokens_per_s", "tflops",  "mfu_pct", "mem_peak_gib"};
+static const char *const layers_columns[] = {"step",
+                                             "layer",
+                                             "kl",
+                                             "kl_dense",
+                                             "kl_uniform",
+                                             "mass_at_k",
+                                             "mass_best",
+                                             "mass_recent",
+                                             "mass_sink",
+                                             "mass_random",
+                                             "recall_at_k",
+                                             "top1_hit",
+                                             "entropy_target",
+                                             "entropy_index",
+                                             "select_dist_mean",
+                                             "select_local_ratio",
+                                             "select_iou_prev",
+                                             "density",
+                                             "expert_load_max"};
 static const char *const eval_columns[] = {"step", "split", "selection", "tokens", "loss", "loss_scored"};
 static const char *const events_columns[] = {"time", "step", "rank", "kind", "detail"};
 
@@ -23,12 +40,16 @@ static const struct {
   const char *const *columns;
   int32_t n;
 } tables[N_TABLES] = {
-    [TRAIN] = {"train", train_columns, COUNT(train_columns)},   [SPEED] = {"speed", speed_columns, COUNT(speed_columns)},
-    [LAYERS] = {"layers", layers_columns, COUNT(layers_columns)}, [EVAL] = {"eval", eval_columns, COUNT(eval_columns)},
+    [TRAIN] = {"train", train_columns, COUNT(train_columns)},
+    [SPEED] = {"speed", speed_columns, COUNT(speed_columns)},
+    [LAYERS] = {"layers", layers_columns, COUNT(layers_columns)},
+    [EVAL] = {"eval", eval_columns, COUNT(eval_columns)},
     [EVENTS] = {"events", events_columns, COUNT(events_columns)},
 };
 
-struct wn_metrics { wn_csv *csv[N_TABLES]; };
+struct wn_metrics {
+  wn_csv *csv[N_TABLES];
+};
 
 wn_status wn_metrics_create(wn_metrics **out, const char *run_dir, int64_t last_step) {
   wn_metrics *metrics = calloc(1, sizeof *metrics);
@@ -59,7 +80,8 @@ wn_status wn_metrics_close(wn_metrics *metrics) {
 wn_status wn_metrics_train(wn_metrics *metrics, const wn_train_row *row) {
   if (!metrics) return NULL;
   wn_csv *csv = metrics->csv[TRAIN];
-  const double cells[] = {row->lr, row->indexer_lr, row->loss, row->lm_loss, row->indexer_kl, row->grad_norm, row->indexer_grad_norm};
+  const double cells[] = {row->lr,        row->indexer_lr,       row->loss, row->lm_loss, row->indexer_kl,
+                          row->grad_norm, row->indexer_grad_norm};
   wn_csv_int(csv, row->step);
   wn_csv_int(csv, row->tokens);
   for (int32_t i = 0; i < COUNT(cells); i++) wn_csv_real(csv, cells[i]);
@@ -70,7 +92,8 @@ wn_status wn_metrics_train(wn_metrics *metrics, const wn_train_row *row) {
 wn_status wn_metrics_speed(wn_metrics *metrics, const wn_speed_row *row) {
   if (!metrics) return NULL;
   wn_csv *csv = metrics->csv[SPEED];
-  const double cells[] = {row->step_ms, row->data_ms, row->comm_wait_ms, row->tokens_per_s, row->tflops, row->mfu_pct, row->mem_peak_gib};
+  const double cells[] = {row->step_ms, row->data_ms, row->comm_wait_ms, row->tokens_per_s,
+                          row->tflops,  row->mfu_pct, row->mem_peak_gib};
   wn_csv_int(csv, row->step);
   for (int32_t i = 0; i < COUNT(cells); i++) wn_csv_real(csv, cells[i]);
   return wn_csv_end_row(csv);
@@ -85,11 +108,12 @@ static double load_max(const int64_t *load, int32_t n) {
   return total ? (double)most * n / (double)total : NAN;
 }
 
-wn_status wn_metrics_layers(wn_metrics *metrics, int64_t step, const wn_model_config *config, const wn_step_sums *sums, bool with_kl,
-                            bool with_stats) {
-  static const wn_stat_column order[] = {WN_STAT_KL_DENSE,   WN_STAT_KL_UNIFORM,     WN_STAT_MASS_AT_K,    WN_STAT_MASS_BEST,   WN_STAT_MASS_RECENT,
-                                         WN_STAT_MASS_SINK,  WN_STAT_MASS_RANDOM,    WN_STAT_RECALL_AT_K,  WN_STAT_TOP1_HIT,    WN_STAT_ENTROPY_TARGET,
-                                         WN_STAT_ENTROPY_INDEX, WN_STAT_SELECT_DIST, WN_STAT_SELECT_LOCAL, WN_STAT_IOU_PREV,    WN_STAT_DENSITY};
+wn_status wn_metrics_layers(wn_metrics *metrics, int64_t step, const wn_model_config *config, const wn_step_sums *sums,
+                            bool with_kl, bool with_stats) {
+  static const wn_stat_column order[] = {
+      WN_STAT_KL_DENSE,      WN_STAT_KL_UNIFORM,  WN_STAT_MASS_AT_K,    WN_STAT_MASS_BEST, WN_STAT_MASS_RECENT,
+      WN_STAT_MASS_SINK,     WN_STAT_MASS_RANDOM, WN_STAT_RECALL_AT_K,  WN_STAT_TOP1_HIT,  WN_STAT_ENTROPY_TARGET,
+      WN_STAT_ENTROPY_INDEX, WN_STAT_SELECT_DIST, WN_STAT_SELECT_LOCAL, WN_STAT_IOU_PREV,  WN_STAT_DENSITY};
   if (!metrics) return NULL;
   wn_csv *csv = metrics->csv[LAYERS];
   for (int32_t l = 0; l < config->num_hidden_layers; l++) {
@@ -102,13 +126,16 @@ wn_status wn_metrics_layers(wn_metrics *metrics, int64_t step, const wn_model_co
       bool absent = !with_stats || counted == 0 || (order[c] == WN_STAT_IOU_PREV && l == 0);
       wn_csv_real(csv, absent ? NAN : stats[order[c]] / counted);
     }
-    wn_csv_real(csv, wn_model_config_is_moe(config, l) ? load_max(sums->load + (int64_t)l * config->n_routed_experts, config->n_routed_experts) : NAN);
+    wn_csv_real(csv, wn_model_config_is_moe(config, l)
+                         ? load_max(sums->load + (int64_t)l * config->n_routed_experts, config->n_routed_experts)
+                         : NAN);
     WN_TRY(wn_csv_end_row(csv));
   }
   return NULL;
 }
 
-wn_status wn_metrics_eval(wn_metrics *metrics, int64_t step, const char *split, const char *selection, const wn_eval_result *result) {
+wn_status wn_metrics_eval(wn_metrics *metrics, int64_t step, const char *split, const char *selection,
+                          const wn_eval_result *result) {
   if (!metrics) return NULL;
   wn_csv *csv = metrics->csv[EVAL];
   wn_csv_int(csv, step);

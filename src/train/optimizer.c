@@ -5,7 +5,9 @@
 #include "kernels/kernels.h"
 #include "model/params.h"
 
-static bool trains(const wn_piece *piece) { return piece->kind == WN_BASE || piece->kind == WN_INDEXER; }
+static bool trains(const wn_piece *piece) {
+  return piece->kind == WN_BASE || piece->kind == WN_INDEXER;
+}
 
 wn_status wn_optimizer_norms(wn_gradient_norms *out, wn_device *device, wn_world *world, wn_store *store,
                              double base_divisor, double indexer_divisor) {
@@ -70,7 +72,8 @@ wn_status wn_optimizer_zero_grads(wn_device *device, wn_store *store) {
   return NULL;
 }
 
-wn_status wn_optimizer_router_bias(wn_device *device, wn_store *store, double speed, const int64_t *load, int32_t n_experts) {
+wn_status wn_optimizer_router_bias(wn_device *device, wn_store *store, double speed, const int64_t *load,
+                                   int32_t n_experts) {
   const wn_param *params = wn_store_params(store, &(int32_t){0});
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
     wn_piece *piece = wn_store_piece(store, i);

@@ -1,5 +1,6 @@
-/* What a stage asks of the trainer: what trains, which attention runs, which losses there are (a trained base learns from the
- * token loss, a trained indexer from the KL), and which loop is outer. The stages/ folder holds one of these each. */
+/* What a stage asks of the trainer: what trains, which attention runs, which losses there are (a trained base learns
+ * from the token loss, a trained indexer from the KL), and which loop is outer. The stages/ folder holds one of these
+ * each. */
 #ifndef WN_TRAIN_RECIPE_H
 #define WN_TRAIN_RECIPE_H
 

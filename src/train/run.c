@@ -28,9 +28,13 @@ static wn_status resolve_indexer(wn_model_config *config, const wn_recipe *recip
     return WN_FAIL_HINT(WN_E_CONFIG, "run `winnow warmup` first and give its checkpoint as init",
                         "adapt needs a trained indexer, and the model in %s has none", dir);
   if (!job->dsa.index_n_heads || !job->dsa.index_head_dim || !job->dsa.index_topk)
-    return WN_FAIL(WN_E_CONFIG, "the model in %s has no indexer, so dsa.index_n_heads, dsa.index_head_dim and dsa.index_topk must be given", dir);
+    return WN_FAIL(
+        WN_E_CONFIG,
+        "the model in %s has no indexer, so dsa.index_n_heads, dsa.index_head_dim and dsa.index_topk must be given",
+        dir);
   if (job->dsa.index_head_dim < config->qk_rope_head_dim)
-    return WN_FAIL(WN_E_CONFIG, "dsa.index_head_dim is %d, less than the model's rope width %d", job->dsa.index_head_dim, config->qk_rope_head_dim);
+    return WN_FAIL(WN_E_CONFIG, "dsa.index_head_dim is %d, less than the model's rope width %d",
+                   job->dsa.index_head_dim, config->qk_rope_head_dim);
   config->has_indexer = true;
   config->index_n_heads = job->dsa.index_n_heads;
   config->index_head_dim = job->dsa.index_head_dim;
@@ -43,8 +47,8 @@ static wn_status resolve_model(wn_model_config *config, const wn_recipe *recipe,
   WN_TRY(wn_model_config_load(config, dir));
   WN_TRY(resolve_indexer(config, recipe, job, dir));
   if (job->data.seq_len > config->max_position_embeddings)
-    return WN_FAIL(WN_E_CONFIG, "data.seq_len is %d, but the model in %s has max_position_embeddings %d", job->data.seq_len, dir,
-                   config->max_position_embeddings);
+    return WN_FAIL(WN_E_CONFIG, "data.seq_len is %d, but the model in %s has max_position_embeddings %d",
+                   job->data.seq_len, dir, config->max_position_embeddings);
   return NULL;
 }
 
@@ -53,7 +57,8 @@ static wn_status check_stage(const wn_recipe *recipe, const wn_job *job, bool *i
   wn_stage stage = WN_STAGE_PRETRAIN;
   bool found = false;
   if (job->init[0]) WN_TRY(wn_checkpoint_read_state(job->init, &state, &stage, &found));
-  *indexer_trained = found ? state.indexer_trained : true; /* a plain directory with an indexer is a finished V3.2 model */
+  *indexer_trained =
+      found ? state.indexer_trained : true; /* a plain directory with an indexer is a finished V3.2 model */
   if (recipe->stage == WN_STAGE_ADAPT && !*indexer_trained)
     return WN_FAIL_HINT(WN_E_CONFIG, "run `winnow warmup` from it first",
                         "adapt needs a trained indexer, and the one in %s has not been through a warm-up", job->init);
@@ -63,13 +68,15 @@ static wn_status check_stage(const wn_recipe *recipe, const wn_job *job, bool *i
 static wn_status check_world(const wn_job *job, wn_world *world) {
   int32_t ranks = wn_world_size(world), per_round = job->training.micro_batch_seqs * ranks;
   if (job->training.global_batch_seqs % per_round != 0)
-    return WN_FAIL_HINT(WN_E_CONFIG, "change training.global_batch_seqs, training.micro_batch_seqs or the number of ranks",
-                        "training.global_batch_seqs %d is not a multiple of %d ranks times training.micro_batch_seqs %d",
-                        job->training.global_batch_seqs, ranks, job->training.micro_batch_seqs);
+    return WN_FAIL_HINT(
+        WN_E_CONFIG, "change training.global_batch_seqs, training.micro_batch_seqs or the number of ranks",
+        "training.global_batch_seqs %d is not a multiple of %d ranks times training.micro_batch_seqs %d",
+        job->training.global_batch_seqs, ranks, job->training.micro_batch_seqs);
   return NULL;
 }
 
-static wn_status open_data(wn_dataset **out, const char *prefix, const char *key, const wn_model_config *config, int32_t seq_len) {
+static wn_status open_data(wn_dataset **out, const char *prefix, const char *key, const wn_model_config *config,
+                           int32_t seq_len) {
   wn_dataset *dataset = NULL;
   wn_status status = NULL;
   WN_TRY_GOTO(status, fail, wn_dataset_open(&dataset, prefix));
@@ -96,7 +103,8 @@ static wn_param_settings param_settings(const wn_recipe *recipe, const wn_job *j
 
 static wn_status make_device(wn_device **out, const wn_job *job, wn_log *log) {
   if (job->device == WN_JOB_CUDA)
-    return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu or device: auto", "device is cuda, but this build has no CUDA operations");
+    return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu or device: auto",
+                        "device is cuda, but this build has no CUDA operations");
   WN_TRY(wn_cpu_create_f32(out, (wn_cpu_settings){.threads = job->threads}));
   wn_info(log, "device: cpu, %d thread%s", (*out)->threads, (*out)->threads == 1 ? "" : "s");
   return NULL;
@@ -163,13 +171,16 @@ static wn_status load_weights(wn_run *run, bool init_indexer_trained) {
   if (run->recipe.stage == WN_STAGE_ADAPT && run->job.optimizer.carry_indexer) {
     bool carried;
     WN_TRY(wn_init_carry_indexer(&plan, run->job.init, &run->state, &carried));
-    wn_info(run->log, carried ? "carried the indexer's moments over (Adam step %lld)" : "init has no indexer moments to carry (Adam step %lld)",
+    wn_info(run->log,
+            carried ? "carried the indexer's moments over (Adam step %lld)"
+                    : "init has no indexer moments to carry (Adam step %lld)",
             (long long)run->state.adam_indexer);
   }
   return NULL;
 }
 
-wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world, wn_log *log) {
+wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world,
+                        wn_log *log) {
   wn_status status = NULL;
   bool indexer_trained = false;
   wn_model_config config;
@@ -180,12 +191,14 @@ wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_jo
   WN_TRY_GOTO(status, fail, resolve_model(&config, &recipe, job));
   WN_TRY_GOTO(status, fail, check_stage(&recipe, job, &indexer_trained));
   WN_TRY_GOTO(status, fail, open_data(&run->train, job->data.train, "data.train", &config, job->data.seq_len));
-  if (job->data.valid[0]) WN_TRY_GOTO(status, fail, open_data(&run->valid, job->data.valid, "data.valid", &config, job->data.seq_len));
+  if (job->data.valid[0])
+    WN_TRY_GOTO(status, fail, open_data(&run->valid, job->data.valid, "data.valid", &config, job->data.seq_len));
   WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? prepare_run_dir(run) : NULL));
   WN_TRY_GOTO(status, fail, make_device(&run->device, job, log));
   WN_TRY_GOTO(status, fail, wn_model_create(&run->model, run->device, &config, param_settings(&recipe, job)));
   wn_group *all = wn_world_all(world);
-  WN_TRY_GOTO(status, fail, wn_store_create(&run->store, run->device, world, &all, 1, run->model->table.params, run->model->table.n));
+  WN_TRY_GOTO(status, fail,
+              wn_store_create(&run->store, run->device, world, &all, 1, run->model->table.params, run->model->table.n));
   run->by_param = calloc((size_t)run->model->table.n, sizeof *run->by_param);
   run->grads_by_param = calloc((size_t)run->model->table.n, sizeof *run->grads_by_param);
   if (!run->by_param || !run->grads_by_param) {
@@ -214,10 +227,13 @@ void wn_run_free(wn_run *run) {
 }
 
 /* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32. */
-static int64_t element_bytes(wn_kind kind) { return kind == WN_BASE || kind == WN_INDEXER ? 16 : 4; }
+static int64_t element_bytes(wn_kind kind) {
+  return kind == WN_BASE || kind == WN_INDEXER ? 16 : 4;
+}
 
 /* A dataset may be made after the job that names it: one that is absent is said, not refused. */
-static wn_status check_data(const char *prefix, const char *key, const wn_model_config *config, int32_t seq_len, wn_log *log) {
+static wn_status check_data(const char *prefix, const char *key, const wn_model_config *config, int32_t seq_len,
+                            wn_log *log) {
   char path[WN_PATH_BYTES];
   wn_dataset *dataset = NULL;
   if (!prefix[0]) return NULL;
@@ -255,6 +271,7 @@ wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_
     total += bytes;
     wn_info(log, "%-17s %15lld parameters %12.3f GB a rank", kinds[k], (long long)elements[k], (double)bytes * 1e-9);
   }
-  wn_info(log, "state in FP32 on %lld rank%s: %.3f GB a rank", (long long)ranks, ranks == 1 ? "" : "s", (double)total * 1e-9);
+  wn_info(log, "state in FP32 on %lld rank%s: %.3f GB a rank", (long long)ranks, ranks == 1 ? "" : "s",
+          (double)total * 1e-9);
   return NULL;
 }

@@ -1,5 +1,5 @@
-/* A running job: what it was asked, what it stands on, what it holds. Created from a job file, by fresh initialisation or by resuming the newest
- * whole checkpoint of its run directory. */
+/* A running job: what it was asked, what it stands on, what it holds. Created from a job file, by fresh initialisation
+ * or by resuming the newest whole checkpoint of its run directory. */
 #ifndef WN_TRAIN_RUN_H
 #define WN_TRAIN_RUN_H
 
@@ -16,17 +16,18 @@ typedef struct wn_run {
   wn_device *device;
   wn_model *model;
   wn_store *store;
-  wn_dataset *train, *valid; /* valid NULL: none given */
+  wn_dataset *train, *valid;            /* valid NULL: none given */
   wn_tensor *by_param, *grads_by_param; /* [table.n]: filled by the store, layer by layer */
   wn_state state;
   bool resumed;
 } wn_run;
 
 /* Everything that can be found wrong without training is found here, each in one sentence. Collective. */
-WN_MUST_USE wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world, wn_log *log);
+WN_MUST_USE wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source,
+                                    wn_world *world, wn_log *log);
 void wn_run_free(wn_run *run);
-/* What wn_run_create would refuse, without weights or memory: model configuration, indexer, divisibility, datasets; prints the unit
- * table of bytes a rank. For --check. */
+/* What wn_run_create would refuse, without weights or memory: model configuration, indexer, divisibility, datasets;
+ * prints the unit table of bytes a rank. For --check. */
 WN_MUST_USE wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_log *log);
 wn_checkpoint_plan wn_run_checkpoint_plan(const wn_run *run);
 

@@ -28,21 +28,20 @@ void wn_step_sums_free(wn_step_sums *sums) {
   *sums = (wn_step_sums){0};
 }
 
-/* What a step needs besides the run, for its length. Host results of one sequence each stand apart, so that the global sums run in
- * sequence order whatever the number of ranks. */
+/* What a step needs besides the run, for its length. Host results of one sequence each stand apart, so that the global
+ * sums run in sequence order whatever the number of ranks. */
 typedef struct work {
   wn_run *run;
   int64_t step;
   bool with_stats;
   wn_pass pass;
-  int32_t n_micro, sample_rows; /* sampled rows a sequence */
-  wn_batch *batches;            /* [n_micro] */
-  int64_t first_sequence;       /* of this rank, within the global batch */
+  int32_t n_micro, sample_rows;        /* sampled rows a sequence */
+  wn_batch *batches;                   /* [n_micro] */
+  int64_t first_sequence;              /* of this rank, within the global batch */
   double *sequence_logp, *sequence_kl; /* [B], [B * L] */
-  double *host;                 /* download buffer */
+  double *host;                        /* download buffer */
   wn_step_sums *sums;
 } work;
-
 
 static void *scratch_array(wn_device *device, const char *name, int64_t bytes, wn_status *status) {
   void *out = NULL;
@@ -59,9 +58,12 @@ static wn_status read_doubles(wn_device *device, double *out, const wn_tensor *t
   WN_TRY(wn_tensor_alloc(&host, device->scratch, "host copy", t->dtype, 1, n, 0, 0, 0));
   WN_TRY(device->ops->download(device, host.data, t));
   for (int64_t i = 0; i < n; i++) {
-    if (t->dtype == WN_F32) out[i] = (double)((const float *)host.data)[i];
-    else if (t->dtype == WN_F64) out[i] = ((const double *)host.data)[i];
-    else out[i] = ((const int32_t *)host.data)[i];
+    if (t->dtype == WN_F32)
+      out[i] = (double)((const float *)host.data)[i];
+    else if (t->dtype == WN_F64)
+      out[i] = ((const double *)host.data)[i];
+    else
+      out[i] = ((const int32_t *)host.data)[i];
   }
   wn_arena_release(device->scratch, mark);
   return NULL;
@@ -122,14 +124,16 @@ static wn_status sample_rows(work *w, wn_tensor *out, int32_t m) {
     uint64_t sequence = (uint64_t)(w->first_sequence + (int64_t)m * batch->n_seqs + q);
     uint64_t key = wn_rng_u64(w->run->job.training.seed, WN_RNG_SAMPLE, (uint64_t)w->step << 24 | sequence);
     for (int32_t i = 0; i < s; i++)
-      rows[q * s + i] = q * batch->seq_len + (int32_t)wn_rng_permute(key, WN_RNG_SAMPLE, (uint64_t)batch->seq_len, (uint64_t)i);
+      rows[q * s + i] =
+          q * batch->seq_len + (int32_t)wn_rng_permute(key, WN_RNG_SAMPLE, (uint64_t)batch->seq_len, (uint64_t)i);
     qsort(rows + q * s, (size_t)s, sizeof *rows, compare_ints);
   }
   WN_TRY(wn_device_tensor(device, out, device->stash, "sampled rows", WN_INDEX, 1, n, 0, 0, 0));
   return device->ops->upload(device, out, rows);
 }
 
-static wn_status begin_measures(work *w, layer_work *lw, int32_t layer, int32_t m, bool kl, const wn_tensor *sample, wn_tensor picks[2]) {
+static wn_status begin_measures(work *w, layer_work *lw, int32_t layer, int32_t m, bool kl, const wn_tensor *sample,
+                                wn_tensor picks[2]) {
   wn_device *device = w->run->device;
   const wn_model_config *config = &w->run->model->config;
   int64_t n = w->batches[m].n_rows;
@@ -140,14 +144,16 @@ static wn_status begin_measures(work *w, layer_work *lw, int32_t layer, int32_t 
     WN_TRY(device->ops->zero(device, &ms->kl));
   }
   if (wn_model_config_is_moe(config, layer)) {
-    WN_TRY(wn_device_tensor(device, &ms->load, device->stash, "expert load", WN_INDEX, 1, config->n_routed_experts, 0, 0, 0));
+    WN_TRY(wn_device_tensor(device, &ms->load, device->stash, "expert load", WN_INDEX, 1, config->n_routed_experts, 0,
+                            0, 0));
     WN_TRY(device->ops->zero(device, &ms->load));
     WN_TRY(wn_device_tensor(device, &ms->balance, device->stash, "balance", WN_STAT, 1, 1, 0, 0, 0));
     WN_TRY(device->ops->zero(device, &ms->balance));
   }
   if (sample && sample->data) {
     ms->sample = *sample;
-    WN_TRY(wn_device_tensor(device, &ms->stats, device->stash, "selection stats", WN_STAT, 2, sample->dim[0], WN_N_STATS, 0, 0));
+    WN_TRY(wn_device_tensor(device, &ms->stats, device->stash, "selection stats", WN_STAT, 2, sample->dim[0],
+                            WN_N_STATS, 0, 0));
     ms->picks = picks[layer & 1];
     if (layer > 0) ms->picks_prev = picks[(layer + 1) & 1];
   }
@@ -196,7 +202,8 @@ static wn_status begin_sampling(work *w, int32_t m, wn_tensor *sample, wn_tensor
   if (!w->with_stats) return NULL;
   WN_TRY(sample_rows(w, sample, m));
   for (int i = 0; i < 2; i++)
-    WN_TRY(wn_device_tensor(device, &picks[i], device->stash, "sampled picks", WN_INDEX, 2, sample->dim[0], w->pass.topk, 0, 0));
+    WN_TRY(wn_device_tensor(device, &picks[i], device->stash, "sampled picks", WN_INDEX, 2, sample->dim[0],
+                            w->pass.topk, 0, 0));
   return NULL;
 }
 
@@ -221,7 +228,8 @@ static wn_status prefetch(wn_run *run, int32_t layer) {
 
 static wn_status hidden(work *w, wn_tensor *out, const char *name, int32_t m) {
   wn_device *device = w->run->device;
-  return wn_device_tensor(device, out, device->stash, name, WN_ACT, 2, w->batches[m].n_rows, w->run->model->config.hidden_size, 0, 0);
+  return wn_device_tensor(device, out, device->stash, name, WN_ACT, 2, w->batches[m].n_rows,
+                          w->run->model->config.hidden_size, 0, 0);
 }
 
 /* ---- stage 1: layers outside, sequences inside; nothing but hidden states between layers ---- */
@@ -233,7 +241,8 @@ static wn_status layer_major(work *w) {
   wn_status status = NULL;
   wn_tensor *h = scratch_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * w->n_micro, &status), spare;
   wn_tensor *sample = scratch_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * w->n_micro, &status);
-  wn_tensor(*picks)[2] = scratch_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * 2 * w->n_micro, &status);
+  wn_tensor(*picks)[2] =
+      scratch_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * 2 * w->n_micro, &status);
   WN_TRY(status);
   WN_TRY(hidden(w, &spare, "hidden states", 0));
   wn_layer_tensors weights, grads;
@@ -252,7 +261,8 @@ static wn_status layer_major(work *w) {
     for (int32_t m = 0; m < w->n_micro; m++) {
       layer_work lw;
       WN_TRY(begin_measures(w, &lw, l, m, true, &sample[m], picks[m]));
-      WN_TRY(wn_layer_forward(run->model, l, &weights, &grads, &w->pass, &w->batches[m].rows, &spare, NULL, &h[m], NULL, &lw.measures));
+      WN_TRY(wn_layer_forward(run->model, l, &weights, &grads, &w->pass, &w->batches[m].rows, &spare, NULL, &h[m], NULL,
+                              &lw.measures));
       WN_TRY(end_measures(w, &lw, l, m, true));
       wn_tensor swap = h[m];
       h[m] = spare;
@@ -264,9 +274,13 @@ static wn_status layer_major(work *w) {
   return NULL;
 }
 
-/* ---- stage 2 and pre-training: sequences outside; a layer's input and middle residual are kept, the rest is recomputed ---- */
+/* ---- stage 2 and pre-training: sequences outside; a layer's input and middle residual are kept, the rest is
+ * recomputed ---- */
 
-typedef struct kept { wn_tensor h, mid; wn_replay replay; } kept; /* of one layer */
+typedef struct kept {
+  wn_tensor h, mid;
+  wn_replay replay;
+} kept; /* of one layer */
 
 static wn_status keep_layer(work *w, int32_t layer, int32_t m, kept *k) {
   wn_device *device = w->run->device;
@@ -276,9 +290,11 @@ static wn_status keep_layer(work *w, int32_t layer, int32_t m, kept *k) {
   if (layer == config->num_hidden_layers) return NULL;
   WN_TRY(hidden(w, &k->mid, "middle residuals", m));
   if (wn_model_config_is_moe(config, layer))
-    WN_TRY(wn_device_tensor(device, &k->replay.expert, device->stash, "expert replay", WN_INDEX, 2, n, config->num_experts_per_tok, 0, 0));
+    WN_TRY(wn_device_tensor(device, &k->replay.expert, device->stash, "expert replay", WN_INDEX, 2, n,
+                            config->num_experts_per_tok, 0, 0));
   if (w->pass.selection != WN_SELECT_DENSE)
-    WN_TRY(wn_device_tensor(device, &k->replay.selection, device->stash, "selection replay", WN_INDEX, 2, n, w->pass.topk, 0, 0));
+    WN_TRY(wn_device_tensor(device, &k->replay.selection, device->stash, "selection replay", WN_INDEX, 2, n,
+                            w->pass.topk, 0, 0));
   return NULL;
 }
 
@@ -299,8 +315,8 @@ static wn_status forward(work *w, int32_t m, kept *layers_kept) {
     WN_TRY(acquire(run, l, &weights));
     WN_TRY(prefetch(run, l + 1));
     WN_TRY(begin_measures(w, &lw, l, m, false, &sample, picks));
-    WN_TRY(wn_layer_forward(run->model, l, &weights, NULL, &pass, &w->batches[m].rows, &layers_kept[l + 1].h, &layers_kept[l].mid,
-                            &layers_kept[l].h, &layers_kept[l].replay, &lw.measures));
+    WN_TRY(wn_layer_forward(run->model, l, &weights, NULL, &pass, &w->batches[m].rows, &layers_kept[l + 1].h,
+                            &layers_kept[l].mid, &layers_kept[l].h, &layers_kept[l].replay, &lw.measures));
     WN_TRY(end_measures(w, &lw, l, m, true));
     WN_TRY(wn_store_release(run->store, l));
   }
@@ -339,8 +355,8 @@ static wn_status backward(work *w, int32_t m, kept *layers_kept, wn_tensor *dh) 
     WN_TRY(prefetch(run, l - 1));
     WN_TRY(take_grads(run, l, &grads));
     WN_TRY(begin_measures(w, &lw, l, m, w->pass.indexer_kl, NULL, NULL));
-    WN_TRY(wn_layer_backward(run->model, l, &weights, &grads, &w->pass, &w->batches[m].rows, dh, &layers_kept[l].h, &layers_kept[l].mid,
-                             replay, &lw.measures));
+    WN_TRY(wn_layer_backward(run->model, l, &weights, &grads, &w->pass, &w->batches[m].rows, dh, &layers_kept[l].h,
+                             &layers_kept[l].mid, replay, &lw.measures));
     WN_TRY(end_measures(w, &lw, l, m, false));
     WN_TRY(wn_store_release(run->store, l));
     WN_TRY(wn_store_reduce(run->store, l));
@@ -378,7 +394,8 @@ static wn_status prepare(work *w) {
   const wn_job *job = &run->job;
   wn_device *device = run->device;
   const wn_model_config *config = &run->model->config;
-  int32_t ranks = wn_world_size(run->world), B = job->training.global_batch_seqs, micro = job->training.micro_batch_seqs;
+  int32_t ranks = wn_world_size(run->world), B = job->training.global_batch_seqs,
+          micro = job->training.micro_batch_seqs;
   wn_status status = NULL;
   w->n_micro = B / ranks / micro;
   w->first_sequence = (int64_t)wn_world_rank(run->world) * (B / ranks);
@@ -388,7 +405,8 @@ static wn_status prepare(work *w) {
   if (host * widest < config->n_routed_experts) host = config->n_routed_experts;
   w->batches = scratch_array(device, "batches", (int64_t)sizeof(wn_batch) * w->n_micro, &status);
   w->sequence_logp = scratch_array(device, "per-sequence sums", (int64_t)sizeof(double) * B, &status);
-  w->sequence_kl = scratch_array(device, "per-sequence sums", (int64_t)sizeof(double) * B * config->num_hidden_layers, &status);
+  w->sequence_kl =
+      scratch_array(device, "per-sequence sums", (int64_t)sizeof(double) * B * config->num_hidden_layers, &status);
   w->host = scratch_array(device, "host copies", (int64_t)sizeof(double) * host * widest, &status);
   WN_TRY(status);
   WN_TRY(load_batches(w));
@@ -399,8 +417,11 @@ static wn_status prepare(work *w) {
       .indexer_grads = run->recipe.train_indexer,
       .kl_coeff = job->dsa.loss_coeff,
       .rows_per_sequence = job->data.seq_len,
-      /* gradients are sums over predicted tokens, divided once at the end: the mean over sequences carries its own divisor in */
-      .balance_coeff = run->recipe.train_base ? job->moe.balance_loss_coeff * (double)w->sums->predicted / (double)w->sums->sequences : 0,
+      /* gradients are sums over predicted tokens, divided once at the end: the mean over sequences carries its own
+         divisor in */
+      .balance_coeff = run->recipe.train_base
+                           ? job->moe.balance_loss_coeff * (double)w->sums->predicted / (double)w->sums->sequences
+                           : 0,
       .seed = job->training.seed,
   };
   if (w->pass.topk > job->data.seq_len) w->pass.topk = job->data.seq_len;

@@ -69,7 +69,9 @@ static double step_flops(const trainer *t) {
   wn_flops_work work = {
       .rows = rows,
       .visible_pairs = visible,
-      .selected_pairs = run->recipe.selection == WN_SELECT_DENSE ? 0 : most < visible ? most : visible,
+      .selected_pairs = run->recipe.selection == WN_SELECT_DENSE ? 0
+                        : most < visible                         ? most
+                                                                 : visible,
       .backward_base = run->recipe.train_base,
       .indexer = run->recipe.train_indexer,
       .head = run->recipe.train_base,
@@ -79,7 +81,10 @@ static double step_flops(const trainer *t) {
 
 /* ---- one step ---- */
 
-typedef struct outcome { wn_train_row row; bool stop; } outcome;
+typedef struct outcome {
+  wn_train_row row;
+  bool stop;
+} outcome;
 
 static void losses(const trainer *t, wn_train_row *row) {
   const wn_run *run = t->run;
@@ -127,7 +132,8 @@ static wn_status update(trainer *t, int64_t step, wn_train_row *row) {
     if (run->recipe.train_base) {
       state->adam_base++;
       state->router_bias_updates++;
-      WN_TRY(wn_optimizer_router_bias(run->device, run->store, job->moe.bias_update_speed, t->sums.load, run->model->config.n_routed_experts));
+      WN_TRY(wn_optimizer_router_bias(run->device, run->store, job->moe.bias_update_speed, t->sums.load,
+                                      run->model->config.n_routed_experts));
     }
     if (run->recipe.train_indexer) {
       state->adam_indexer++;
@@ -142,7 +148,9 @@ static wn_status update(trainer *t, int64_t step, wn_train_row *row) {
   return NULL;
 }
 
-static bool due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
+static bool due(int64_t every, int64_t step) {
+  return every > 0 && step % every == 0;
+}
 
 static void show_progress(const trainer *t, const wn_train_row *row, double step_s) {
   const wn_run *run = t->run;
@@ -150,10 +158,11 @@ static void show_progress(const trainer *t, const wn_train_row *row, double step
   double eta = done > 0 ? (wn_time_s() - t->started_s) / (double)done * (double)left : 0;
   char loss[80] = "";
   if (run->recipe.train_base) snprintf(loss, sizeof loss, "  lm_loss %.4f", row->lm_loss);
-  if (run->recipe.train_indexer) snprintf(loss + strlen(loss), sizeof loss - strlen(loss), "  kl %.4f", row->indexer_kl);
-  wn_progress(run->log, "%s step %lld/%lld%s  %.0f tokens/s  ETA %d:%02d%s", wn_stage_name(run->recipe.stage), (long long)row->step,
-              (long long)run->job.training.steps, loss, (double)t->sums.rows / step_s, (int)(eta / 60), (int)eta % 60,
-              row->skipped ? "  (skipped: non-finite)" : "");
+  if (run->recipe.train_indexer)
+    snprintf(loss + strlen(loss), sizeof loss - strlen(loss), "  kl %.4f", row->indexer_kl);
+  wn_progress(run->log, "%s step %lld/%lld%s  %.0f tokens/s  ETA %d:%02d%s", wn_stage_name(run->recipe.stage),
+              (long long)row->step, (long long)run->job.training.steps, loss, (double)t->sums.rows / step_s,
+              (int)(eta / 60), (int)eta % 60, row->skipped ? "  (skipped: non-finite)" : "");
 }
 
 static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats, double step_s) {
@@ -177,7 +186,8 @@ static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats
     show_progress(t, row, step_s);
   }
   if (with_stats)
-    WN_TRY(wn_metrics_layers(t->metrics, row->step, &run->model->config, &t->sums, run->recipe.train_indexer, run->model->config.has_indexer));
+    WN_TRY(wn_metrics_layers(t->metrics, row->step, &run->model->config, &t->sums, run->recipe.train_indexer,
+                             run->model->config.has_indexer));
   if (row->skipped) {
     wn_warn(run->log, "step %lld skipped: its loss or gradient is not finite (%lld in a row)", (long long)row->step,
             (long long)run->state.skipped_in_a_row);
@@ -205,7 +215,8 @@ static wn_status evaluate(trainer *t) {
   wn_selection selection = run->recipe.train_indexer ? WN_SELECT_INDEXER : WN_SELECT_DENSE;
   wn_eval_result result;
   WN_TRY(wn_evaluate(&result, &settings, selection));
-  wn_info(run->log, "step %lld  valid loss %.4f (%s)", (long long)run->state.step, result.loss, wn_selection_name(selection));
+  wn_info(run->log, "step %lld  valid loss %.4f (%s)", (long long)run->state.step, result.loss,
+          wn_selection_name(selection));
   wn_status status = wn_metrics_eval(t->metrics, run->state.step, "valid", wn_selection_name(selection), &result);
   wn_eval_result_free(&result);
   return status;
@@ -236,10 +247,12 @@ static wn_status one_step(trainer *t, bool *stop) {
   WN_TRY(update(t, step, &row));
   WN_TRY(wn_world_agree(run->world, write_rows(t, &row, with_stats, wn_time_s() - start)));
   if (run->state.skipped_in_a_row > job->training.max_skipped_in_a_row)
-    return WN_FAIL_HINT(WN_E_TRAINING, "resume from the last checkpoint with a lower learning rate",
-                        "%lld steps in a row had a loss or gradient that is not finite (training.max_skipped_in_a_row is %d)",
-                        (long long)run->state.skipped_in_a_row, job->training.max_skipped_in_a_row);
-  if (run->valid && (due(job->metrics.eval_every, step + 1) || (job->metrics.eval_every > 0 && last))) WN_TRY(evaluate(t));
+    return WN_FAIL_HINT(
+        WN_E_TRAINING, "resume from the last checkpoint with a lower learning rate",
+        "%lld steps in a row had a loss or gradient that is not finite (training.max_skipped_in_a_row is %d)",
+        (long long)run->state.skipped_in_a_row, job->training.max_skipped_in_a_row);
+  if (run->valid && (due(job->metrics.eval_every, step + 1) || (job->metrics.eval_every > 0 && last)))
+    WN_TRY(evaluate(t));
   int64_t wants_stop = stop_requested;
   WN_TRY(wn_group_sum_i64(wn_world_all(run->world), &wants_stop, 1));
   *stop = wants_stop != 0;
@@ -260,7 +273,8 @@ static wn_status begin(trainer *t) {
   }
   WN_TRY(wn_world_agree(run->world, local));
   WN_TRY(wn_step_sums_create(&t->sums, &run->model->config));
-  WN_TRY(wn_metrics_event(t->metrics, run->state.step, 0, run->resumed ? "resume" : "start", wn_stage_name(run->recipe.stage)));
+  WN_TRY(wn_metrics_event(t->metrics, run->state.step, 0, run->resumed ? "resume" : "start",
+                          wn_stage_name(run->recipe.stage)));
   WN_TRY(measure_peak(t));
   t->last_saved = run->resumed ? run->state.step : -1;
   t->started_s = wn_time_s();
@@ -278,14 +292,19 @@ wn_status wn_train(wn_recipe recipe, const wn_job *job, wn_job_source *source, w
   sigaction(SIGTERM, &action, &old_term);
   WN_TRY_GOTO(status, done, wn_run_create(&t.run, recipe, job, source, world, log));
   WN_TRY_GOTO(status, done, begin(&t));
-  if (t.run->state.step >= job->training.steps) wn_info(log, "nothing to do: step %lld of %lld is done", (long long)t.run->state.step, (long long)job->training.steps);
+  if (t.run->state.step >= job->training.steps)
+    wn_info(log, "nothing to do: step %lld of %lld is done", (long long)t.run->state.step,
+            (long long)job->training.steps);
   while (t.run->state.step < job->training.steps && !stop) WN_TRY_GOTO(status, done, one_step(&t, &stop));
   if (stop && t.run->state.step < job->training.steps)
-    status = WN_FAIL_HINT(WN_E_INTERRUPTED, "run the same command again to go on", "stopped by a signal after step %lld; the state is saved",
-                          (long long)t.run->state.step);
-  else WN_TRY_GOTO(status, done, wn_metrics_event(t.metrics, t.run->state.step, 0, "end", wn_stage_name(recipe.stage)));
+    status = WN_FAIL_HINT(WN_E_INTERRUPTED, "run the same command again to go on",
+                          "stopped by a signal after step %lld; the state is saved", (long long)t.run->state.step);
+  else
+    WN_TRY_GOTO(status, done, wn_metrics_event(t.metrics, t.run->state.step, 0, "end", wn_stage_name(recipe.stage)));
 done:
-  if (status && t.metrics) WN_KEEP_FIRST(status, wn_metrics_event(t.metrics, t.run->state.step, wn_world_rank(world), "error", wn_status_text(status)));
+  if (status && t.metrics)
+    WN_KEEP_FIRST(
+        status, wn_metrics_event(t.metrics, t.run->state.step, wn_world_rank(world), "error", wn_status_text(status)));
   WN_KEEP_FIRST(status, wn_metrics_close(t.metrics));
   wn_step_sums_free(&t.sums);
   wn_run_free(t.run);

@@ -4,8 +4,10 @@
 
 #include "train/run.h"
 
-/* Runs the job from its state to training.steps and saves the last checkpoint. SIGINT and SIGTERM finish the step, save, and give
- * WN_E_INTERRUPTED. More than training.max_skipped_in_a_row non-finite steps in a row: WN_E_TRAINING. Collective. */
-WN_MUST_USE wn_status wn_train(wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world, wn_log *log);
+/* Runs the job from its state to training.steps and saves the last checkpoint. SIGINT and SIGTERM finish the step,
+ * save, and give WN_E_INTERRUPTED. More than training.max_skipped_in_a_row non-finite steps in a row: WN_E_TRAINING.
+ * Collective. */
+WN_MUST_USE wn_status wn_train(wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world,
+                               wn_log *log);
 
 #endif

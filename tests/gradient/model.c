@@ -1,7 +1,7 @@
 /* The whole model's hand-written backward against finite differences in FP64, tensor by tensor: base parameters against
- * the token loss with the balance loss, indexer parameters against the KL. One dense MLP layer and two MoE layers, groups,
- * shared experts, several documents in two sequences. Choices (experts, selections, and with them the balance loss's f)
- * are forced by replay. And the zeros: what a loss must not reach stays exactly zero. */
+ * the token loss with the balance loss, indexer parameters against the KL. One dense MLP layer and two MoE layers,
+ * groups, shared experts, several documents in two sequences. Choices (experts, selections, and with them the balance
+ * loss's f) are forced by replay. And the zeros: what a loss must not reach stays exactly zero. */
 #include "support/gradient.h"
 #include "support/model.h"
 
@@ -42,8 +42,13 @@ static stage set_up(const scene *s, uint64_t seed) {
   t.model = wn_test_model_create(d, &config);
   wn_test_model_fill(&t.model, seed, s->gain);
   t.text = wn_test_text_create(d, config.vocab_size, seed + 7, 16, documents, 4);
-  t.pass = (wn_pass){.selection = s->selection, .topk = config.index_topk, .form = s->form, .indexer_grads = true,
-                     .kl_coeff = 0.7, .rows_per_sequence = 16, .balance_coeff = 0.05};
+  t.pass = (wn_pass){.selection = s->selection,
+                     .topk = config.index_topk,
+                     .form = s->form,
+                     .indexer_grads = true,
+                     .kl_coeff = 0.7,
+                     .rows_per_sequence = 16,
+                     .balance_coeff = 0.05};
   t.run = wn_test_run_create(&t.model, t.text.rows.n_rows, config.index_topk);
   return t;
 }
@@ -87,11 +92,10 @@ static void check_every_tensor(void **state) {
     if ((wn_test_largest(&t.model.grads[i]) > 0) != reached)
       fail_msg("%s: %s", p->hf_name, reached ? "no gradient" : "a gradient for an expert that no row chose");
     tensors++;
-    double error = wn_test_gradient(p->hf_name, &t.model.weights[i], &t.model.grads[i], loss, &t,
-                                    (wn_test_gradient_settings){.directions = 1,
-                                                                .step = t.kl ? s->index_step : s->base_step,
-                                                                .tolerance = 1e-6,
-                                                                .seed = (uint64_t)i});
+    double error = wn_test_gradient(
+        p->hf_name, &t.model.weights[i], &t.model.grads[i], loss, &t,
+        (wn_test_gradient_settings){
+            .directions = 1, .step = t.kl ? s->index_step : s->base_step, .tolerance = 1e-6, .seed = (uint64_t)i});
     worst[p->kind] = fmax(worst[p->kind], error);
   }
   print_message("%s: worst error %.1e in %d tensors; base %.1e, indexer %.1e\n", s->name,
@@ -173,10 +177,18 @@ static void dense_backward_learns_as_the_forward(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      SCENE(check_every_tensor, 0), SCENE(check_every_tensor, 1), SCENE(check_every_tensor, 2),
-      SCENE(check_every_tensor, 3), SCENE(check_every_tensor, 4), SCENE(check_every_tensor, 5),
-      SCENE(losses_do_not_mix, 1),  SCENE(losses_do_not_mix, 3),  SCENE(losses_do_not_mix, 5),
-      SCENE(gradients_accumulate, 1), SCENE(gradients_accumulate, 3), SCENE(gradients_accumulate, 5),
+      SCENE(check_every_tensor, 0),
+      SCENE(check_every_tensor, 1),
+      SCENE(check_every_tensor, 2),
+      SCENE(check_every_tensor, 3),
+      SCENE(check_every_tensor, 4),
+      SCENE(check_every_tensor, 5),
+      SCENE(losses_do_not_mix, 1),
+      SCENE(losses_do_not_mix, 3),
+      SCENE(losses_do_not_mix, 5),
+      SCENE(gradients_accumulate, 1),
+      SCENE(gradients_accumulate, 3),
+      SCENE(gradients_accumulate, 5),
       cmocka_unit_test(dense_backward_learns_as_the_forward),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -15,8 +15,7 @@ static const double limit = 1e-6, step = 1e-5;
 typedef double (*loss_of)(void *context);
 
 /* `x` is moved in place, and put back. */
-static void check_gradient(const char *what, wn_tensor *x, const wn_tensor *gradient, loss_of loss,
-                           void *context) {
+static void check_gradient(const char *what, wn_tensor *x, const wn_tensor *gradient, loss_of loss, void *context) {
   int64_t n = wn_tensor_count(x);
   double *kept = malloc((size_t)n * sizeof *kept);
   for (int64_t i = 0; i < n; i++) kept[i] = wn_test_get(x, i);
@@ -25,8 +24,7 @@ static void check_gradient(const char *what, wn_tensor *x, const wn_tensor *grad
     double at[2], product = 0, size = 0;
     for (int side = 0; side < 2; side++) {
       for (int64_t i = 0; i < n; i++)
-        wn_test_set(
-            x, i, kept[i] + (side ? step : -step) * wn_rng_normal(900 + direction, WN_RNG_TEST, (uint64_t)i));
+        wn_test_set(x, i, kept[i] + (side ? step : -step) * wn_rng_normal(900 + direction, WN_RNG_TEST, (uint64_t)i));
       at[side] = loss(context);
     }
     for (int64_t i = 0; i < n; i++) {
@@ -63,8 +61,7 @@ typedef struct attention {
   wn_tensor q, k, v, d_o, selection, o, lse, delta;
 } attention;
 
-static wn_tensor zeros(const wn_device *device, wn_role role, int32_t rank, int64_t d0, int64_t d1,
-                       int64_t d2) {
+static wn_tensor zeros(const wn_device *device, wn_role role, int32_t rank, int64_t d0, int64_t d1, int64_t d2) {
   return plain_input(device, role, 1, 0, rank, d0, d1, d2);
 }
 
@@ -73,8 +70,7 @@ static wn_tensor spread_selection(const wn_device *device, const wn_rows *rows, 
   wn_tensor s;
   OK(wn_device_tensor(device, &s, device->weights, "selection", WN_INDEX, 2, rows->n_rows, k, 0, 0));
   for (int64_t i = 0; i < rows->n_rows; i++) {
-    int64_t visible = rows->last_key[i] - rows->first_key[i] + 1, n = 0,
-            picks = visible < k ? visible : k - i % 3;
+    int64_t visible = rows->last_key[i] - rows->first_key[i] + 1, n = 0, picks = visible < k ? visible : k - i % 3;
     for (; n < picks; n++) wn_test_set(&s, i * k + n, (double)(rows->first_key[i] + n * visible / picks));
     for (; n < k; n++) wn_test_set(&s, i * k + n, -1);
   }
@@ -85,14 +81,13 @@ static double attention_loss(void *context) {
   attention *a = context;
   const wn_ops *ops = a->device->ops;
   if (a->form == DENSE)
-    OK(ops->attention_dense(a->device, &a->o, &a->lse, &a->delta, &a->d_o, &a->q, &a->k, &a->v, &a->rows,
-                            &a->params));
+    OK(ops->attention_dense(a->device, &a->o, &a->lse, &a->delta, &a->d_o, &a->q, &a->k, &a->v, &a->rows, &a->params));
   else if (a->form == SPARSE)
-    OK(ops->attention_sparse(a->device, &a->o, &a->lse, &a->delta, &a->d_o, &a->q, &a->k, &a->selection,
-                             &a->rows, &a->params));
+    OK(ops->attention_sparse(a->device, &a->o, &a->lse, &a->delta, &a->d_o, &a->q, &a->k, &a->selection, &a->rows,
+                             &a->params));
   else
-    OK(ops->attention_masked(a->device, &a->o, &a->lse, &a->delta, &a->d_o, &a->q, &a->k, &a->v,
-                             &a->selection, &a->rows, &a->params));
+    OK(ops->attention_masked(a->device, &a->o, &a->lse, &a->delta, &a->d_o, &a->q, &a->k, &a->v, &a->selection,
+                             &a->rows, &a->params));
   return sum_of_products(&a->o, &a->d_o);
 }
 
@@ -117,11 +112,11 @@ static void check_attention(form which, plain_rows_kind kind) {
     OK(d->ops->attention_dense_backward(d, &dq, &dk, &dv, &a.d_o, &a.q, &a.k, &a.v, &a.lse, &a.delta, &a.rows,
                                         &a.params));
   else if (sparse)
-    OK(d->ops->attention_sparse_backward(d, &dq, &dk, NULL, &a.d_o, &a.q, &a.k, &a.selection, &a.lse,
-                                         &a.delta, &a.rows, &a.params));
+    OK(d->ops->attention_sparse_backward(d, &dq, &dk, NULL, &a.d_o, &a.q, &a.k, &a.selection, &a.lse, &a.delta, &a.rows,
+                                         &a.params));
   else
-    OK(d->ops->attention_masked_backward(d, &dq, &dk, &dv, NULL, &a.d_o, &a.q, &a.k, &a.v, &a.selection,
-                                         &a.lse, &a.delta, &a.rows, &a.params));
+    OK(d->ops->attention_masked_backward(d, &dq, &dk, &dv, NULL, &a.d_o, &a.q, &a.k, &a.v, &a.selection, &a.lse,
+                                         &a.delta, &a.rows, &a.params));
   check_gradient("dq", &a.q, &dq, attention_loss, &a);
   check_gradient(sparse ? "dkv" : "dk", &a.k, &dk, attention_loss, &a);
   if (!sparse) check_gradient("dv", &a.v, &dv, attention_loss, &a);
@@ -159,11 +154,11 @@ static double divergence_loss(void *context) {
   divergence *c = context;
   const wn_ops *ops = c->device->ops;
   if (c->sparse)
-    OK(ops->indexer_kl_sparse(c->device, &c->kl, NULL, NULL, NULL, &c->q, &c->k, &c->w, &c->selection, &c->p,
-                              &c->rows, &c->params));
+    OK(ops->indexer_kl_sparse(c->device, &c->kl, NULL, NULL, NULL, &c->q, &c->k, &c->w, &c->selection, &c->p, &c->rows,
+                              &c->params));
   else
-    OK(ops->indexer_kl_dense(c->device, &c->kl, NULL, NULL, NULL, &c->q, &c->k, &c->w, &c->qa, &c->ka,
-                             &c->lse, &c->rows, &c->params));
+    OK(ops->indexer_kl_dense(c->device, &c->kl, NULL, NULL, NULL, &c->q, &c->k, &c->w, &c->qa, &c->ka, &c->lse,
+                             &c->rows, &c->params));
   double sum = 0;
   for (int64_t i = 0; i < wn_tensor_count(&c->kl); i++) sum += wn_test_get(&c->kl, i);
   return c->params.coeff * sum;
@@ -184,8 +179,7 @@ static void approach_teacher(divergence *c, double noise) {
     int64_t column = i % DQ;
     wn_test_set(&c->qa, i, column && column < DI ? wn_test_get(&c->qa, i / (H * DQ) * H * DQ + column) : 0);
   }
-  for (int64_t i = 0; i < M * H * DQ; i++)
-    wn_test_set(&c->ka, i, wn_test_get(&c->ka, i / (H * DQ) * H * DQ + i % DQ));
+  for (int64_t i = 0; i < M * H * DQ; i++) wn_test_set(&c->ka, i, wn_test_get(&c->ka, i / (H * DQ) * H * DQ + i % DQ));
   c->params.scale = c->params.attention_scale;
 }
 
@@ -221,8 +215,7 @@ static void check_divergence(bool is_sparse, bool near, plain_rows_kind kind) {
   c.p = zeros(d, WN_STAT, 2, N, K, 0);
   c.selection = spread_selection(d, &c.rows, K);
   uint8_t *seen = plain_seen(d->weights, &c.rows, is_sparse ? &c.selection : NULL);
-  plain_attention teacher =
-      plain_attend(d->weights, &c.qa, &c.ka, &c.ka, &c.qa, seen, c.params.attention_scale);
+  plain_attention teacher = plain_attend(d->weights, &c.qa, &c.ka, &c.ka, &c.qa, seen, c.params.attention_scale);
   for (int64_t i = 0; i < N * H; i++) wn_test_set(&c.lse, i, wn_test_get(&teacher.lse, i));
   for (int64_t i = 0; i < N * K; i++) {
     int64_t key = (int64_t)wn_test_get(&c.selection, i);
@@ -231,11 +224,9 @@ static void check_divergence(bool is_sparse, bool near, plain_rows_kind kind) {
   wn_tensor dq = zeros(d, WN_ACT, 3, N, HI, DI), dk = zeros(d, WN_WGRAD, 2, M, DI, 0),
             dw = zeros(d, WN_STAT, 2, N, HI, 0);
   if (is_sparse)
-    OK(d->ops->indexer_kl_sparse(d, &c.kl, &dq, &dk, &dw, &c.q, &c.k, &c.w, &c.selection, &c.p, &c.rows,
-                                 &c.params));
+    OK(d->ops->indexer_kl_sparse(d, &c.kl, &dq, &dk, &dw, &c.q, &c.k, &c.w, &c.selection, &c.p, &c.rows, &c.params));
   else
-    OK(d->ops->indexer_kl_dense(d, &c.kl, &dq, &dk, &dw, &c.q, &c.k, &c.w, &c.qa, &c.ka, &c.lse, &c.rows,
-                                &c.params));
+    OK(d->ops->indexer_kl_dense(d, &c.kl, &dq, &dk, &dw, &c.q, &c.k, &c.w, &c.qa, &c.ka, &c.lse, &c.rows, &c.params));
   double share = share_of_uniform(&c, &teacher.p_mean, seen);
   print_message("kl is %.2f %% of kl_uniform\n", 100 * share);
   assert_true(near == (share < 0.05));

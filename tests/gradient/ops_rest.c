@@ -229,8 +229,12 @@ static double router_loss(void *context) {
 
 static void check_router(wn_device *d, bool norm_topk, double balance_coeff) {
   scene s = {.d = d};
-  s.router = (wn_router_params){.n_group = 4, .topk_group = 2, .norm_topk = norm_topk, .scale = 2.5,
-                                .rows_per_sequence = 17, .balance_coeff = balance_coeff};
+  s.router = (wn_router_params){.n_group = 4,
+                                .topk_group = 2,
+                                .norm_topk = norm_topk,
+                                .scale = 2.5,
+                                .rows_per_sequence = 17,
+                                .balance_coeff = balance_coeff};
   s.x = normal(&s, 1, 2, 34, 6, 0);
   s.w = wn_test_random(d, WN_F64, 2, 0.5, 0, 2, 8, 6, 0);
   s.bias = wn_test_random(d, WN_F64, 3, 0.2, 0, 1, 8, 0, 0);
@@ -308,9 +312,9 @@ static int tear_down(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_linear),          cmocka_unit_test(test_per_head),  cmocka_unit_test(test_norms),
-      cmocka_unit_test(test_rope),            cmocka_unit_test(test_swiglu),    cmocka_unit_test(test_broadcast_heads),
-      cmocka_unit_test(test_embedding),       cmocka_unit_test(test_head),      cmocka_unit_test(test_router),
+      cmocka_unit_test(test_linear),    cmocka_unit_test(test_per_head), cmocka_unit_test(test_norms),
+      cmocka_unit_test(test_rope),      cmocka_unit_test(test_swiglu),   cmocka_unit_test(test_broadcast_heads),
+      cmocka_unit_test(test_embedding), cmocka_unit_test(test_head),     cmocka_unit_test(test_router),
       cmocka_unit_test(test_experts),
   };
   return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -9,12 +9,13 @@
 /* FP32: ten times the difference between the reference's own FP32 and FP64 runs. FP64: the FP32 run of transformers is
  * what the forward is compared with; the gradients were made in FP64 and rounded to FP32 once. */
 static const double forward_tolerance[2] = {4e-5, 1e-5}, gradient_tolerance[2] = {6e-5, 1e-6};
-/* Indexer gradients where softmax(I) - p cancels. In FP64 too: the reference's cosines and sines are rounded to FP32. */
+/* Indexer gradients where softmax(I) - p cancels. In FP64 too: the reference's cosines and sines are rounded to FP32.
+ */
 static const double near_tolerance[2] = {6e-4, 2e-5};
 
-static const char *const cases[] = {"v3_dense_small",    "v3_dense_yarn_docs",   "v32_dense",        "v32_dense_docs",
-                                    "v32_dense_near",    "v32_sparse_docs",      "v32_sparse_large", "v32_sparse_long",
-                                    "v32_sparse_near",   "v32_sparse_small_eps", "v32_sparse_short"};
+static const char *const cases[] = {"v3_dense_small",  "v3_dense_yarn_docs",   "v32_dense",        "v32_dense_docs",
+                                    "v32_dense_near",  "v32_sparse_docs",      "v32_sparse_large", "v32_sparse_long",
+                                    "v32_sparse_near", "v32_sparse_small_eps", "v32_sparse_short"};
 
 typedef struct oracle {
   const char *name;
@@ -101,8 +102,10 @@ static oracle open_case(const char *name, int32_t wide, wn_attention_form form) 
 static void close_case(oracle *o) {
   wn_safetensors_close(o->expected);
   wn_test_model_free(&o->model);
-  if (o->wide) wn_cpu_free_f64(o->device);
-  else wn_cpu_free_f32(o->device);
+  if (o->wide)
+    wn_cpu_free_f64(o->device);
+  else
+    wn_cpu_free_f32(o->device);
 }
 
 static const wn_st_entry *entry_of(const oracle *o, const char *format, ...) WN_PRINTF(2, 3);
@@ -162,8 +165,10 @@ static void check_kl(oracle *o, const wn_tensor *kl, int32_t layer) {
   wn_tensor mean = wn_tensor_of(&sum, WN_F64, 1, 1, 0, 0, 0);
   /* near convergence the KL itself is a small difference */
   const wn_st_entry *entry = entry_of(o, "kl.%d", layer);
-  if (o->near) compare(o, &mean, entry, 10 * forward_tolerance[o->wide]);
-  else compare_forward(o, &mean, entry);
+  if (o->near)
+    compare(o, &mean, entry, 10 * forward_tolerance[o->wide]);
+  else
+    compare_forward(o, &mean, entry);
 }
 
 static void check_forward(oracle *o) {

@@ -1,5 +1,6 @@
 /* A tiny model with a store, on the CPU, whose every value is a function of (seed, parameter, field, element): what a
- * checkpoint must bring back is known without keeping a copy. For tests of src/train; one process holds several of these. */
+ * checkpoint must bring back is known without keeping a copy. For tests of src/train; one process holds several of
+ * these. */
 #ifndef WN_TEST_CHECKPOINT_H
 #define WN_TEST_CHECKPOINT_H
 
@@ -10,13 +11,35 @@
 #include "train/checkpoint_dirs.h"
 #include "train/checkpoint_parts.h"
 
-static const wn_model_config test_config = {
-    .vocab_size = 19, .hidden_size = 10, .intermediate_size = 7, .moe_intermediate_size = 3, .num_hidden_layers = 3,
-    .first_k_dense_replace = 1, .num_attention_heads = 2, .n_routed_experts = 4, .n_shared_experts = 1, .num_experts_per_tok = 2,
-    .n_group = 1, .topk_group = 1, .norm_topk_prob = true, .routed_scaling_factor = 1.5, .q_lora_rank = 6, .kv_lora_rank = 5,
-    .qk_nope_head_dim = 4, .qk_rope_head_dim = 4, .v_head_dim = 3, .has_indexer = true, .index_n_heads = 3, .index_head_dim = 5,
-    .index_topk = 4, .rms_norm_eps = 1e-6, .rope_theta = 10000, .initializer_range = 0.02, .max_position_embeddings = 64,
-    .bos_token_id = 0, .eos_token_id = 1};
+static const wn_model_config test_config = {.vocab_size = 19,
+                                            .hidden_size = 10,
+                                            .intermediate_size = 7,
+                                            .moe_intermediate_size = 3,
+                                            .num_hidden_layers = 3,
+                                            .first_k_dense_replace = 1,
+                                            .num_attention_heads = 2,
+                                            .n_routed_experts = 4,
+                                            .n_shared_experts = 1,
+                                            .num_experts_per_tok = 2,
+                                            .n_group = 1,
+                                            .topk_group = 1,
+                                            .norm_topk_prob = true,
+                                            .routed_scaling_factor = 1.5,
+                                            .q_lora_rank = 6,
+                                            .kv_lora_rank = 5,
+                                            .qk_nope_head_dim = 4,
+                                            .qk_rope_head_dim = 4,
+                                            .v_head_dim = 3,
+                                            .has_indexer = true,
+                                            .index_n_heads = 3,
+                                            .index_head_dim = 5,
+                                            .index_topk = 4,
+                                            .rms_norm_eps = 1e-6,
+                                            .rope_theta = 10000,
+                                            .initializer_range = 0.02,
+                                            .max_position_embeddings = 64,
+                                            .bos_token_id = 0,
+                                            .eos_token_id = 1};
 
 typedef struct test_rig {
   wn_world *world; /* borrowed */
@@ -27,17 +50,33 @@ typedef struct test_rig {
   wn_checkpoint_plan plan;
 } test_rig;
 
-static const wn_state test_state = {.step = 100, .tokens = 123456789012, .adam_base = 97, .adam_indexer = 98, .router_bias_updates = 96,
-                                    .skipped = 3, .skipped_in_a_row = 1, .indexer_trained = true};
+static const wn_state test_state = {.step = 100,
+                                    .tokens = 123456789012,
+                                    .adam_base = 97,
+                                    .adam_indexer = 98,
+                                    .router_bias_updates = 96,
+                                    .skipped = 3,
+                                    .skipped_in_a_row = 1,
+                                    .indexer_trained = true};
 
-static inline wn_status test_rig_create(test_rig *rig, wn_world *world, const wn_model_config *config, wn_param_settings settings, wn_stage stage,
-                                        const char *run_dir, const char *init_dir) {
+static inline wn_status test_rig_create(test_rig *rig, wn_world *world, const wn_model_config *config,
+                                        wn_param_settings settings, wn_stage stage, const char *run_dir,
+                                        const char *init_dir) {
   *rig = (test_rig){.world = world, .all = wn_world_all(world)};
-  WN_TRY(wn_cpu_create_f32(&rig->device, (wn_cpu_settings){.threads = 1, .weights_bytes = 64 << 20, .stash_bytes = 1 << 20, .scratch_bytes = 1 << 20}));
+  WN_TRY(wn_cpu_create_f32(
+      &rig->device,
+      (wn_cpu_settings){.threads = 1, .weights_bytes = 64 << 20, .stash_bytes = 1 << 20, .scratch_bytes = 1 << 20}));
   WN_TRY(wn_model_create(&rig->model, rig->device, config, settings));
   WN_TRY(wn_store_create(&rig->store, rig->device, world, &rig->all, 1, rig->model->table.params, rig->model->table.n));
-  rig->plan = (wn_checkpoint_plan){.model = rig->model, .store = rig->store, .world = world, .stage = stage, .seed = 18446744073709551615u,
-                                   .run_dir = run_dir, .init_dir = init_dir, .shard_bytes = 6000, .keep = 0};
+  rig->plan = (wn_checkpoint_plan){.model = rig->model,
+                                   .store = rig->store,
+                                   .world = world,
+                                   .stage = stage,
+                                   .seed = 18446744073709551615u,
+                                   .run_dir = run_dir,
+                                   .init_dir = init_dir,
+                                   .shard_bytes = 6000,
+                                   .keep = 0};
   return NULL;
 }
 
@@ -54,7 +93,8 @@ static inline float test_value(uint64_t seed, int32_t param, wn_field field, int
 
 typedef enum test_act { TEST_FILL, TEST_CLEAR, TEST_COMPARE } test_act;
 
-/* Sets or compares every value this rank holds. In a comparison of masters `bf16` says that they went through a BF16 file. */
+/* Sets or compares every value this rank holds. In a comparison of masters `bf16` says that they went through a BF16
+ * file. */
 static inline wn_status test_values(test_rig *rig, test_act act, uint64_t seed, bool weights_only, bool bf16) {
   static const wn_field fields[] = {WN_FIELD_WEIGHT, WN_FIELD_M, WN_FIELD_V};
   for (int32_t i = 0; i < wn_store_pieces(rig->store); i++) {
@@ -71,8 +111,8 @@ static inline wn_status test_values(test_rig *rig, test_act act, uint64_t seed, 
           if (act == TEST_FILL) *have = want;
           if (act == TEST_CLEAR) *have = -7.25f;
           if (act == TEST_COMPARE && memcmp(have, &want, sizeof want) != 0)
-            return WN_FAIL(WN_E_CHECK, "%s%s[%lld] is %.9g instead of %.9g", p->hf_name, wn_field_suffix(fields[f]), (long long)(at.first + e),
-                           (double)*have, (double)want);
+            return WN_FAIL(WN_E_CHECK, "%s%s[%lld] is %.9g instead of %.9g", p->hf_name, wn_field_suffix(fields[f]),
+                           (long long)(at.first + e), (double)*have, (double)want);
         }
       }
     }
@@ -81,8 +121,9 @@ static inline wn_status test_values(test_rig *rig, test_act act, uint64_t seed, 
 }
 
 static inline wn_status test_same_state(const wn_state *a, const wn_state *b) {
-  bool same = a->step == b->step && a->tokens == b->tokens && a->adam_base == b->adam_base && a->adam_indexer == b->adam_indexer &&
-              a->router_bias_updates == b->router_bias_updates && a->skipped == b->skipped && a->skipped_in_a_row == b->skipped_in_a_row &&
+  bool same = a->step == b->step && a->tokens == b->tokens && a->adam_base == b->adam_base &&
+              a->adam_indexer == b->adam_indexer && a->router_bias_updates == b->router_bias_updates &&
+              a->skipped == b->skipped && a->skipped_in_a_row == b->skipped_in_a_row &&
               a->indexer_trained == b->indexer_trained;
   return same ? NULL : WN_FAIL(WN_E_CHECK, "the state came back different (step %lld)", (long long)a->step);
 }
@@ -108,7 +149,8 @@ typedef struct test_tensors {
 } test_tensors;
 
 /* Element e holds test_value(seed, param, weight, e) in `dtype`; FP8 tensors hold zeros. */
-static inline void test_add(test_tensors *t, uint64_t seed, const char *name, int32_t param, wn_dtype dtype, int32_t rank, int64_t d0, int64_t d1) {
+static inline void test_add(test_tensors *t, uint64_t seed, const char *name, int32_t param, wn_dtype dtype,
+                            int32_t rank, int64_t d0, int64_t d1) {
   assert_true(t->n < TEST_MOST_TENSORS);
   int64_t count = rank == 1 ? d0 : d0 * d1;
   void *data = calloc((size_t)count, (size_t)wn_dtype_bytes(dtype));
@@ -125,7 +167,9 @@ static inline void test_add(test_tensors *t, uint64_t seed, const char *name, in
   t->data[t->n++] = data;
 }
 
-static inline bool test_named(const char *name, const char *part) { return part && strstr(name, part); }
+static inline bool test_named(const char *name, const char *part) {
+  return part && strstr(name, part);
+}
 
 static inline void test_dir_write(const char *path, const wn_model_config *config, test_dir how, uint64_t seed) {
   wn_param_table table;
@@ -137,7 +181,8 @@ static inline void test_dir_write(const char *path, const wn_model_config *confi
     bool always = p->slot == WN_P_ROUTER_BIAS || p->slot == WN_P_INDEX_K_NORM || p->slot == WN_P_INDEX_K_NORM_BIAS;
     if (test_named(p->hf_name, how.without)) continue;
     wn_dtype dtype = test_named(p->hf_name, how.fp8) ? WN_F8_E4M3 : always ? WN_F32 : how.dtype;
-    test_add(t, seed, p->hf_name, i, dtype, p->rank, p->dim[0] + (test_named(p->hf_name, how.misshapen) ? 1 : 0), p->dim[1]);
+    test_add(t, seed, p->hf_name, i, dtype, p->rank, p->dim[0] + (test_named(p->hf_name, how.misshapen) ? 1 : 0),
+             p->dim[1]);
   }
   if (how.fp8) test_add(t, seed, "model.layers.0.self_attn.q_a_proj.weight_scale_inv", 900, WN_F32, 2, 1, 1);
   if (how.extra) test_add(t, seed, how.extra, 901, WN_F32, 1, 3, 0);
@@ -153,8 +198,10 @@ static inline void test_dir_write(const char *path, const wn_model_config *confi
   for (int32_t s = 0; s < how.shards; s++) {
     char name[64];
     int64_t from = t->n * s / how.shards, to = t->n * (s + 1) / how.shards;
-    if (how.shards == 1) snprintf(name, sizeof name, "model.safetensors");
-    else snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, how.shards);
+    if (how.shards == 1)
+      snprintf(name, sizeof name, "model.safetensors");
+    else
+      snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, how.shards);
     OK(wn_path(file, "%s/%s", path, name));
     OK(wn_safetensors_write(file, t->spec + from, (const void *const *)t->data + from, to - from));
     for (int64_t i = from; i < to; i++) json_object_set_new(map, t->name[i], json_string(name));

@@ -36,10 +36,10 @@ double wn_test_gradient(const char *name, wn_tensor *x, const wn_tensor *gradien
   for (int64_t i = 0; i < n; i++) start[i] = wn_test_get(x, i);
   double size = sqrt(wn_test_dot(gradient, gradient));
   for (int32_t d = 0; d < settings.directions; d++) {
-    double near = loss_at(x, start, h, d, loss, context, &settings) -
-                  loss_at(x, start, -h, d, loss, context, &settings);
-    double far = loss_at(x, start, 2 * h, d, loss, context, &settings) -
-                 loss_at(x, start, -2 * h, d, loss, context, &settings);
+    double near =
+        loss_at(x, start, h, d, loss, context, &settings) - loss_at(x, start, -h, d, loss, context, &settings);
+    double far =
+        loss_at(x, start, 2 * h, d, loss, context, &settings) - loss_at(x, start, -2 * h, d, loss, context, &settings);
     double slope = (8 * near - far) / (12 * h), expected = 0;
     for (int64_t i = 0; i < n; i++) expected += wn_test_get(gradient, i) * direction_at(&settings, d, i);
     double error = fabs(slope - expected), scale = fmax(size, fabs(slope));

@@ -1,7 +1,7 @@
 /* Directional central differences in FP64. For a random direction d (independent normal elements) the slope
  *   (8 (L(x + h d) - L(x - h d)) - (L(x + 2h d) - L(x - 2h d))) / 12h
- * is compared with <gradient, d>. One direction sees every element at once, so a few wrong ones show as clearly as many;
- * the cost is four evaluations of the loss, whatever the size of x. */
+ * is compared with <gradient, d>. One direction sees every element at once, so a few wrong ones show as clearly as
+ * many; the cost is four evaluations of the loss, whatever the size of x. */
 #ifndef WN_TEST_GRADIENT_H
 #define WN_TEST_GRADIENT_H
 

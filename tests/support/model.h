@@ -15,22 +15,48 @@ enum { WN_TEST_LAYERS = 4, WN_TEST_DOCUMENTS = 8 };
 
 /* Widths differ from each other, so that a swap of two shows. */
 static inline wn_model_config wn_test_config(void) {
-  return (wn_model_config){.vocab_size = 23, .hidden_size = 20, .intermediate_size = 13, .moe_intermediate_size = 5,
-                           .num_hidden_layers = 3, .first_k_dense_replace = 1, .num_attention_heads = 3,
-                           .n_routed_experts = 8, .n_shared_experts = 2, .num_experts_per_tok = 3, .n_group = 4,
-                           .topk_group = 2, .norm_topk_prob = true, .routed_scaling_factor = 2.5, .q_lora_rank = 12,
-                           .kv_lora_rank = 9, .qk_nope_head_dim = 6, .qk_rope_head_dim = 4, .v_head_dim = 7,
-                           .has_indexer = true, .index_n_heads = 4, .index_head_dim = 10, .index_topk = 5,
-                           .rms_norm_eps = 1e-6, .rope_theta = 10000, .initializer_range = 0.02,
-                           .max_position_embeddings = 640, .yarn = true, .rope_factor = 40, .beta_fast = 32,
-                           .beta_slow = 1, .mscale = 1, .mscale_all_dim = 1, .original_max_position_embeddings = 16,
-                           .bos_token_id = 0, .eos_token_id = 1};
+  return (wn_model_config){.vocab_size = 23,
+                           .hidden_size = 20,
+                           .intermediate_size = 13,
+                           .moe_intermediate_size = 5,
+                           .num_hidden_layers = 3,
+                           .first_k_dense_replace = 1,
+                           .num_attention_heads = 3,
+                           .n_routed_experts = 8,
+                           .n_shared_experts = 2,
+                           .num_experts_per_tok = 3,
+                           .n_group = 4,
+                           .topk_group = 2,
+                           .norm_topk_prob = true,
+                           .routed_scaling_factor = 2.5,
+                           .q_lora_rank = 12,
+                           .kv_lora_rank = 9,
+                           .qk_nope_head_dim = 6,
+                           .qk_rope_head_dim = 4,
+                           .v_head_dim = 7,
+                           .has_indexer = true,
+                           .index_n_heads = 4,
+                           .index_head_dim = 10,
+                           .index_topk = 5,
+                           .rms_norm_eps = 1e-6,
+                           .rope_theta = 10000,
+                           .initializer_range = 0.02,
+                           .max_position_embeddings = 640,
+                           .yarn = true,
+                           .rope_factor = 40,
+                           .beta_fast = 32,
+                           .beta_slow = 1,
+                           .mscale = 1,
+                           .mscale_all_dim = 1,
+                           .original_max_position_embeddings = 16,
+                           .bos_token_id = 0,
+                           .eos_token_id = 1};
 }
 
 typedef struct wn_test_model {
   wn_device *device;
   wn_model *model;
-  wn_tensor *weights, *grads;                              /* [table.n] */
+  wn_tensor *weights, *grads;                                                  /* [table.n] */
   wn_layer_tensors weight_of[WN_TEST_LAYERS + 2], grad_of[WN_TEST_LAYERS + 2]; /* [layer + 1] */
 } wn_test_model;
 
@@ -80,9 +106,12 @@ static inline void wn_test_model_fill(wn_test_model *t, uint64_t seed, double ga
     const wn_param *p = &t->model->table.params[i];
     uint64_t own = seed * 1000003 + (uint64_t)i;
     bool bias = p->slot == WN_P_ROUTER_BIAS || p->slot == WN_P_INDEX_K_NORM_BIAS;
-    if (p->slot == WN_P_EMBED) wn_test_fill(&t->weights[i], own, gain, 0);
-    else if (p->rank == 2) wn_test_fill(&t->weights[i], own, gain / sqrt((double)p->dim[1]), 0);
-    else wn_test_fill(&t->weights[i], own, 0.3, bias ? 0 : 1);
+    if (p->slot == WN_P_EMBED)
+      wn_test_fill(&t->weights[i], own, gain, 0);
+    else if (p->rank == 2)
+      wn_test_fill(&t->weights[i], own, gain / sqrt((double)p->dim[1]), 0);
+    else
+      wn_test_fill(&t->weights[i], own, 0.3, bias ? 0 : 1);
   }
 }
 
@@ -120,8 +149,8 @@ static inline wn_test_text wn_test_text_create(wn_device *d, int32_t vocab, uint
       wn_test_set(&t.weight, row, 0.5 + wn_rng_uniform(seed + 1, WN_RNG_TEST, (uint64_t)row));
     }
   }
-  t.rows = (wn_rows){.n_rows = n, .n_keys = n, .first_key = first.data, .last_key = last.data,
-                     .position = position.data};
+  t.rows =
+      (wn_rows){.n_rows = n, .n_keys = n, .first_key = first.data, .last_key = last.data, .position = position.data};
   return t;
 }
 
@@ -171,14 +200,13 @@ static inline void wn_test_forward(wn_test_model *t, wn_test_run *run, const wn_
 }
 
 /* Backward after it; gradients are added. */
-static inline void wn_test_backward(wn_test_model *t, wn_test_run *run, const wn_test_text *text,
-                                    const wn_pass *pass) {
+static inline void wn_test_backward(wn_test_model *t, wn_test_run *run, const wn_test_text *text, const wn_pass *pass) {
   int32_t layers = t->model->config.num_hidden_layers;
-  OK(wn_model_head(t->model, &t->weight_of[layers + 1], &t->grad_of[layers + 1], &run->logp, &run->dh,
-                   &run->h[layers], &text->target, &text->weight));
+  OK(wn_model_head(t->model, &t->weight_of[layers + 1], &t->grad_of[layers + 1], &run->logp, &run->dh, &run->h[layers],
+                   &text->target, &text->weight));
   for (int32_t l = layers - 1; l >= 0; l--)
-    OK(wn_layer_backward(t->model, l, &t->weight_of[l + 1], &t->grad_of[l + 1], pass, &text->rows, &run->dh,
-                         &run->h[l], &run->h_mid[l], &run->replay[l], &run->measures[l]));
+    OK(wn_layer_backward(t->model, l, &t->weight_of[l + 1], &t->grad_of[l + 1], pass, &text->rows, &run->dh, &run->h[l],
+                         &run->h_mid[l], &run->replay[l], &run->measures[l]));
   OK(wn_model_embed_backward(t->model, &t->grad_of[0], &run->dh, &text->tokens));
 }
 

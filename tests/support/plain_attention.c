@@ -82,8 +82,7 @@ plain_attention plain_attend(wn_arena *arena, const wn_tensor *q_, const wn_tens
   for (int64_t h = 0; h < n_heads; h++)
     for (int64_t i = 0; i < n; i++) {
       double *p = (double *)a.p.data + (h * n + i) * m, *o = at(&a.o, i, h), *delta = at(&a.delta, i, 0) + h;
-      for (int64_t j = 0; j < m; j++)
-        s[j] = seen[i * m + j] ? scale * dot(at(&q, i, h), at(&k, j, h), dq) : 0;
+      for (int64_t j = 0; j < m; j++) s[j] = seen[i * m + j] ? scale * dot(at(&q, i, h), at(&k, j, h), dq) : 0;
       at(&a.lse, i, 0)[h] = softmax(p, s, seen + i * m, m);
       add_scaled((double *)a.p_mean.data + i * m, p, 1.0 / (double)n_heads, m);
       for (int64_t j = 0; j < m; j++)
@@ -119,8 +118,7 @@ wn_tensor plain_index(wn_arena *arena, const wn_tensor *q_, const wn_tensor *k_,
 
 plain_kl plain_indexer_kl(wn_arena *arena, const wn_tensor *q_, const wn_tensor *k_, const wn_tensor *w_,
                           const wn_tensor *p_, const uint8_t *seen, double scale, double coeff) {
-  wn_tensor q = plain_copy(arena, q_), k = plain_copy(arena, k_), w = plain_copy(arena, w_),
-            p = plain_copy(arena, p_);
+  wn_tensor q = plain_copy(arena, q_), k = plain_copy(arena, k_), w = plain_copy(arena, w_), p = plain_copy(arena, p_);
   int64_t n = q.dim[0], m = k.dim[0], n_heads = q.dim[1], width = q.dim[2];
   wn_tensor index = plain_index(arena, q_, k_, w_, seen, scale);
   plain_kl r = {.kl = plain_zeros(arena, 1, n, 0, 0),
@@ -159,8 +157,7 @@ void plain_top_k(int32_t *pick, int64_t k, const double *score, const uint8_t *s
       bool taken = !seen[j];
       for (int64_t s = 0; s < n; s++) taken |= pick[s] == j;
       if (taken) continue;
-      double x = isnan(score[j]) ? -INFINITY : score[j],
-             y = best < 0 || isnan(score[best]) ? -INFINITY : score[best];
+      double x = isnan(score[j]) ? -INFINITY : score[j], y = best < 0 || isnan(score[best]) ? -INFINITY : score[best];
       if (best < 0 || x > y) best = j;
     }
     if (best < 0) break;
@@ -194,8 +191,8 @@ wn_rows plain_rows(wn_arena *arena, int32_t n, int32_t m, plain_rows_kind kind) 
   return (wn_rows){.n_rows = n, .n_keys = m, .first_key = first, .last_key = last, .position = position};
 }
 
-wn_tensor plain_input(const wn_device *device, wn_role role, uint64_t seed, double deviation, int32_t rank,
-                      int64_t d0, int64_t d1, int64_t d2) {
+wn_tensor plain_input(const wn_device *device, wn_role role, uint64_t seed, double deviation, int32_t rank, int64_t d0,
+                      int64_t d1, int64_t d2) {
   wn_tensor wide, t;
   if (rank == 3) {
     OK(wn_device_tensor(device, &wide, device->weights, "input", role, 3, d0, d1 + 1, d2 + 3, 0));

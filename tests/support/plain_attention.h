@@ -25,8 +25,8 @@ plain_attention plain_attend(wn_arena *arena, const wn_tensor *q, const wn_tenso
                              const wn_tensor *d_o, const uint8_t *seen, double scale);
 
 /* I[n,m]: -inf where not seen. */
-wn_tensor plain_index(wn_arena *arena, const wn_tensor *q, const wn_tensor *k, const wn_tensor *w,
-                      const uint8_t *seen, double scale);
+wn_tensor plain_index(wn_arena *arena, const wn_tensor *q, const wn_tensor *k, const wn_tensor *w, const uint8_t *seen,
+                      double scale);
 
 typedef struct plain_kl {
   wn_tensor kl;         /* [n] */
@@ -48,7 +48,7 @@ wn_rows plain_rows(wn_arena *arena, int32_t n, int32_t m, plain_rows_kind kind);
 
 /* A tensor of `role`, its rows and heads further apart than they need be, so that strides are honoured or
  * seen not to be; filled with normal values. */
-wn_tensor plain_input(const wn_device *device, wn_role role, uint64_t seed, double deviation, int32_t rank,
-                      int64_t d0, int64_t d1, int64_t d2);
+wn_tensor plain_input(const wn_device *device, wn_role role, uint64_t seed, double deviation, int32_t rank, int64_t d0,
+                      int64_t d1, int64_t d2);
 
 #endif

@@ -25,7 +25,9 @@ static inline int wn_temp_teardown(void **state) {
 }
 
 /* directory + "/" + name */
-typedef struct wn_temp_path { char text[256]; } wn_temp_path;
+typedef struct wn_temp_path {
+  char text[256];
+} wn_temp_path;
 static inline wn_temp_path wn_temp(void **state, const char *name) {
   wn_temp_path path;
   snprintf(path.text, sizeof path.text, "%s/%s", (const char *)*state, name);

@@ -68,8 +68,7 @@ void wn_test_set(wn_tensor *t, int64_t i, double value) {
 
 void wn_test_fill(wn_tensor *t, uint64_t seed, double deviation, double mean) {
   int64_t n = wn_tensor_count(t);
-  for (int64_t i = 0; i < n; i++)
-    wn_test_set(t, i, mean + deviation * wn_rng_normal(seed, WN_RNG_TEST, (uint64_t)i));
+  for (int64_t i = 0; i < n; i++) wn_test_set(t, i, mean + deviation * wn_rng_normal(seed, WN_RNG_TEST, (uint64_t)i));
 }
 
 void wn_test_close(const char *what, const wn_tensor *a, const wn_tensor *b, double absolute, double relative) {
@@ -90,8 +89,8 @@ void wn_test_close(const char *what, const wn_tensor *a, const wn_tensor *b, dou
     rest /= a->dim[axis];
   }
   fail_msg("%s: %lld of %lld differ, worst by %g; first at [%lld,%lld,%lld,%lld]: %.9g, expected %.9g", what,
-           (long long)bad, (long long)n, worst, (long long)at[0], (long long)at[1], (long long)at[2],
-           (long long)at[3], wn_test_get(a, first), wn_test_get(b, first));
+           (long long)bad, (long long)n, worst, (long long)at[0], (long long)at[1], (long long)at[2], (long long)at[3],
+           wn_test_get(a, first), wn_test_get(b, first));
 }
 
 double wn_test_relative_norm(const wn_tensor *a, const wn_tensor *b) {

@@ -1,5 +1,6 @@
-/* What whole-program tests run on: a model of a few thousand weights, all of them random (norms and biases too), in several shards;
- * datasets; a job file for all stages. Laid out once a test program, in a temporary directory: base/, train, valid, job.yaml. */
+/* What whole-program tests run on: a model of a few thousand weights, all of them random (norms and biases too), in
+ * several shards; datasets; a job file for all stages. Laid out once a test program, in a temporary directory: base/,
+ * train, valid, job.yaml. */
 #ifndef WN_TEST_TINY_H
 #define WN_TEST_TINY_H
 
@@ -17,17 +18,37 @@
 enum { TINY_VOCAB = 64, TINY_TOPK = 6, TINY_SEQ_LEN = 32 };
 
 static inline wn_model_config tiny_config(void) {
-  return (wn_model_config){.vocab_size = TINY_VOCAB, .hidden_size = 32, .intermediate_size = 40, .moe_intermediate_size = 12,
-                           .num_hidden_layers = 3, .first_k_dense_replace = 1, .num_attention_heads = 3, .n_routed_experts = 4,
-                           .n_shared_experts = 1, .num_experts_per_tok = 2, .n_group = 2, .topk_group = 1, .norm_topk_prob = true,
-                           .routed_scaling_factor = 1.5, .q_lora_rank = 20, .kv_lora_rank = 16, .qk_nope_head_dim = 10,
-                           .qk_rope_head_dim = 8, .v_head_dim = 12, .rms_norm_eps = 1e-6, .rope_theta = 10000,
-                           .initializer_range = 0.05, .max_position_embeddings = 16384, .bos_token_id = -1, .eos_token_id = 0};
+  return (wn_model_config){.vocab_size = TINY_VOCAB,
+                           .hidden_size = 32,
+                           .intermediate_size = 40,
+                           .moe_intermediate_size = 12,
+                           .num_hidden_layers = 3,
+                           .first_k_dense_replace = 1,
+                           .num_attention_heads = 3,
+                           .n_routed_experts = 4,
+                           .n_shared_experts = 1,
+                           .num_experts_per_tok = 2,
+                           .n_group = 2,
+                           .topk_group = 1,
+                           .norm_topk_prob = true,
+                           .routed_scaling_factor = 1.5,
+                           .q_lora_rank = 20,
+                           .kv_lora_rank = 16,
+                           .qk_nope_head_dim = 10,
+                           .qk_rope_head_dim = 8,
+                           .v_head_dim = 12,
+                           .rms_norm_eps = 1e-6,
+                           .rope_theta = 10000,
+                           .initializer_range = 0.05,
+                           .max_position_embeddings = 16384,
+                           .bos_token_id = -1,
+                           .eos_token_id = 0};
 }
 
 static inline wn_param_table tiny_table(const wn_model_config *config) {
   wn_param_table table;
-  OK(wn_param_table_create(&table, config, (wn_param_settings){.train_base = true, .train_indexer = true, .file_dtype = WN_F32}));
+  OK(wn_param_table_create(&table, config,
+                           (wn_param_settings){.train_base = true, .train_indexer = true, .file_dtype = WN_F32}));
   return table;
 }
 
@@ -43,8 +64,10 @@ static inline float *tiny_values(const wn_param *p, uint64_t seed) {
   assert_non_null(values);
   wn_tensor t = wn_tensor_of(values, WN_F32, 1, n, 0, 0, 0);
   bool bias = p->slot == WN_P_ROUTER_BIAS || p->slot == WN_P_INDEX_K_NORM_BIAS;
-  if (p->rank == 1) wn_test_fill(&t, seed, bias ? 0.1 : 0.3, bias ? 0 : 1);
-  else wn_test_fill(&t, seed, p->slot == WN_P_EMBED ? 1 : 1.5 / sqrt((double)p->dim[1]), 0);
+  if (p->rank == 1)
+    wn_test_fill(&t, seed, bias ? 0.1 : 0.3, bias ? 0 : 1);
+  else
+    wn_test_fill(&t, seed, p->slot == WN_P_EMBED ? 1 : 1.5 / sqrt((double)p->dim[1]), 0);
   return values;
 }
 
@@ -75,7 +98,8 @@ static inline void tiny_index(const char *dir, const wn_param_table *table, int3
 
 /* `change` (may be NULL) may alter the values [table.n] before they are written. */
 typedef void (*tiny_change)(const wn_param_table *table, float **values);
-static inline void tiny_model(const char *dir, const wn_model_config *config, uint64_t seed, int32_t shards, tiny_change change) {
+static inline void tiny_model(const char *dir, const wn_model_config *config, uint64_t seed, int32_t shards,
+                              tiny_change change) {
   char path[WN_PATH_BYTES];
   wn_param_table table = tiny_table(config);
   float **values = calloc((size_t)table.n, sizeof *values);
@@ -108,7 +132,8 @@ static inline void tiny_data(const char *prefix, int32_t vocab, int64_t tokens, 
     for (int32_t i = 0; i < n; i++) {
       uint64_t at = d << 20 | (uint64_t)(2 * i + 1);
       bool follows = i > 0 && wn_rng_below(seed, WN_RNG_TEST, at + 1, 2) == 0;
-      document[i] = follows ? (document[i - 1] * 5 + 3) % vocab : (int32_t)wn_rng_below(seed, WN_RNG_TEST, at, (uint64_t)vocab);
+      document[i] =
+          follows ? (document[i - 1] * 5 + 3) % vocab : (int32_t)wn_rng_below(seed, WN_RNG_TEST, at, (uint64_t)vocab);
     }
     OK(wn_dataset_writer_add(writer, document, NULL, n));
     written += n;
@@ -116,7 +141,9 @@ static inline void tiny_data(const char *prefix, int32_t vocab, int64_t tokens, 
   OK(wn_dataset_writer_close(writer, true));
 }
 
-static inline void tiny_write(const char *path, const char *text) { wn_temp_write(path, text, strlen(text)); }
+static inline void tiny_write(const char *path, const char *text) {
+  wn_temp_write(path, text, strlen(text));
+}
 
 /* DIR/job.yaml: init and run_dir are given on the command line. */
 static inline void tiny_job(const char *dir) {
@@ -154,7 +181,10 @@ static inline wn_temp_path tiny_step(void **state, const char *run, int64_t step
   return path;
 }
 
-typedef struct tiny_file { char *text; size_t bytes; } tiny_file;
+typedef struct tiny_file {
+  char *text;
+  size_t bytes;
+} tiny_file;
 static inline tiny_file tiny_read(const char *path) {
   tiny_file file;
   OK(wn_read_file(&file.text, &file.bytes, path, (size_t)1 << 30));
@@ -201,8 +231,10 @@ static inline void tiny_expect_same_tables(void **state, const char *run, const 
   }
 }
 
-/* Cell of RUN/metrics/TABLE.csv by row (from 0) and column name; NaN where it is empty, and *rows (may be NULL) how many there are. */
-static inline double tiny_cell(void **state, const char *run, const char *table, int64_t row, const char *column, int64_t *rows) {
+/* Cell of RUN/metrics/TABLE.csv by row (from 0) and column name; NaN where it is empty, and *rows (may be NULL) how
+ * many there are. */
+static inline double tiny_cell(void **state, const char *run, const char *table, int64_t row, const char *column,
+                               int64_t *rows) {
   char path[WN_PATH_BYTES];
   OK(wn_path(path, "%s/%s/metrics/%s.csv", (const char *)*state, run, table));
   tiny_file file = tiny_read(path);
@@ -222,8 +254,10 @@ static inline double tiny_cell(void **state, const char *run, const char *table,
     value = cell && *cell ? strtod(cell, NULL) : NAN;
   }
   free(file.text);
-  if (rows) *rows = count;
-  else if (row >= count) fail_msg("%s has %lld rows; wanted row %lld", path, (long long)count, (long long)row);
+  if (rows)
+    *rows = count;
+  else if (row >= count)
+    fail_msg("%s has %lld rows; wanted row %lld", path, (long long)count, (long long)row);
   return value;
 }
 
@@ -231,7 +265,9 @@ static inline bool tiny_bits_differ(const wn_st_entry *a, const wn_st_entry *b) 
   return a->bytes != b->bytes || memcmp(a->data, b->data, a->bytes) != 0;
 }
 
-static inline bool tiny_is_indexer(const char *name) { return strstr(name, ".indexer.") != NULL; }
+static inline bool tiny_is_indexer(const char *name) {
+  return strstr(name, ".indexer.") != NULL;
+}
 
 /* All of the optimizer's tensors of a checkpoint, as far as one file holds them. */
 static inline wn_safetensors *tiny_optimizer(const char *checkpoint) {

@@ -107,7 +107,9 @@ static void fields_are_distinct(void **state) {
 
 static void bad_values(void **state) {
   (void)state;
-  static const struct { const char *line, *part; } cases[] = {
+  static const struct {
+    const char *line, *part;
+  } cases[] = {
       {"training: {steps: 1, steps: 2}", "job.yaml:1: training.steps stands already in line 1"},
       {"dataa: {train: x}", "job.yaml:1: unknown key dataa.train; did you mean data.train?"},
       {"data: {seqlen: 5}", "job.yaml:1: unknown key data.seqlen; did you mean data.seq_len?"},
@@ -250,7 +252,8 @@ static void provenance(void **state) {
 
 static void resume(void **state) {
   (void)state;
-  static const struct { const char *override, *part;
+  static const struct {
+    const char *override, *part;
   } cases[] = {
       /* NULL: may change */
       {"training.steps=20", NULL},
@@ -295,8 +298,10 @@ static void resume(void **state) {
     wn_job_source_free(source);
     wn_status status = wn_job_check_resume(&job, resolved);
     if (!!status != !!cases[i].part) print_error("%s\n", cases[i].override);
-    if (cases[i].part) REFUSED(status, WN_E_CONFIG, cases[i].part);
-    else OK(status);
+    if (cases[i].part)
+      REFUSED(status, WN_E_CONFIG, cases[i].part);
+    else
+      OK(status);
   }
   OK(load(&job, &source, WN_STAGE_ADAPT, BASE, NULL));
   wn_job_source_free(source);
@@ -355,10 +360,14 @@ static void lists_of_options(void **state) {
 /* The jobs that come with the program, and the figures of the paper in them. */
 static void jobs_that_ship(void **state) {
   (void)state;
-  static const struct { const char *file; wn_stage stage; } jobs[] = {
-      {"configs/jobs/tiny/pretrain.yaml", WN_STAGE_PRETRAIN}, {"configs/jobs/tiny/warmup.yaml", WN_STAGE_WARMUP},
-      {"configs/jobs/tiny/adapt.yaml", WN_STAGE_ADAPT}, {"configs/jobs/deepseek-v3.1/warmup.yaml", WN_STAGE_WARMUP},
-      {"configs/jobs/deepseek-v3.1/adapt.yaml", WN_STAGE_ADAPT}};
+  static const struct {
+    const char *file;
+    wn_stage stage;
+  } jobs[] = {{"configs/jobs/tiny/pretrain.yaml", WN_STAGE_PRETRAIN},
+              {"configs/jobs/tiny/warmup.yaml", WN_STAGE_WARMUP},
+              {"configs/jobs/tiny/adapt.yaml", WN_STAGE_ADAPT},
+              {"configs/jobs/deepseek-v3.1/warmup.yaml", WN_STAGE_WARMUP},
+              {"configs/jobs/deepseek-v3.1/adapt.yaml", WN_STAGE_ADAPT}};
   wn_job job[5];
   for (int i = 0; i < 5; i++) {
     wn_job_source *source;
@@ -378,9 +387,9 @@ static void jobs_that_ship(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(defaults),   TEST(every_default_is_allowed), TEST(fields_are_distinct),     TEST(bad_values),
-      TEST(bad_overrides), TEST(what_a_stage_needs),    TEST(options_that_contradict), TEST(provenance),
-      TEST(resume),     TEST(resuming_from_other_files), TEST(lists_of_options),       TEST(jobs_that_ship),
+      TEST(defaults),      TEST(every_default_is_allowed),  TEST(fields_are_distinct),     TEST(bad_values),
+      TEST(bad_overrides), TEST(what_a_stage_needs),        TEST(options_that_contradict), TEST(provenance),
+      TEST(resume),        TEST(resuming_from_other_files), TEST(lists_of_options),        TEST(jobs_that_ship),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

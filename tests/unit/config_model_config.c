@@ -139,7 +139,9 @@ static void the_newer_form(void **state) {
 
 static void refusals(void **state) {
   (void)state;
-  static const struct { const char *key, *json, *part; } cases[] = {
+  static const struct {
+    const char *key, *json, *part;
+  } cases[] = {
       {"model_type", NULL, "model_type is missing"},
       {"model_type", "\"deepseek_v2\"", "model_type is deepseek_v2"},
       {"model_type", "\"deepseek_v32\"", "index_n_heads is missing"},
@@ -204,7 +206,9 @@ static void refusals(void **state) {
 
 static void refusals_of_yarn(void **state) {
   (void)state;
-  static const struct { const char *key, *json, *part; } cases[] = {
+  static const struct {
+    const char *key, *json, *part;
+  } cases[] = {
       {"factor", NULL, "rope_scaling.factor is missing"},
       {"factor", "0.5", "rope_scaling.factor is 0.5"},
       {"factor", "null", "rope_scaling.factor is missing"},
@@ -260,13 +264,13 @@ static void expect_inv_freq(const wn_model_config *c, const float *expected, int
 
 static void rope_frequencies(void **state) {
   (void)state;
-  static const float v3[32] = {
-      0x1.000000p+0f,  0x1.7ff222p-1f,  0x1.1feb34p-1f,  0x1.afd136p-2f,  0x1.43d136p-2f,  0x1.e5a846p-3f,
-      0x1.6c310ep-3f,  0x1.111aeep-3f,  0x1.99999ap-4f,  0x1.33281ap-4f,  0x1.ccab84p-5f,  0x1.3f8b74p-5f,
-      0x1.b86436p-6f,  0x1.2d1b86p-6f,  0x1.97e506p-7f,  0x1.111aeep-7f,  0x1.6872b2p-8f,  0x1.d2e0ccp-9f,
-      0x1.26d42cp-9f,  0x1.67459ap-10f, 0x1.9e7c6ep-11f, 0x1.b32624p-12f, 0x1.74eea6p-13f, 0x1.17a8e2p-15f,
-      0x1.a36e2ep-16f, 0x1.3a8746p-16f, 0x1.d7b9e0p-17f, 0x1.61bea2p-17f, 0x1.094566p-17f, 0x1.8dd9bap-18f,
-      0x1.2a5884p-18f, 0x1.bf749ep-19f};
+  static const float v3[32] = {0x1.000000p+0f,  0x1.7ff222p-1f,  0x1.1feb34p-1f,  0x1.afd136p-2f,  0x1.43d136p-2f,
+                               0x1.e5a846p-3f,  0x1.6c310ep-3f,  0x1.111aeep-3f,  0x1.99999ap-4f,  0x1.33281ap-4f,
+                               0x1.ccab84p-5f,  0x1.3f8b74p-5f,  0x1.b86436p-6f,  0x1.2d1b86p-6f,  0x1.97e506p-7f,
+                               0x1.111aeep-7f,  0x1.6872b2p-8f,  0x1.d2e0ccp-9f,  0x1.26d42cp-9f,  0x1.67459ap-10f,
+                               0x1.9e7c6ep-11f, 0x1.b32624p-12f, 0x1.74eea6p-13f, 0x1.17a8e2p-15f, 0x1.a36e2ep-16f,
+                               0x1.3a8746p-16f, 0x1.d7b9e0p-17f, 0x1.61bea2p-17f, 0x1.094566p-17f, 0x1.8dd9bap-18f,
+                               0x1.2a5884p-18f, 0x1.bf749ep-19f};
   static const float plain[8] = {0x1.000000p+0f, 0x1.43d136p-2f, 0x1.99999ap-4f,  0x1.030dc6p-5f,
                                  0x1.47ae14p-7f, 0x1.9e7c70p-9f, 0x1.0624dep-10f, 0x1.4b96c0p-12f};
   static const float odd[12] = {0x1.000000p+0f,  0x1.9fa446p-2f,  0x1.516b04p-3f,  0x1.b0dae0p-5f,
@@ -370,9 +374,9 @@ static void unknown_keys_are_carried_over(void **state) {
   OK(load(&c, config));
   OK(wn_model_config_save(&c, other, root, "float32"));
   char *got = text_of(other);
-  assert_non_null(
-      strstr(got, "  \"zz_note\": {\n    \"a\": {},\n    \"b\": [\n      1,\n      2.5,\n      \"\xc3\xa9\\n\"\n"
-                  "    ],\n    \"c\": [],\n    \"d\": 1e-07\n  }\n}\n"));
+  assert_non_null(strstr(got,
+                         "  \"zz_note\": {\n    \"a\": {},\n    \"b\": [\n      1,\n      2.5,\n      \"\xc3\xa9\\n\"\n"
+                         "    ],\n    \"c\": [],\n    \"d\": 1e-07\n  }\n}\n"));
   assert_non_null(strstr(got, "\"num_nextn_predict_layers\": 1,"));
   assert_non_null(strstr(got, "\"rope_theta\": 10000.5,"));
   assert_null(strstr(got, "mlp_layer_types"));
@@ -385,11 +389,26 @@ static void unknown_keys_are_carried_over(void **state) {
 
 static void real_texts(void **state) {
   (void)state;
-  static const struct { double value; const char *text; } cases[] = {
-      {0, "0.0"},           {1, "1.0"},          {-2.5, "-2.5"},      {1e-6, "1e-06"},   {0.001, "0.001"},
-      {7.3e-6, "7.3e-06"},  {10000, "10000.0"},  {0.1, "0.1"},        {1e16, "1e+16"},   {1e15, "1000000000000000.0"},
-      {1.0 / 3, "0.3333333333333333"},           {123456.75, "123456.75"}, {1e-4, "0.0001"}, {5e-324, "5e-324"},
-      {0.1 + 0.2, "0.30000000000000004"},        {INFINITY, "inf"},
+  static const struct {
+    double value;
+    const char *text;
+  } cases[] = {
+      {0, "0.0"},
+      {1, "1.0"},
+      {-2.5, "-2.5"},
+      {1e-6, "1e-06"},
+      {0.001, "0.001"},
+      {7.3e-6, "7.3e-06"},
+      {10000, "10000.0"},
+      {0.1, "0.1"},
+      {1e16, "1e+16"},
+      {1e15, "1000000000000000.0"},
+      {1.0 / 3, "0.3333333333333333"},
+      {123456.75, "123456.75"},
+      {1e-4, "0.0001"},
+      {5e-324, "5e-324"},
+      {0.1 + 0.2, "0.30000000000000004"},
+      {INFINITY, "inf"},
   };
   char text[WN_REAL_TEXT_BYTES];
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -406,9 +425,18 @@ static void real_texts(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(released_v31),        TEST(released_v32),     TEST(the_newer_form), TEST(refusals),
-      TEST(refusals_of_yarn),    TEST(files_that_are_none), TEST(rope_frequencies), TEST(v31_becomes_v32),
-      TEST(v32_becomes_v31),     TEST(without_a_source), TEST(unknown_keys_are_carried_over), TEST(real_texts),
+      TEST(released_v31),
+      TEST(released_v32),
+      TEST(the_newer_form),
+      TEST(refusals),
+      TEST(refusals_of_yarn),
+      TEST(files_that_are_none),
+      TEST(rope_frequencies),
+      TEST(v31_becomes_v32),
+      TEST(v32_becomes_v31),
+      TEST(without_a_source),
+      TEST(unknown_keys_are_carried_over),
+      TEST(real_texts),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -15,8 +15,16 @@ typedef struct hand {
 } hand;
 
 /* 3 documents of 2, 0 and 3 tokens in 4 sequences (2 | | 1 2), u16 */
-static const hand good = {.version = 1, .sequences = 4, .boundaries = 4, .code = 8, .length = {2, 0, 1, 2}, .offset = {0, 4, 4, 6},
-                          .document = {0, 1, 2, 4}, .n_length = 4, .n_offset = 4, .n_document = 4};
+static const hand good = {.version = 1,
+                          .sequences = 4,
+                          .boundaries = 4,
+                          .code = 8,
+                          .length = {2, 0, 1, 2},
+                          .offset = {0, 4, 4, 6},
+                          .document = {0, 1, 2, 4},
+                          .n_length = 4,
+                          .n_offset = 4,
+                          .n_document = 4};
 
 static size_t put(unsigned char *to, size_t at, const void *data, size_t bytes) {
   memcpy(to + at, data, bytes);
@@ -67,12 +75,22 @@ static void reads_several_sequences_a_document(void **state) {
 }
 
 static void reads_every_integer_dtype(void **state) {
-  static const struct { uint8_t code; size_t bytes; const char *name; } dtypes[] = {
-      {1, 1, "uint8"}, {2, 1, "int8"}, {3, 2, "int16"}, {4, 4, "int32"}, {5, 8, "int64"}, {8, 2, "uint16"}};
+  static const struct {
+    uint8_t code;
+    size_t bytes;
+    const char *name;
+  } dtypes[] = {{1, 1, "uint8"}, {2, 1, "int8"}, {3, 2, "int16"}, {4, 4, "int32"}, {5, 8, "int64"}, {8, 2, "uint16"}};
   static const int64_t ids[3] = {0, 1, 127};
   for (size_t k = 0; k < 6; k++) {
-    hand h = {.version = 1, .sequences = 1, .boundaries = 2, .code = dtypes[k].code, .length = {3}, .document = {0, 1},
-              .n_length = 1, .n_offset = 1, .n_document = 2};
+    hand h = {.version = 1,
+              .sequences = 1,
+              .boundaries = 2,
+              .code = dtypes[k].code,
+              .length = {3},
+              .document = {0, 1},
+              .n_length = 1,
+              .n_offset = 1,
+              .n_document = 2};
     unsigned char idx[512], bin[24];
     size_t n = hand_bytes(idx, &h), at = 0;
     for (int i = 0; i < 3; i++) at = put(bin, at, &ids[i], dtypes[k].bytes);
@@ -89,8 +107,15 @@ static void reads_every_integer_dtype(void **state) {
 }
 
 static void names_ids_that_are_none(void **state) {
-  hand h = {.version = 1, .sequences = 1, .boundaries = 2, .code = 5, .length = {2}, .document = {0, 1}, .n_length = 1,
-            .n_offset = 1, .n_document = 2};
+  hand h = {.version = 1,
+            .sequences = 1,
+            .boundaries = 2,
+            .code = 5,
+            .length = {2},
+            .document = {0, 1},
+            .n_length = 1,
+            .n_offset = 1,
+            .n_document = 2};
   unsigned char idx[512];
   int64_t wide[2] = {7, 1ll << 32};
   wn_dataset *d;
@@ -146,10 +171,17 @@ static void refuses_lies(void **state) {
 #undef LIE
   REFUSED(open_hand(state, &d, &good, 9), WN_E_INPUT, "ends beyond");
   REFUSED(open_hand(state, &d, &good, 0), WN_E_INPUT, "ends beyond");
-  hand empty = {.version = 1, .sequences = 1, .boundaries = 2, .code = 8, .document = {0, 1}, .n_length = 1, .n_offset = 1,
+  hand empty = {.version = 1,
+                .sequences = 1,
+                .boundaries = 2,
+                .code = 8,
+                .document = {0, 1},
+                .n_length = 1,
+                .n_offset = 1,
                 .n_document = 2};
   REFUSED(open_hand(state, &d, &empty, 0), WN_E_INPUT, "no tokens");
-  REFUSED(open_hand(state, &d, &(hand){.version = 1, .boundaries = 1, .code = 8, .n_document = 1}, 0), WN_E_INPUT, "no documents");
+  REFUSED(open_hand(state, &d, &(hand){.version = 1, .boundaries = 1, .code = 8, .n_document = 1}, 0), WN_E_INPUT,
+          "no documents");
 }
 
 static void refuses_every_truncation(void **state) {
@@ -221,10 +253,12 @@ static void windows_know_their_documents(void **state) {
   assert_int_equal(wn_dataset_windows(d, SEQ), 3); /* 10 tokens: targets 1..9 */
   assert_int_equal(wn_dataset_windows(d, 9), 1);
   assert_int_equal(wn_dataset_windows(d, 10), 0);
-  static const struct { int32_t tokens[SEQ + 1], start[SEQ]; uint8_t predicted[SEQ], scored[SEQ]; } expected[3] = {
-      {{1, 2, 3, 4}, {0, 0, 0}, {1, 1, 0}, {1, 0, 0}},
-      {{4, 5, 6, 7}, {0, 1, 1}, {0, 1, 1}, {0, 0, 1}},
-      {{7, 8, 9, 10}, {0, 0, 2}, {1, 0, 1}, {0, 0, 1}}};
+  static const struct {
+    int32_t tokens[SEQ + 1], start[SEQ];
+    uint8_t predicted[SEQ], scored[SEQ];
+  } expected[3] = {{{1, 2, 3, 4}, {0, 0, 0}, {1, 1, 0}, {1, 0, 0}},
+                   {{4, 5, 6, 7}, {0, 1, 1}, {0, 1, 1}, {0, 0, 1}},
+                   {{7, 8, 9, 10}, {0, 0, 2}, {1, 0, 1}, {0, 0, 1}}};
   int32_t tokens[SEQ + 1], start[SEQ];
   uint8_t predicted[SEQ], scored[SEQ];
   wn_window window = {tokens, start, predicted, scored};
@@ -315,7 +349,8 @@ static void a_failed_or_given_up_dataset_leaves_nothing(void **state) {
   OK(wn_dataset_writer_add(w, tokens, NULL, 2));
   OK(wn_dataset_writer_close(w, false));
   OK(wn_dataset_writer_create(&w, wn_temp(state, "a").text, 6, true));
-  REFUSED(wn_dataset_writer_add(w, tokens, NULL, 2), WN_E_INPUT, "token 1 of document 0 has id 6, the vocabulary has 6");
+  REFUSED(wn_dataset_writer_add(w, tokens, NULL, 2), WN_E_INPUT,
+          "token 1 of document 0 has id 6, the vocabulary has 6");
   OK(wn_dataset_writer_close(w, false));
   OK(wn_dataset_writer_create(&w, wn_temp(state, "a").text, 6, false));
   REFUSED(wn_dataset_writer_close(w, true), WN_E_INPUT, "no tokens");

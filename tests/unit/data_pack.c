@@ -26,7 +26,8 @@ static char *shown(const char *prefix, int64_t *n) {
   wn_dataset_copy(d, 0, *n, tokens, NULL);
   for (int64_t i = 0; i < *n; i++) text[i] = tokens[i] == END ? '|' : (char)tokens[i];
   text[*n] = 0;
-  for (int64_t i = 1; i <= wn_dataset_documents(d); i++) assert_int_equal(tokens[wn_dataset_document_start(d, i) - 1], END);
+  for (int64_t i = 1; i <= wn_dataset_documents(d); i++)
+    assert_int_equal(tokens[wn_dataset_document_start(d, i) - 1], END);
   wn_dataset_close(d);
   free(tokens);
   return text;
@@ -37,7 +38,8 @@ static void assert_packs_to(void **state, const char *separator, const char *exp
   const char *files[2] = {a.text, b.text};
   wn_pack_result result;
   int64_t n;
-  OK(pack_bytes(&result, &(wn_pack_settings){.prefix = prefix.text, .files = files, .n_files = 2, .document_separator = separator}));
+  OK(pack_bytes(&result, &(wn_pack_settings){
+                             .prefix = prefix.text, .files = files, .n_files = 2, .document_separator = separator}));
   char *text = shown(prefix.text, &n);
   assert_string_equal(text, expected);
   assert_int_equal(result.tokens, n);
@@ -177,8 +179,14 @@ static void refuses_what_cannot_be_packed(void **state) {
   REFUSED(pack_bytes(&result, &s), WN_E_USAGE, "separator");
   s.document_separator = "a\nb";
   REFUSED(pack_bytes(&result, &s), WN_E_USAGE, "separator");
-  s = (wn_pack_settings){.prefix = prefix.text, .files = files, .n_files = 1, .copy_share = 0.5, .copy_document_tokens = 64,
-                         .copy_min_passage = 8, .copy_max_passage = 16, .copy_skip = 2};
+  s = (wn_pack_settings){.prefix = prefix.text,
+                         .files = files,
+                         .n_files = 1,
+                         .copy_share = 0.5,
+                         .copy_document_tokens = 64,
+                         .copy_min_passage = 8,
+                         .copy_max_passage = 16,
+                         .copy_skip = 2};
   REFUSED(pack_bytes(&result, &s), WN_E_INPUT, "3 tokens, one copy document needs 64");
   wn_pack_settings bad = s;
 #define BAD(change, part) bad = s, change, REFUSED(pack_bytes(&result, &bad), WN_E_USAGE, part)
@@ -215,7 +223,9 @@ static void write_text(const char *path, int64_t from, int64_t bytes) {
   assert_int_equal(fclose(file), 0);
 }
 
-typedef struct copy_bounds { int64_t passage[2], distance[2], skip, length; } copy_bounds;
+typedef struct copy_bounds {
+  int64_t passage[2], distance[2], skip, length;
+} copy_bounds;
 
 /* One copy document: tokens and marks [length]. Returns the marked tokens, and the distance. */
 static int64_t check_copy(const int32_t *tokens, const uint8_t *marks, copy_bounds b, int64_t *distance) {
@@ -253,10 +263,13 @@ static int64_t check_copy(const int32_t *tokens, const uint8_t *marks, copy_boun
 
 static void copies_are_what_they_say(void **state) {
   enum { LENGTH = 128 };
-  static const struct { double share; copy_bounds bounds; int32_t near, far; } cases[] = {
-      {0.25, {{12, 20}, {12, 115}, 4, LENGTH}, 0, 0},
-      {1.0, {{12, 20}, {40, 60}, 0, LENGTH}, 40, 60},
-      {0.9, {{31, 31}, {96, 96}, 30, LENGTH}, 96, 0}};
+  static const struct {
+    double share;
+    copy_bounds bounds;
+    int32_t near, far;
+  } cases[] = {{0.25, {{12, 20}, {12, 115}, 4, LENGTH}, 0, 0},
+               {1.0, {{12, 20}, {40, 60}, 0, LENGTH}, 40, 60},
+               {0.9, {{31, 31}, {96, 96}, 30, LENGTH}, 96, 0}};
   wn_temp_path a = wn_temp(state, "a"), b = wn_temp(state, "b"), prefix = wn_temp(state, "out");
   const char *files[2] = {a.text, b.text};
   write_text(a.text, 0, 20000);
@@ -264,10 +277,17 @@ static void copies_are_what_they_say(void **state) {
   for (size_t c = 0; c < 3; c++) {
     copy_bounds bounds = cases[c].bounds;
     wn_pack_result result;
-    OK(pack_bytes(&result, &(wn_pack_settings){.prefix = prefix.text, .files = files, .n_files = 2, .copy_share = cases[c].share,
-                                               .copy_document_tokens = LENGTH, .copy_min_passage = (int32_t)bounds.passage[0],
-                                               .copy_max_passage = (int32_t)bounds.passage[1], .copy_skip = (int32_t)bounds.skip,
-                                               .copy_min_distance = cases[c].near, .copy_max_distance = cases[c].far, .seed = 9}));
+    OK(pack_bytes(&result, &(wn_pack_settings){.prefix = prefix.text,
+                                               .files = files,
+                                               .n_files = 2,
+                                               .copy_share = cases[c].share,
+                                               .copy_document_tokens = LENGTH,
+                                               .copy_min_passage = (int32_t)bounds.passage[0],
+                                               .copy_max_passage = (int32_t)bounds.passage[1],
+                                               .copy_skip = (int32_t)bounds.skip,
+                                               .copy_min_distance = cases[c].near,
+                                               .copy_max_distance = cases[c].far,
+                                               .seed = 9}));
     double text = cases[c].share < 1 ? 24002 : 0;
     assert_int_equal(result.tokens, (int64_t)text + result.copy_documents * LENGTH);
     assert_true(fabs((double)(result.copy_documents * LENGTH) / (double)result.tokens - cases[c].share) < 0.005);
@@ -312,7 +332,11 @@ static void packing_is_a_pure_function_of_text_and_seed(void **state) {
   const char *files[1] = {a.text};
   write_text(a.text, 0, 8000);
   wn_pack_result result;
-  wn_pack_settings s = {.files = files, .n_files = 1, .copy_share = 0.5, .copy_document_tokens = 64, .copy_min_passage = 8,
+  wn_pack_settings s = {.files = files,
+                        .n_files = 1,
+                        .copy_share = 0.5,
+                        .copy_document_tokens = 64,
+                        .copy_min_passage = 8,
                         .copy_max_passage = 16};
   char *bytes[3][3];
   size_t n[3][3];

@@ -48,7 +48,8 @@ static void order_depends_on_the_sequence_alone(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(an_epoch_is_a_permutation), cmocka_unit_test(epochs_and_seeds_differ),
+  const struct CMUnitTest tests[] = {cmocka_unit_test(an_epoch_is_a_permutation),
+                                     cmocka_unit_test(epochs_and_seeds_differ),
                                      cmocka_unit_test(order_depends_on_the_sequence_alone)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

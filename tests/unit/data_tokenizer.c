@@ -49,8 +49,11 @@ static void bytes_are_their_own_ids(void **state) {
 
 static void the_alphabet_is_gpt2s(void **state) {
   (void)state;
-  static const struct { int byte; const char *symbol; } known[] = {
-      {' ', "Ġ"}, {'\n', "Ċ"}, {'\t', "ĉ"}, {0, "Ā"}, {'a', "a"}, {0x7F, "ġ"}, {0xA0, "ł"}, {0xA1, "¡"}, {0xAD, "Ń"}, {0xFF, "ÿ"}};
+  static const struct {
+    int byte;
+    const char *symbol;
+  } known[] = {{' ', "Ġ"},  {'\n', "Ċ"}, {'\t', "ĉ"}, {0, "Ā"},    {'a', "a"},
+               {0x7F, "ġ"}, {0xA0, "ł"}, {0xA1, "¡"}, {0xAD, "Ń"}, {0xFF, "ÿ"}};
   for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
     char symbol[2];
     size_t n = wn_byte_symbol((uint8_t)known[i].byte, symbol);
@@ -104,18 +107,21 @@ static void encodes_as_hugging_face_does(void **state) {
 /* Words in brackets. A run of bytes that are no UTF-8 is one word, and divides what stands beside it. */
 static void words_are_gpt2s(void **state) {
   (void)state;
-  static const struct { const char *text, *words; } cases[] = {
-      {"", ""},
-      {"it's 12ab  x", "[it]['s][ 12][ab][ ][ x]"},
-      {"I'LL we'll d'", "[I]['][LL][ we]['ll][ d][']"},
-      {"a \n\n b  ", "[a][ \n\n][ b][  ]"},
-      {"x\xC2\xA0\xC2\xA0y", "[x][\xC2\xA0][\xC2\xA0][y]"},
-      {"a\xE1\xA0\x8E!", "[a][\xE1\xA0\x8E!]"}, /* U+180E is white space no more */
-      {"!\xED\xA0\x80!", "[!][\xED\xA0\x80][!]"},
-      {"!\xED\x9F\xBF!", "[!\xED\x9F\xBF!]"},
-      {"!\xC0\x80!\xE0\x9F\xBF!\xF0\x8F\xBF\xBF!\xF4\x90\x80\x80!", "[!][\xC0\x80][!][\xE0\x9F\xBF][!][\xF0\x8F\xBF\xBF][!][\xF4\x90\x80\x80][!]"},
-      {"!\xE0\xA0\x80!\xF0\x90\x80\x80!\xF4\x8F\xBF\xBF!", "[!][\xE0\xA0\x80][!][\xF0\x90\x80\x80][!\xF4\x8F\xBF\xBF!]"},
-      {"a\xFF\x80\xFE\xC3", "[a][\xFF\x80\xFE\xC3]"}};
+  static const struct {
+    const char *text, *words;
+  } cases[] = {{"", ""},
+               {"it's 12ab  x", "[it]['s][ 12][ab][ ][ x]"},
+               {"I'LL we'll d'", "[I]['][LL][ we]['ll][ d][']"},
+               {"a \n\n b  ", "[a][ \n\n][ b][  ]"},
+               {"x\xC2\xA0\xC2\xA0y", "[x][\xC2\xA0][\xC2\xA0][y]"},
+               {"a\xE1\xA0\x8E!", "[a][\xE1\xA0\x8E!]"}, /* U+180E is white space no more */
+               {"!\xED\xA0\x80!", "[!][\xED\xA0\x80][!]"},
+               {"!\xED\x9F\xBF!", "[!\xED\x9F\xBF!]"},
+               {"!\xC0\x80!\xE0\x9F\xBF!\xF0\x8F\xBF\xBF!\xF4\x90\x80\x80!",
+                "[!][\xC0\x80][!][\xE0\x9F\xBF][!][\xF0\x8F\xBF\xBF][!][\xF4\x90\x80\x80][!]"},
+               {"!\xE0\xA0\x80!\xF0\x90\x80\x80!\xF4\x8F\xBF\xBF!",
+                "[!][\xE0\xA0\x80][!][\xF0\x90\x80\x80][!\xF4\x8F\xBF\xBF!]"},
+               {"a\xFF\x80\xFE\xC3", "[a][\xFF\x80\xFE\xC3]"}};
   wn_split *split;
   OK(wn_split_create(&split));
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -142,8 +148,20 @@ static void any_bytes_come_back(void **state) {
   char *text = malloc(BYTES);
   assert_non_null(text);
   OK(wn_tokenizer_load(&t, FIXTURES "ours.json"));
-  static const char *const odd[] = {"",         "\xFF",         "a\x80z",           "\xC3",           "\xE2\x82",  "\xED\xA0\x80",    "\xC0\x80",
-                                    "\xE0\x80\x80", "\xF0\x80\x80\x80", "\xF4\x90\x80\x80", "\xF8\x88\x80\x80\x80", "ab\xE2\x82 c", "é\xFFé", "\xF0\x9F\x98"};
+  static const char *const odd[] = {"",
+                                    "\xFF",
+                                    "a\x80z",
+                                    "\xC3",
+                                    "\xE2\x82",
+                                    "\xED\xA0\x80",
+                                    "\xC0\x80",
+                                    "\xE0\x80\x80",
+                                    "\xF0\x80\x80\x80",
+                                    "\xF4\x90\x80\x80",
+                                    "\xF8\x88\x80\x80\x80",
+                                    "ab\xE2\x82 c",
+                                    "é\xFFé",
+                                    "\xF0\x9F\x98"};
   for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
     id_list list = encode(t, odd[i], strlen(odd[i]));
     assert_decodes(t, &list, odd[i], strlen(odd[i]));
@@ -257,7 +275,8 @@ static void refuses_to_train(void **state) {
   wn_temp_write(text.text, "abab abab", 9);
   REFUSED(wn_tokenizer_train(files, 1, 256, out.text, NULL), WN_E_USAGE, "256");
   REFUSED(wn_tokenizer_train(files, 2, 300, out.text, NULL), WN_E_IO, absent.text);
-  REFUSED(wn_tokenizer_train(files, 1, 300, out.text, NULL), WN_E_INPUT, "a vocabulary of 259 and no more"); /* ab, abab */
+  REFUSED(wn_tokenizer_train(files, 1, 300, out.text, NULL), WN_E_INPUT,
+          "a vocabulary of 259 and no more"); /* ab, abab */
   assert_false(wn_path_exists(out.text));
   OK(wn_tokenizer_train(files, 1, 259, out.text, NULL));
   OK(wn_tokenizer_train(files, 1, 257, out.text, NULL)); /* bytes alone */

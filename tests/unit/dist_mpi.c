@@ -1,5 +1,6 @@
 /* Several ranks. Started by hand this program is a cmocka test that starts itself under mpirun, once a case; a rank
- * runs the scenario named by its argument and ends like the program's main would: with the error's sentence and code. */
+ * runs the scenario named by its argument and ends like the program's main would: with the error's sentence and code.
+ */
 #include "support/test.h"
 
 #include <signal.h>
@@ -12,9 +13,9 @@
 #include "dist/store.h"
 #include "kernels/cpu/cpu.h"
 
-#define CHECK(condition)                                                                                       \
-  do {                                                                                                         \
-    if (!(condition)) return WN_FAIL(WN_E_CHECK, "does not hold: %s", #condition);                              \
+#define CHECK(condition)                                                                                               \
+  do {                                                                                                                 \
+    if (!(condition)) return WN_FAIL(WN_E_CHECK, "does not hold: %s", #condition);                                     \
   } while (0)
 
 /* ---- what a rank does: collectives ----------------------------------------------------------------------------- */
@@ -199,7 +200,8 @@ typedef struct model {
 
 static void add_param(model *m, int32_t id, int32_t layer, wn_kind kind, int32_t group, int64_t rows, int64_t columns) {
   wn_param *p = &m->params[m->n];
-  *p = (wn_param){.layer = layer, .kind = kind, .group = group, .expert = -1, .rank = columns ? 2 : 1, .dim = {rows, columns}};
+  *p = (wn_param){
+      .layer = layer, .kind = kind, .group = group, .expert = -1, .rank = columns ? 2 : 1, .dim = {rows, columns}};
   snprintf(p->hf_name, sizeof p->hf_name, "layers.%d.%d", layer, id);
   m->id[m->n++] = id;
 }
@@ -219,8 +221,12 @@ static void build_model(model *m, int32_t class, int32_t classes) {
   }
 }
 
-static int64_t elements_of(const wn_param *p) { return p->dim[0] * (p->rank > 1 ? p->dim[1] : 1); }
-static float weight(const model *m, int32_t param, int64_t i) { return (float)value(7, (uint64_t)m->id[param], (uint64_t)i); }
+static int64_t elements_of(const wn_param *p) {
+  return p->dim[0] * (p->rank > 1 ? p->dim[1] : 1);
+}
+static float weight(const model *m, int32_t param, int64_t i) {
+  return (float)value(7, (uint64_t)m->id[param], (uint64_t)i);
+}
 static float gradient(const model *m, int32_t world_rank, int32_t micro, int32_t param, int64_t i) {
   return (float)value(10 + world_rank, (uint64_t)(m->id[param] + 1000 * micro), (uint64_t)i);
 }
@@ -237,11 +243,13 @@ static wn_status fill_pieces(wn_store *store, const model *m) {
       CHECK(at.offset >= sizes[1] && at.offset + at.count <= sizes[0]);
       sizes[1] = at.offset + at.count;
       count[at.param] += at.count;
-      for (int64_t e = 0; e < at.count; e++) wn_test_set(&piece->master, at.offset + e, weight(m, at.param, at.first + e));
+      for (int64_t e = 0; e < at.count; e++)
+        wn_test_set(&piece->master, at.offset + e, weight(m, at.param, at.first + e));
     }
     CHECK(sizes[0] * ranks < 64 * 100);
     bool trains = piece->kind == WN_BASE || piece->kind == WN_INDEXER;
-    CHECK((piece->grad.data != NULL) == trains && (piece->m.data != NULL) == trains && (piece->v.data != NULL) == trains);
+    CHECK((piece->grad.data != NULL) == trains && (piece->m.data != NULL) == trains &&
+          (piece->v.data != NULL) == trains);
   }
   for (int32_t group = 0; group < 2; group++) {
     int64_t of_group[MAX_PARAMS] = {0};
@@ -318,7 +326,8 @@ static wn_status expect_grads(wn_store *store, const model *m, int32_t world_ran
         float expected = 0;
         for (int32_t micro = 0; micro < MICRO_BATCHES; micro++) {
           double terms[8];
-          for (int32_t r = 0; r < size; r++) terms[r] = (double)gradient(m, first + r * step, micro, at.param, at.first + e);
+          for (int32_t r = 0; r < size; r++)
+            terms[r] = (double)gradient(m, first + r * step, micro, at.param, at.first + e);
           expected += (float)pairwise(terms, size, true);
         }
         CHECK((float)wn_test_get(&piece->grad, at.offset + e) == expected);
@@ -351,7 +360,8 @@ static wn_status store_step(wn_world *world, wn_device *device, int32_t classes)
   if (rank == 1) m.params[2].dim[0]++;
   wn_store *other;
   wn_status refused = wn_store_create(&other, device, world, groups, 2, m.params, m.n);
-  CHECK(wn_status_code(refused) == WN_E_WORLD && strstr(wn_status_text(refused), "of group 0 lay out different parameters"));
+  CHECK(wn_status_code(refused) == WN_E_WORLD &&
+        strstr(wn_status_text(refused), "of group 0 lay out different parameters"));
   wn_status_free(refused);
   wn_store_free(store);
   return NULL;
@@ -359,7 +369,9 @@ static wn_status store_step(wn_world *world, wn_device *device, int32_t classes)
 
 static wn_status stores(wn_world *world, int32_t classes) {
   wn_device *device;
-  WN_TRY(wn_cpu_create_f32(&device, (wn_cpu_settings){.threads = 1, .weights_bytes = 8 << 20, .stash_bytes = 1 << 12, .scratch_bytes = 1 << 20}));
+  WN_TRY(wn_cpu_create_f32(
+      &device,
+      (wn_cpu_settings){.threads = 1, .weights_bytes = 8 << 20, .stash_bytes = 1 << 12, .scratch_bytes = 1 << 20}));
   WN_TRY(store_step(world, device, classes));
   wn_cpu_free_f32(device);
   return NULL;
@@ -407,10 +419,14 @@ static int rank_main(const char *scenario, int32_t classes) {
   wn_world *world;
   wn_status status = wn_world_create(&world, 30);
   if (!status) {
-    if (strcmp(scenario, "collectives") == 0) status = collectives(world, classes);
-    else if (strcmp(scenario, "stores") == 0) status = stores(world, classes);
-    else status = go_wrong(world, scenario);
-    if (status) fprintf(stderr, "(%d) %s (%s)\n", wn_world_rank(world), wn_status_text(status), wn_status_trace(status));
+    if (strcmp(scenario, "collectives") == 0)
+      status = collectives(world, classes);
+    else if (strcmp(scenario, "stores") == 0)
+      status = stores(world, classes);
+    else
+      status = go_wrong(world, scenario);
+    if (status)
+      fprintf(stderr, "(%d) %s (%s)\n", wn_world_rank(world), wn_status_text(status), wn_status_trace(status));
     wn_world_free(world);
   } else {
     fprintf(stderr, "%s\n", wn_status_text(status));
@@ -428,11 +444,13 @@ typedef struct outcome {
   char text[16384];
 } outcome;
 
-static void launch(void **state, outcome *out, const char *options, int32_t ranks, const char *scenario, int32_t classes) {
+static void launch(void **state, outcome *out, const char *options, int32_t ranks, const char *scenario,
+                   int32_t classes) {
   char command[4096];
   const char *self = *state;
   snprintf(command, sizeof command,
-           "OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1 timeout 60 mpirun --allow-run-as-root --oversubscribe %s -np %d '%s' %s %d 2>&1",
+           "OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1 timeout 60 mpirun --allow-run-as-root --oversubscribe %s "
+           "-np %d '%s' %s %d 2>&1",
            options, ranks, self, scenario, classes);
   double start = wn_time_s();
   FILE *pipe = popen(command, "r");
@@ -443,7 +461,8 @@ static void launch(void **state, outcome *out, const char *options, int32_t rank
   int ended = pclose(pipe);
   out->code = WIFEXITED(ended) ? WEXITSTATUS(ended) : -1;
   out->seconds = wn_time_s() - start;
-  if (getenv("WINNOW_TEST_VERBOSE")) print_message("%s, %d ranks: %.1f s, code %d\n%s", scenario, ranks, out->seconds, out->code, out->text);
+  if (getenv("WINNOW_TEST_VERBOSE"))
+    print_message("%s, %d ranks: %.1f s, code %d\n%s", scenario, ranks, out->seconds, out->code, out->text);
 }
 
 static void must_hold(void **state, int32_t ranks, const char *scenario, int32_t classes) {
@@ -452,28 +471,47 @@ static void must_hold(void **state, int32_t ranks, const char *scenario, int32_t
   if (out.code != 0) fail_msg("%s on %d ranks ended with %d: %s", scenario, ranks, out.code, out.text);
 }
 
-static void collectives_of_2(void **state) { must_hold(state, 2, "collectives", 1); }
-static void collectives_of_3(void **state) { must_hold(state, 3, "collectives", 3); }
-static void collectives_of_4(void **state) { must_hold(state, 4, "collectives", 2); }
-static void stores_of_2(void **state) { must_hold(state, 2, "stores", 2); /* expert groups of one rank: not gathered */ }
-static void stores_of_3(void **state) { must_hold(state, 3, "stores", 1); }
-static void stores_of_4(void **state) { must_hold(state, 4, "stores", 2); }
+static void collectives_of_2(void **state) {
+  must_hold(state, 2, "collectives", 1);
+}
+static void collectives_of_3(void **state) {
+  must_hold(state, 3, "collectives", 3);
+}
+static void collectives_of_4(void **state) {
+  must_hold(state, 4, "collectives", 2);
+}
+static void stores_of_2(void **state) {
+  must_hold(state, 2, "stores", 2); /* expert groups of one rank: not gathered */
+}
+static void stores_of_3(void **state) {
+  must_hold(state, 3, "stores", 1);
+}
+static void stores_of_4(void **state) {
+  must_hold(state, 4, "stores", 2);
+}
 
 /* However a rank goes wrong, the run ends soon, with a code that is not 0, and, where a rank could still speak, with
  * a sentence. `code` -1: any but 0. */
-static void must_end(void **state, const char *scenario, int32_t ranks, int code, double within_s, const char *sentence) {
+static void must_end(void **state, const char *scenario, int32_t ranks, int code, double within_s,
+                     const char *sentence) {
   outcome out;
   launch(state, &out, "", ranks, scenario, 1);
   if (out.code == 0 || (code >= 0 && out.code != code) || out.seconds > within_s || !strstr(out.text, sentence))
     fail_msg("%s ended with %d after %.1f s: %s", scenario, out.code, out.seconds, out.text);
 }
 
-static void a_rank_that_exits(void **state) { must_end(state, "exit", 3, -1, 20, "rank 1"); }
-static void a_rank_that_aborts(void **state) { must_end(state, "abort", 3, -1, 20, ""); }
+static void a_rank_that_exits(void **state) {
+  must_end(state, "exit", 3, -1, 20, "rank 1");
+}
+static void a_rank_that_aborts(void **state) {
+  must_end(state, "abort", 3, -1, 20, "");
+}
 static void a_rank_that_returns_early(void **state) {
   must_end(state, "return", 2, WN_E_WORLD, 20, "rank 0 was left alone in sum: rank 1 has ended");
 }
-static void a_rank_that_fails_alone(void **state) { must_end(state, "fail", 3, WN_E_WORLD, 20, "rank 1 cannot read its file"); }
+static void a_rank_that_fails_alone(void **state) {
+  must_end(state, "fail", 3, WN_E_WORLD, 20, "rank 1 cannot read its file");
+}
 static void a_rank_that_hangs(void **state) {
   must_end(state, "hang", 2, WN_E_WORLD, 20, "rank 0 waited 2 s in sum: no answer from rank 1");
 }

@@ -34,7 +34,9 @@ typedef struct fixture {
 
 static int set_up(void **state) {
   static fixture f;
-  OK(wn_cpu_create_f32(&f.device, (wn_cpu_settings){.threads = 1, .weights_bytes = 1 << 20, .stash_bytes = 1 << 12, .scratch_bytes = 1 << 20}));
+  OK(wn_cpu_create_f32(
+      &f.device,
+      (wn_cpu_settings){.threads = 1, .weights_bytes = 1 << 20, .stash_bytes = 1 << 12, .scratch_bytes = 1 << 20}));
   OK(wn_world_create(&f.world, 10));
   f.groups[0] = wn_world_all(f.world);
   OK(wn_world_split(f.world, &f.groups[1], 1));
@@ -122,14 +124,16 @@ static void only_what_trains_has_optimizer_memory(void **state) {
   }
 }
 
-/* Nothing is copied: what is written into a piece is read through the layer's weights, and gradients land in the piece. */
+/* Nothing is copied: what is written into a piece is read through the layer's weights, and gradients land in the piece.
+ */
 static void views_are_the_pieces(void **state) {
   fixture *f = *state;
   for (int32_t i = 0; i < wn_store_pieces(f->store); i++) {
     wn_piece *piece = wn_store_piece(f->store, i);
     for (int32_t s = 0; s < piece->n_segments; s++)
       for (int64_t e = 0; e < piece->segments[s].count; e++)
-        wn_test_set(&piece->master, piece->segments[s].offset + e, 1000.0 * piece->segments[s].param + (double)(piece->segments[s].first + e));
+        wn_test_set(&piece->master, piece->segments[s].offset + e,
+                    1000.0 * piece->segments[s].param + (double)(piece->segments[s].first + e));
   }
   for (int32_t layer = -1; layer <= 2; layer++) {
     wn_tensor weights[N_PARAMS] = {0}, grads[N_PARAMS] = {0};
@@ -143,7 +147,8 @@ static void views_are_the_pieces(void **state) {
       bool trains = table[i].kind == WN_BASE || table[i].kind == WN_INDEXER;
       assert_int_equal(weights[i].rank, table[i].rank);
       assert_int_equal((uintptr_t)weights[i].data % 256, 0);
-      for (int64_t e = 0; e < count_of(&table[i]); e++) assert_true(wn_test_get(&weights[i], e) == 1000.0 * i + (double)e);
+      for (int64_t e = 0; e < count_of(&table[i]); e++)
+        assert_true(wn_test_get(&weights[i], e) == 1000.0 * i + (double)e);
       assert_true((grads[i].data != NULL) == trains);
       if (trains) assert_true(wn_tensor_same_shape(&grads[i], &weights[i]));
       if (trains) wn_test_set(&grads[i], 0, wn_test_get(&grads[i], 0) + 5 + i);

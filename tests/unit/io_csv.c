@@ -28,7 +28,9 @@ static int tear_down(void **state) {
   return 0;
 }
 
-static void write_text(const char *text) { OK(wn_write_file_atomic(path, text, strlen(text))); }
+static void write_text(const char *text) {
+  OK(wn_write_file_atomic(path, text, strlen(text)));
+}
 
 static void expect_text(const char *expected) {
   char *text;
@@ -40,8 +42,10 @@ static void expect_text(const char *expected) {
 static void add(wn_csv *csv, int64_t step, double loss, const char *note) {
   wn_csv_int(csv, step);
   wn_csv_real(csv, loss);
-  if (note) wn_csv_text(csv, note);
-  else wn_csv_empty(csv);
+  if (note)
+    wn_csv_text(csv, note);
+  else
+    wn_csv_empty(csv);
   OK(wn_csv_end_row(csv));
 }
 
@@ -79,7 +83,9 @@ static void long_rows(void **state) {
 
 static void opening_again(void **state) {
   (void)state;
-  static const struct { const char *before, *after; } cases[] = {
+  static const struct {
+    const char *before, *after;
+  } cases[] = {
       {"", HEADER "9,1,\n"},
       {"step,lo", HEADER "9,1,\n"}, /* killed within the header */
       {HEADER, HEADER "9,1,\n"},
@@ -141,7 +147,11 @@ static void cutting(void **state) {
   (void)state;
   OK(wn_csv_cut(path, "step", 5)); /* absent */
   assert_false(wn_path_exists(path));
-  static const struct { const char *before; int64_t last; const char *after; } cases[] = {
+  static const struct {
+    const char *before;
+    int64_t last;
+    const char *after;
+  } cases[] = {
       {HEADER "1,a,\n2,b,\n3,c,\n", 2, HEADER "1,a,\n2,b,\n"},
       {HEADER "1,a,\n2,b,\n3,c,\n", 0, HEADER},
       {HEADER "1,a,\n2,b,\n3,c,\n", 9, HEADER "1,a,\n2,b,\n3,c,\n"},
@@ -171,7 +181,9 @@ static void cutting(void **state) {
 
 static void cuts_refused(void **state) {
   (void)state;
-  static const struct { const char *text, *part; } cases[] = {
+  static const struct {
+    const char *text, *part;
+  } cases[] = {
       {HEADER "1,a,\nx,b,\n", "row 3 has no whole number in column step"},
       {HEADER "1,a,\n,b,\n", "row 3 has no whole number in column step"},
       {HEADER "1.5,a,\n", "row 2 has no whole number"},

@@ -235,9 +235,16 @@ static void listing(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(paths_that_do_not_fit), TEST(make_and_remove), TEST(atomic_writes),
-      TEST(a_failed_write_leaves_the_old_file), TEST(reading), TEST(places_in_a_file),
-      TEST(renaming), TEST(linking), TEST(linking_across_devices), TEST(listing),
+      TEST(paths_that_do_not_fit),
+      TEST(make_and_remove),
+      TEST(atomic_writes),
+      TEST(a_failed_write_leaves_the_old_file),
+      TEST(reading),
+      TEST(places_in_a_file),
+      TEST(renaming),
+      TEST(linking),
+      TEST(linking_across_devices),
+      TEST(listing),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -176,8 +176,11 @@ static void conversions(void **state) {
   static const uint16_t bf16[3] = {0x3fc0, 0xff80, 0x0001}, f16[3] = {0x3e00, 0x0001, 0xfc00};
   static const uint8_t odd[1] = {7}, f8[3] = {1, 2, 3};
   static const wn_st_spec specs[] = {/* the odd byte leaves everything after it unaligned */
-                                     {"odd", WN_U8, 1, {1}}, {"f32", WN_F32, 1, {3}}, {"bf16", WN_BF16, 1, {3}},
-                                     {"f16", WN_F16, 1, {3}}, {"f8", WN_F8_E4M3, 1, {3}}};
+                                     {"odd", WN_U8, 1, {1}},
+                                     {"f32", WN_F32, 1, {3}},
+                                     {"bf16", WN_BF16, 1, {3}},
+                                     {"f16", WN_F16, 1, {3}},
+                                     {"f8", WN_F8_E4M3, 1, {3}}};
   const void *data[] = {odd, f32, bf16, f16, f8};
   char path[WN_PATH_BYTES];
   OK(wn_path(path, "%s/model.safetensors", root));
@@ -205,8 +208,13 @@ static void conversions(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(a_single_file),       TEST(shards),      TEST(directories_without_weights), TEST(an_index_that_is_none),
-      TEST(names_that_lead_out), TEST(index_and_shards_disagree), TEST(conversions),
+      TEST(a_single_file),
+      TEST(shards),
+      TEST(directories_without_weights),
+      TEST(an_index_that_is_none),
+      TEST(names_that_lead_out),
+      TEST(index_and_shards_disagree),
+      TEST(conversions),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -65,7 +65,7 @@ static void the_plainest_file(void **state) {
   accept("{" T("a", "F32", "[2]", 0, 8) "}", 8, 1);
   accept("{" T("a", "F32", "[2]", 0, 8) "}     ", 8, 1);
   accept("{\"__metadata__\":{\"format\":\"pt\"}," T("a", "F32", "[]", 0, 4) "}", 4, 1); /* a scalar */
-  accept("{" T("a", "F32", "[2]", 4, 12) "," T("b", "F32", "[1]", 0, 4) "}", 12, 2); /* any order of names */
+  accept("{" T("a", "F32", "[2]", 4, 12) "," T("b", "F32", "[1]", 0, 4) "}", 12, 2);    /* any order of names */
 }
 
 static void lengths_that_lie(void **state) {
@@ -154,8 +154,8 @@ static void offsets_that_lie(void **state) {
 static void empty_tensors(void **state) {
   (void)state;
   accept("{" T("e", "F32", "[0]", 0, 0) "}", 0, 1);
-  accept("{" T("z", "F32", "[0,7]", 0, 0) "," T("a", "F32", "[2]", 0, 8) "," T("e", "F32", "[0]", 8, 8) "," T(
-             "f", "F32", "[3,0]", 8, 8) "}",
+  accept("{" T("z", "F32", "[0,7]", 0, 0) "," T("a", "F32", "[2]", 0, 8) "," T("e", "F32", "[0]", 8,
+                                                                               8) "," T("f", "F32", "[3,0]", 8, 8) "}",
          8, 4);
 }
 
@@ -164,9 +164,10 @@ static void round_trip(void **state) {
   static const float a[6] = {1, 2, 3, 4, 5, 6};
   static const uint16_t b[3] = {0x3f80, 0x4000, 0x7fc0};
   static const int32_t c[1] = {-7};
-  static const wn_st_spec specs[] = {
-      {"layer.\xc3\xa9\"quoted\"", WN_F32, 2, {2, 3}}, {"b", WN_BF16, 1, {3}}, {"none", WN_F32, 2, {0, 5}},
-      {"scalar", WN_I32, 0, {0}}};
+  static const wn_st_spec specs[] = {{"layer.\xc3\xa9\"quoted\"", WN_F32, 2, {2, 3}},
+                                     {"b", WN_BF16, 1, {3}},
+                                     {"none", WN_F32, 2, {0, 5}},
+                                     {"scalar", WN_I32, 0, {0}}};
   const void *data[] = {a, b, NULL, c};
   OK(wn_safetensors_write(path, specs, data, 4));
   wn_safetensors *file;
@@ -236,8 +237,9 @@ static void truncations(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(the_plainest_file), TEST(lengths_that_lie), TEST(bad_json),   TEST(entries_that_lie), TEST(offsets_that_lie),
-      TEST(empty_tensors),     TEST(round_trip),       TEST(layout_places), TEST(truncations),
+      TEST(the_plainest_file), TEST(lengths_that_lie), TEST(bad_json),
+      TEST(entries_that_lie),  TEST(offsets_that_lie), TEST(empty_tensors),
+      TEST(round_trip),        TEST(layout_places),    TEST(truncations),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -64,7 +64,9 @@ static void files_without_content(void **state) {
 
 static void refusals(void **state) {
   (void)state;
-  static const struct { const char *text, *part; } cases[] = {
+  static const struct {
+    const char *text, *part;
+  } cases[] = {
       {"a: 1\nb: [1, 2]\n", "job.yaml:2: a list stands where a value should"},
       {"a:\n- 1\n", "job.yaml:2: a list stands where a value should"},
       {"- a\n", "job.yaml:1: not a mapping"},

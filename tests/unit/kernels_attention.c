@@ -71,8 +71,7 @@ static wn_tensor random_selection(const bench *b, const wn_rows *rows, int64_t k
     if (want > visible) want = visible;
     for (int64_t j = 0; j < visible && n < want; j++) {
       bool must = visible - j == want - n || j == 0;
-      if (must ||
-          wn_rng_below(seed, WN_RNG_TEST, (uint64_t)(i * 1000 + j), (uint64_t)visible) < (uint64_t)want)
+      if (must || wn_rng_below(seed, WN_RNG_TEST, (uint64_t)(i * 1000 + j), (uint64_t)visible) < (uint64_t)want)
         wn_test_set(&s, i * k + n++, rows->first_key[i] + (double)j);
     }
     for (; n < k; n++) wn_test_set(&s, i * k + n, -1);
@@ -91,8 +90,7 @@ static void check_dense(const bench *b, const shape *c) {
   wn_tensor d_o = plain_input(b->device, WN_ACT, 4, 1, 3, c->n, c->n_heads, c->dv);
   plain_attention want = plain_attend(arena, &q, &k, &v, &d_o, plain_seen(arena, &rows, NULL), scale);
   wn_tensor o = plain_input(b->device, WN_ACT, 5, 9, 3, c->n, c->n_heads, c->dv);
-  wn_tensor lse = output(b, WN_STAT, 2, c->n, c->n_heads, 0),
-            delta = output(b, WN_STAT, 2, c->n, c->n_heads, 0);
+  wn_tensor lse = output(b, WN_STAT, 2, c->n, c->n_heads, 0), delta = output(b, WN_STAT, 2, c->n, c->n_heads, 0);
   wn_attention_params params = {.scale = scale};
   double tolerance = tolerance_at(b, c->logits);
   OK(ops->attention_dense(b->device, &o, &lse, NULL, NULL, &q, &k, &v, &rows, &params));
@@ -112,13 +110,11 @@ static void check_dense(const bench *b, const shape *c) {
                     .first_key = rows.first_key + from,
                     .last_key = rows.last_key + from,
                     .position = rows.position + from};
-    wn_tensor part_dq = wn_tensor_slice(dq, 0, from, end - from),
-              part_do = wn_tensor_slice(d_o, 0, from, end - from),
-              part_q = wn_tensor_slice(q, 0, from, end - from),
-              part_lse = wn_tensor_slice(lse, 0, from, end - from),
+    wn_tensor part_dq = wn_tensor_slice(dq, 0, from, end - from), part_do = wn_tensor_slice(d_o, 0, from, end - from),
+              part_q = wn_tensor_slice(q, 0, from, end - from), part_lse = wn_tensor_slice(lse, 0, from, end - from),
               part_delta = wn_tensor_slice(delta, 0, from, end - from);
-    OK(ops->attention_dense_backward(b->device, &part_dq, &dk, &dv, &part_do, &part_q, &k, &v, &part_lse,
-                                     &part_delta, &part, &params));
+    OK(ops->attention_dense_backward(b->device, &part_dq, &dk, &dv, &part_do, &part_q, &k, &v, &part_lse, &part_delta,
+                                     &part, &params));
     if (end == c->n) break;
   }
   double size = deviation * 8 * tolerance;
@@ -162,8 +158,7 @@ static void check_masked(const bench *b, const shape *c) {
   poison_unpicked(&k, &selection);
   poison_unpicked(&v, &selection);
   wn_tensor o = plain_input(b->device, WN_ACT, 5, 9, 3, c->n, c->n_heads, c->dv);
-  wn_tensor lse = output(b, WN_STAT, 2, c->n, c->n_heads, 0),
-            delta = output(b, WN_STAT, 2, c->n, c->n_heads, 0);
+  wn_tensor lse = output(b, WN_STAT, 2, c->n, c->n_heads, 0), delta = output(b, WN_STAT, 2, c->n, c->n_heads, 0);
   wn_attention_params params = {.scale = scale};
   OK(ops->attention_masked(b->device, &o, &lse, &delta, &d_o, &q, &k, &v, &selection, &rows, &params));
   wn_test_close("o", &o, &want.o, tolerance, tolerance);
@@ -174,16 +169,16 @@ static void check_masked(const bench *b, const shape *c) {
   wn_tensor dv = plain_input(b->device, WN_ACT, 8, 0, 3, c->m, c->n_heads, c->dv);
   wn_tensor p = plain_input(b->device, WN_STAT, 9, 9, 2, c->n, c->k, 0),
             p_want = at_picks(arena, &want.p_mean, &selection);
-  OK(ops->attention_masked_backward(b->device, &dq, &dk, &dv, &p, &d_o, &q, &k, &v, &selection, &lse, &delta,
-                                    &rows, &params));
+  OK(ops->attention_masked_backward(b->device, &dq, &dk, &dv, &p, &d_o, &q, &k, &v, &selection, &lse, &delta, &rows,
+                                    &params));
   double size = deviation * 8 * tolerance;
   wn_test_close("dq", &dq, &want.dq, size, tolerance);
   wn_test_close("dk", &dk, &want.dk, size, tolerance);
   wn_test_close("dv", &dv, &want.dv, 8 * tolerance, tolerance);
   wn_test_close("p", &p, &p_want, tolerance, tolerance);
   set_all(&p, 7);
-  OK(ops->attention_masked_backward(b->device, NULL, NULL, NULL, &p, NULL, &q, &k, &v, &selection, &lse, NULL,
-                                    &rows, &params));
+  OK(ops->attention_masked_backward(b->device, NULL, NULL, NULL, &p, NULL, &q, &k, &v, &selection, &lse, NULL, &rows,
+                                    &params));
   wn_test_close("p alone", &p, &p_want, tolerance, tolerance);
 }
 
@@ -202,14 +197,12 @@ static void check_sparse(const bench *b, const shape *c) {
   wn_tensor dkv_want = plain_zeros(arena, 2, c->m, c->dq, 0);
   for (int64_t i = 0; i < c->m * c->dq; i++) {
     int64_t s = i / c->dq, column = i % c->dq;
-    double value =
-        wn_test_get(&want.dk, i) + (column < v_width ? wn_test_get(&want.dv, s * v_width + column) : 0);
+    double value = wn_test_get(&want.dk, i) + (column < v_width ? wn_test_get(&want.dv, s * v_width + column) : 0);
     wn_test_set(&dkv_want, i, value);
   }
   poison_unpicked(&kv, &selection);
   wn_tensor o = plain_input(b->device, WN_ACT, 5, 9, 3, c->n, c->n_heads, v_width);
-  wn_tensor lse = output(b, WN_STAT, 2, c->n, c->n_heads, 0),
-            delta = output(b, WN_STAT, 2, c->n, c->n_heads, 0);
+  wn_tensor lse = output(b, WN_STAT, 2, c->n, c->n_heads, 0), delta = output(b, WN_STAT, 2, c->n, c->n_heads, 0);
   wn_attention_params params = {.scale = scale, .v_width = v_width};
   double size = deviation * 8 * tolerance;
   OK(ops->attention_sparse(b->device, &o, &lse, &delta, &d_o, &q, &kv, &selection, &rows, &params));
@@ -220,14 +213,12 @@ static void check_sparse(const bench *b, const shape *c) {
   wn_tensor dkv = plain_input(b->device, WN_ACT, 7, 0, 2, c->m, c->dq, 0);
   wn_tensor p = plain_input(b->device, WN_STAT, 9, 9, 2, c->n, c->k, 0),
             p_want = at_picks(arena, &want.p_mean, &selection);
-  OK(ops->attention_sparse_backward(b->device, &dq, &dkv, &p, &d_o, &q, &kv, &selection, &lse, &delta, &rows,
-                                    &params));
+  OK(ops->attention_sparse_backward(b->device, &dq, &dkv, &p, &d_o, &q, &kv, &selection, &lse, &delta, &rows, &params));
   wn_test_close("dq", &dq, &want.dq, deviation * size, tolerance);
   wn_test_close("dkv", &dkv, &dkv_want, deviation * size, tolerance);
   wn_test_close("p", &p, &p_want, tolerance, tolerance);
   set_all(&p, 7);
-  OK(ops->attention_sparse_backward(b->device, NULL, NULL, &p, NULL, &q, &kv, &selection, &lse, NULL, &rows,
-                                    &params));
+  OK(ops->attention_sparse_backward(b->device, NULL, NULL, &p, NULL, &q, &kv, &selection, &lse, NULL, &rows, &params));
   wn_test_close("p alone", &p, &p_want, tolerance, tolerance);
 }
 
@@ -235,8 +226,7 @@ static void all_shapes(void (*check)(const bench *, const shape *)) {
   for (int wide = 0; wide < 2; wide++)
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
       bench b = make_bench(wide, 2);
-      print_message("%s n %d m %d heads %d\n", wide ? "F64" : "F32", shapes[i].n, shapes[i].m,
-                    shapes[i].n_heads);
+      print_message("%s n %d m %d heads %d\n", wide ? "F64" : "F32", shapes[i].n, shapes[i].m, shapes[i].n_heads);
       check(&b, &shapes[i]);
       free_bench(&b);
     }
@@ -267,8 +257,7 @@ static void a_full_selection_is_dense(void **state) {
       int32_t key = rows.first_key[i] + j;
       wn_test_set(&selection, i * N + j, key <= rows.last_key[i] ? key : -1);
     }
-  wn_tensor q = plain_input(b.device, WN_ACT, 1, 1, 3, N, H, DQ),
-            k = plain_input(b.device, WN_ACT, 2, 1, 3, N, H, DQ),
+  wn_tensor q = plain_input(b.device, WN_ACT, 1, 1, 3, N, H, DQ), k = plain_input(b.device, WN_ACT, 2, 1, 3, N, H, DQ),
             v = plain_input(b.device, WN_ACT, 3, 1, 3, N, H, DV);
   wn_tensor o[2], lse[2];
   wn_attention_params params = {.scale = 0.3};
@@ -277,8 +266,7 @@ static void a_full_selection_is_dense(void **state) {
     lse[i] = output(&b, WN_STAT, 2, N, H, 0);
   }
   OK(b.device->ops->attention_dense(b.device, &o[0], &lse[0], NULL, NULL, &q, &k, &v, &rows, &params));
-  OK(b.device->ops->attention_masked(b.device, &o[1], &lse[1], NULL, NULL, &q, &k, &v, &selection, &rows,
-                                     &params));
+  OK(b.device->ops->attention_masked(b.device, &o[1], &lse[1], NULL, NULL, &q, &k, &v, &selection, &rows, &params));
   wn_test_close("o", &o[1], &o[0], 1e-6, 1e-5);
   wn_test_close("lse", &lse[1], &lse[0], 1e-6, 1e-6);
   free_bench(&b);
@@ -296,21 +284,19 @@ static void masked_and_sparse_agree(void **state) {
             kv = plain_input(d, WN_ACT, 2, 1, 2, N, LATENT + ROPE, 0);
   wn_tensor w_uk = plain_input(d, WN_ACT, 3, 0.5, 3, H, NOPE, LATENT),
             w_uv = plain_input(d, WN_ACT, 4, 0.5, 3, H, V, LATENT);
-  wn_tensor absorbed = output(&b, WN_ACT, 3, N, H, LATENT + ROPE),
-            k = output(&b, WN_ACT, 3, N, H, NOPE + ROPE), v = output(&b, WN_ACT, 3, N, H, V);
+  wn_tensor absorbed = output(&b, WN_ACT, 3, N, H, LATENT + ROPE), k = output(&b, WN_ACT, 3, N, H, NOPE + ROPE),
+            v = output(&b, WN_ACT, 3, N, H, V);
   for (int64_t i = 0; i < N; i++)
     for (int64_t h = 0; h < H; h++) {
       for (int64_t c = 0; c < LATENT + ROPE; c++) {
         double sum = 0;
         for (int64_t a = 0; a < NOPE && c < LATENT; a++)
-          sum += wn_test_get(&q, (i * H + h) * (NOPE + ROPE) + a) *
-                 wn_test_get(&w_uk, (h * NOPE + a) * LATENT + c);
+          sum += wn_test_get(&q, (i * H + h) * (NOPE + ROPE) + a) * wn_test_get(&w_uk, (h * NOPE + a) * LATENT + c);
         if (c >= LATENT) sum = wn_test_get(&q, (i * H + h) * (NOPE + ROPE) + NOPE + c - LATENT);
         wn_test_set(&absorbed, (i * H + h) * (LATENT + ROPE) + c, sum);
       }
       for (int64_t a = 0; a < NOPE + ROPE + V; a++) {
-        double sum =
-            a >= NOPE && a < NOPE + ROPE ? wn_test_get(&kv, i * (LATENT + ROPE) + LATENT + a - NOPE) : 0;
+        double sum = a >= NOPE && a < NOPE + ROPE ? wn_test_get(&kv, i * (LATENT + ROPE) + LATENT + a - NOPE) : 0;
         for (int64_t c = 0; c < LATENT; c++) {
           double latent = wn_test_get(&kv, i * (LATENT + ROPE) + c);
           if (a < NOPE) sum += latent * wn_test_get(&w_uk, (h * NOPE + a) * LATENT + c);
@@ -332,10 +318,10 @@ static void masked_and_sparse_agree(void **state) {
   wn_attention_params params = {.scale = 0.4, .v_width = LATENT};
   OK(d->ops->attention_masked(d, &o, &lse[0], NULL, NULL, &q, &k, &v, &selection, &rows, &params));
   OK(d->ops->attention_sparse(d, &o_latent, &lse[1], NULL, NULL, &absorbed, &kv, &selection, &rows, &params));
-  OK(d->ops->attention_masked_backward(d, NULL, NULL, NULL, &p[0], NULL, &q, &k, &v, &selection, &lse[0],
-                                       NULL, &rows, &params));
-  OK(d->ops->attention_sparse_backward(d, NULL, NULL, &p[1], NULL, &absorbed, &kv, &selection, &lse[1], NULL,
-                                       &rows, &params));
+  OK(d->ops->attention_masked_backward(d, NULL, NULL, NULL, &p[0], NULL, &q, &k, &v, &selection, &lse[0], NULL, &rows,
+                                       &params));
+  OK(d->ops->attention_sparse_backward(d, NULL, NULL, &p[1], NULL, &absorbed, &kv, &selection, &lse[1], NULL, &rows,
+                                       &params));
   for (int64_t i = 0; i < N * H * V; i++) {
     double sum = 0;
     for (int64_t c = 0; c < LATENT; c++)
@@ -393,10 +379,8 @@ static void run_all(const bench *b, wn_tensor out[R_OUTPUTS]) {
   wn_device *d = b->device;
   wn_rows rows = plain_rows(d->weights, R_N, R_M, PLAIN_DOCUMENTS);
   wn_tensor selection = random_selection(b, &rows, R_K, 12);
-  wn_tensor q = plain_input(d, WN_ACT, 1, 1, 3, R_N, R_H, R_DQ),
-            k = plain_input(d, WN_ACT, 2, 1, 3, R_M, R_H, R_DQ),
-            v = plain_input(d, WN_ACT, 3, 1, 3, R_M, R_H, R_DV),
-            d_o = plain_input(d, WN_ACT, 4, 1, 3, R_N, R_H, R_DV),
+  wn_tensor q = plain_input(d, WN_ACT, 1, 1, 3, R_N, R_H, R_DQ), k = plain_input(d, WN_ACT, 2, 1, 3, R_M, R_H, R_DQ),
+            v = plain_input(d, WN_ACT, 3, 1, 3, R_M, R_H, R_DV), d_o = plain_input(d, WN_ACT, 4, 1, 3, R_N, R_H, R_DV),
             kv = plain_input(d, WN_ACT, 5, 1, 2, R_M, R_DQ, 0);
   wn_tensor lse = output(b, WN_STAT, 2, R_N, R_H, 0), delta = output(b, WN_STAT, 2, R_N, R_H, 0);
   wn_attention_params params = {.scale = 0.2, .v_width = R_DV};
@@ -411,12 +395,11 @@ static void run_all(const bench *b, wn_tensor out[R_OUTPUTS]) {
       OK(d->ops->attention_dense_backward(d, dq, dk, dv, &d_o, &q, &k, &v, &lse, &delta, &rows, &params));
     } else if (i == 1) {
       OK(d->ops->attention_sparse(d, o, &lse, &delta, &d_o, &q, &kv, &selection, &rows, &params));
-      OK(d->ops->attention_sparse_backward(d, dq, dk, dv, &d_o, &q, &kv, &selection, &lse, &delta, &rows,
-                                           &params));
+      OK(d->ops->attention_sparse_backward(d, dq, dk, dv, &d_o, &q, &kv, &selection, &lse, &delta, &rows, &params));
     } else {
       OK(d->ops->attention_masked(d, o, &lse, &delta, &d_o, &q, &k, &v, &selection, &rows, &params));
-      OK(d->ops->attention_masked_backward(d, dq, dk, dv, NULL, &d_o, &q, &k, &v, &selection, &lse, &delta,
-                                           &rows, &params));
+      OK(d->ops->attention_masked_backward(d, dq, dk, dv, NULL, &d_o, &q, &k, &v, &selection, &lse, &delta, &rows,
+                                           &params));
     }
   }
 }
@@ -458,12 +441,11 @@ static double scratch_at(int32_t n, int which) {
     OK(d->ops->attention_dense_backward(d, &dq, &dk, &dv, &d_o, &q, &k, &v, &lse, &delta, &rows, &params));
   } else if (which == 1) {
     OK(d->ops->attention_sparse(d, &o, &lse, &delta, &d_o, &q, &kv, &selection, &rows, &params));
-    OK(d->ops->attention_sparse_backward(d, &dq, &dkv, &p, &d_o, &q, &kv, &selection, &lse, &delta, &rows,
-                                         &params));
+    OK(d->ops->attention_sparse_backward(d, &dq, &dkv, &p, &d_o, &q, &kv, &selection, &lse, &delta, &rows, &params));
   } else {
     OK(d->ops->attention_masked(d, &o, &lse, &delta, &d_o, &q, &k, &v, &selection, &rows, &params));
-    OK(d->ops->attention_masked_backward(d, &dq, &dk, &dv, &p, &d_o, &q, &k, &v, &selection, &lse, &delta,
-                                         &rows, &params));
+    OK(d->ops->attention_masked_backward(d, &dq, &dk, &dv, &p, &d_o, &q, &k, &v, &selection, &lse, &delta, &rows,
+                                         &params));
   }
   double peak = (double)wn_arena_peak_bytes(d->scratch);
   free_bench(&b);
@@ -478,8 +460,7 @@ static void scratch_grows_linearly(void **state) {
     /* what a row adds is the same at 512, 1024 and 2048 rows */
     double slope = (at[1] - at[0]) / 256;
     print_message("scratch of form %d: %.0f bytes at 256 rows, %.1f bytes more a row\n", which, at[0], slope);
-    for (int i = 1; i < 3; i++)
-      assert_true(fabs((at[i + 1] - at[i]) / (256 << i) - slope) <= 0.02 * slope + 4);
+    for (int i = 1; i < 3; i++) assert_true(fabs((at[i + 1] - at[i]) / (256 << i) - slope) <= 0.02 * slope + 4);
   }
 }
 

@@ -9,8 +9,7 @@
 static void exp_is_accurate(void **state) {
   (void)state;
   double worst = 0;
-  for (float x = -87; x <= 88; x += 0.00137f)
-    worst = fmax(worst, fabs((double)wn_exp(x) / exp((double)x) - 1));
+  for (float x = -87; x <= 88; x += 0.00137f) worst = fmax(worst, fabs((double)wn_exp(x) / exp((double)x) - 1));
   print_message("worst relative error %.2e\n", worst);
   assert_true(worst < 2e-7);
   assert_true(wn_exp(0) == 1);

@@ -99,7 +99,9 @@ static void test_large_logits(void **state) {
   wn_test_near("dw of 2", (double)dw[2], -1, 1e-6);
 }
 
-typedef struct tokens { wn_tensor h, dw, w, dh, tokens; } tokens;
+typedef struct tokens {
+  wn_tensor h, dw, w, dh, tokens;
+} tokens;
 
 static void run_embedding(wn_device *d, void *context) {
   tokens *c = context;

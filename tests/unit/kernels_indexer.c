@@ -17,18 +17,12 @@ typedef struct shape {
 } shape;
 
 static const shape shapes[] = {
-    {1, 1, 1, 1, 1, 1, 1, false, PLAIN_CAUSAL, 1},
-    {7, 7, 3, 5, 2, 2, 3, false, PLAIN_CAUSAL, 1},
-    {16, 16, 4, 8, 16, 2, 8, true, PLAIN_CAUSAL, 1},
-    {17, 17, 2, 8, 16, 2, 8, false, PLAIN_CAUSAL, 1},
-    {131, 131, 4, 32, 17, 3, 24, false, PLAIN_CAUSAL, 1},
-    {129, 129, 5, 16, 8, 2, 16, true, PLAIN_DOCUMENTS, 1},
-    {70, 301, 6, 13, 33, 2, 17, false, PLAIN_CAUSAL, 3},
-    {67, 463, 2, 9, 16, 3, 8, false, PLAIN_DOCUMENTS, 1},
-    {97, 101, 3, 8, 5, 2, 8, false, PLAIN_HOLES, 1},
-    {33, 33, 1, 8, 4, 2, 8, false, PLAIN_ONE_KEY, 1},
-    {1, 200, 4, 16, 32, 2, 12, true, PLAIN_CAUSAL, 1},
-    {150, 150, 4, 16, 9, 2, 8, false, PLAIN_DOCUMENTS, 300},
+    {1, 1, 1, 1, 1, 1, 1, false, PLAIN_CAUSAL, 1},        {7, 7, 3, 5, 2, 2, 3, false, PLAIN_CAUSAL, 1},
+    {16, 16, 4, 8, 16, 2, 8, true, PLAIN_CAUSAL, 1},      {17, 17, 2, 8, 16, 2, 8, false, PLAIN_CAUSAL, 1},
+    {131, 131, 4, 32, 17, 3, 24, false, PLAIN_CAUSAL, 1}, {129, 129, 5, 16, 8, 2, 16, true, PLAIN_DOCUMENTS, 1},
+    {70, 301, 6, 13, 33, 2, 17, false, PLAIN_CAUSAL, 3},  {67, 463, 2, 9, 16, 3, 8, false, PLAIN_DOCUMENTS, 1},
+    {97, 101, 3, 8, 5, 2, 8, false, PLAIN_HOLES, 1},      {33, 33, 1, 8, 4, 2, 8, false, PLAIN_ONE_KEY, 1},
+    {1, 200, 4, 16, 32, 2, 12, true, PLAIN_CAUSAL, 1},    {150, 150, 4, 16, 9, 2, 8, false, PLAIN_DOCUMENTS, 300},
     {600, 603, 2, 4, 6, 1, 3, false, PLAIN_CAUSAL, 1}, /* more blocks of rows than groups that sum dk */
 };
 
@@ -186,14 +180,13 @@ static void selection_does_not_depend_on_the_range(void **state) {
     wn_tensor q = wn_tensor_slice(s.q, 0, from, count), w = wn_tensor_slice(s.w, 0, from, count);
     wn_tensor scores = output(&b, WN_STAT, 2, count, c.m, 0);
     OK(b.device->ops->indexer_scores(b.device, &scores, &q, &s.k, &w, &part, &s.params));
-    assert_memory_equal(scores.data, (float *)whole.data + (int64_t)from * c.m,
-                        (size_t)wn_tensor_bytes(&scores));
+    assert_memory_equal(scores.data, (float *)whole.data + (int64_t)from * c.m, (size_t)wn_tensor_bytes(&scores));
   }
   free_bench(&b);
 }
 
-static void compare_kl(const char *what, const bench *b, const plain_kl *want, const wn_tensor *kl,
-                       const wn_tensor *dq, const wn_tensor *dk, const wn_tensor *dw, double size) {
+static void compare_kl(const char *what, const bench *b, const plain_kl *want, const wn_tensor *kl, const wn_tensor *dq,
+                       const wn_tensor *dk, const wn_tensor *dw, double size) {
   double t = b->tolerance;
   print_message("  %s: gradients off by %.1e %.1e %.1e\n", what, wn_test_relative_norm(dq, &want->dq),
                 wn_test_relative_norm(dk, &want->dk), wn_test_relative_norm(dw, &want->dw));
@@ -212,23 +205,19 @@ static void check_kl_dense(const bench *b, const shape *c) {
   wn_tensor kl = output(b, WN_STAT, 1, c->n, 0, 0), dw = plain_input(d, WN_STAT, 17, 9, 2, c->n, c->heads, 0);
   wn_tensor dq = plain_input(d, WN_ACT, 18, 9, 3, c->n, c->heads, c->width);
   wn_tensor dk = plain_input(d, WN_WGRAD, 19, 0, 2, c->m, c->width, 0);
-  OK(ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows,
-                           &s.params));
+  OK(ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows, &s.params));
   compare_kl("dense", b, &want, &kl, &dq, &dk, &dw, c->scores);
   wn_tensor alone = output(b, WN_STAT, 1, c->n, 0, 0);
-  OK(ops->indexer_kl_dense(d, &alone, NULL, NULL, NULL, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows,
-                           &s.params));
+  OK(ops->indexer_kl_dense(d, &alone, NULL, NULL, NULL, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows, &s.params));
   wn_test_close("kl alone", &alone, &kl, 0, 0);
   for (int64_t i = 0; i < c->n; i++) {
     if (s.rows.last_key[i] - s.rows.first_key[i] >= 1) continue;
     assert_true(wn_test_get(&kl, i) == 0);
     for (int64_t j = 0; j < c->heads; j++) assert_true(wn_test_get(&dw, i * c->heads + j) == 0);
-    for (int64_t j = 0; j < c->heads * c->width; j++)
-      assert_true(wn_test_get(&dq, i * c->heads * c->width + j) == 0);
+    for (int64_t j = 0; j < c->heads * c->width; j++) assert_true(wn_test_get(&dq, i * c->heads * c->width + j) == 0);
   }
   /* dk adds up over calls; the rest does not */
-  OK(ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows,
-                           &s.params));
+  OK(ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows, &s.params));
   for (int64_t i = 0; i < wn_tensor_count(&dk); i++) wn_test_set(&dk, i, wn_test_get(&dk, i) / 2);
   compare_kl("twice", b, &want, &kl, &dq, &dk, &dw, c->scores);
 }
@@ -243,10 +232,8 @@ static void check_kl_sparse(const bench *b, const shape *c) {
     for (int64_t j = c->k - i % 4 > 0 ? c->k - i % 4 : 0; i % 2 && j < c->k; j++)
       wn_test_set(&selection, i * c->k + j, -1);
   uint8_t *seen = plain_seen(d->weights, &s.rows, &selection);
-  plain_attention picked =
-      plain_attend(d->weights, &s.qa, &s.ka, &s.ka, &s.qa, seen, s.params.attention_scale);
-  plain_kl want =
-      plain_indexer_kl(d->weights, &s.q, &s.k, &s.w, &picked.p_mean, seen, s.params.scale, s.params.coeff);
+  plain_attention picked = plain_attend(d->weights, &s.qa, &s.ka, &s.ka, &s.qa, seen, s.params.attention_scale);
+  plain_kl want = plain_indexer_kl(d->weights, &s.q, &s.k, &s.w, &picked.p_mean, seen, s.params.scale, s.params.coeff);
   wn_tensor p = plain_input(d, WN_STAT, 20, 9, 2, c->n, c->k, 0);
   for (int64_t i = 0; i < c->n * c->k; i++) {
     int64_t key = (int64_t)wn_test_get(&selection, i);
@@ -258,8 +245,7 @@ static void check_kl_sparse(const bench *b, const shape *c) {
   OK(ops->indexer_kl_sparse(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &selection, &p, &s.rows, &s.params));
   compare_kl("sparse", b, &want, &kl, &dq, &dk, &dw, c->scores);
   wn_tensor alone = output(b, WN_STAT, 1, c->n, 0, 0);
-  OK(ops->indexer_kl_sparse(d, &alone, NULL, NULL, NULL, &s.q, &s.k, &s.w, &selection, &p, &s.rows,
-                            &s.params));
+  OK(ops->indexer_kl_sparse(d, &alone, NULL, NULL, NULL, &s.q, &s.k, &s.w, &selection, &p, &s.rows, &s.params));
   wn_test_close("kl alone", &alone, &kl, 0, 0);
 }
 
@@ -282,8 +268,8 @@ static void the_target_is_the_whole_row(void **state) {
   scene s = make_scene(&b, &c);
   for (int64_t i = 0; i < wn_tensor_count(&s.w); i++) wn_test_set(&s.w, i, 0);
   wn_tensor kl = output(&b, WN_STAT, 1, c.n, 0, 0), want = plain_zeros(b.device->weights, 1, c.n, 0, 0);
-  OK(b.device->ops->indexer_kl_dense(b.device, &kl, NULL, NULL, NULL, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse,
-                                     &s.rows, &s.params));
+  OK(b.device->ops->indexer_kl_dense(b.device, &kl, NULL, NULL, NULL, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows,
+                                     &s.params));
   for (int64_t i = 1; i < c.n; i++) {
     double value = log((double)i + 1), sum = 0;
     for (int64_t j = 0; j <= i; j++) {
@@ -338,9 +324,9 @@ static void kl_near_convergence_in_f32(void **state) {
       if (p > 0) uniform += p * log(p * (rows.last_key[i] - rows.first_key[i] + 1));
     }
   }
-  print_message("mean kl %.2e, uniform %.2e, worst row off by %.1e; gradients off by %.1e %.1e %.1e\n",
-                total / N, uniform / N, worst, wn_test_relative_norm(&dq, &want.dq),
-                wn_test_relative_norm(&dk, &want.dk), wn_test_relative_norm(&dw, &want.dw));
+  print_message("mean kl %.2e, uniform %.2e, worst row off by %.1e; gradients off by %.1e %.1e %.1e\n", total / N,
+                uniform / N, worst, wn_test_relative_norm(&dq, &want.dq), wn_test_relative_norm(&dk, &want.dk),
+                wn_test_relative_norm(&dw, &want.dw));
   assert_true(total < 0.05 * uniform);
   assert_true(worst < 2e-7);
   assert_true(wn_test_relative_norm(&dq, &want.dq) < 3e-4);
@@ -358,8 +344,8 @@ static kl_outputs run_kl_dense(const bench *b, const shape *c, const scene *s) {
                     .dw = plain_input(d, WN_STAT, 17, 9, 2, c->n, c->heads, 0),
                     .dq = plain_input(d, WN_ACT, 18, 9, 3, c->n, c->heads, c->width),
                     .dk = plain_input(d, WN_WGRAD, 19, 0, 2, c->m, c->width, 0)};
-  OK(d->ops->indexer_kl_dense(d, &out.kl, &out.dq, &out.dk, &out.dw, &s->q, &s->k, &s->w, &s->qa, &s->ka,
-                              &s->lse, &s->rows, &s->params));
+  OK(d->ops->indexer_kl_dense(d, &out.kl, &out.dq, &out.dk, &out.dw, &s->q, &s->k, &s->w, &s->qa, &s->ka, &s->lse,
+                              &s->rows, &s->params));
   return out;
 }
 
@@ -381,11 +367,9 @@ static void strangers_do_not_leak(void **state) {
     for (int64_t key = 0; poison < 2 && key < c.m; key++) {
       bool stranger = poison ? key >= 128 && key < 512 : key < 70 || key > 610;
       for (int64_t i = 0; stranger && i < c.width; i++) wn_test_set(&s.k, key * c.width + i, NAN);
-      for (int64_t i = 0; stranger && i < c.n_heads * c.dq; i++)
-        wn_test_set(&s.ka, key * c.n_heads * c.dq + i, NAN);
+      for (int64_t i = 0; stranger && i < c.n_heads * c.dq; i++) wn_test_set(&s.ka, key * c.n_heads * c.dq + i, NAN);
     }
-    for (int64_t i = 0; poison == 2 && i < c.heads * c.width; i++)
-      wn_test_set(&s.q, 41 * c.heads * c.width + i, 3e38);
+    for (int64_t i = 0; poison == 2 && i < c.heads * c.width; i++) wn_test_set(&s.q, 41 * c.heads * c.width + i, 3e38);
     kl_outputs got = run_kl_dense(&b, &c, &s);
     for (int64_t i = 0; i < c.n; i++) {
       if (poison == 2 && i == 41) continue;
@@ -413,8 +397,7 @@ static void run_all(const bench *b, int32_t n, int32_t m, wn_tensor out[R_OUTPUT
   wn_indexer_params params = {.scale = 0.25, .attention_scale = 0.25, .coeff = 1};
   wn_attention_params attention = {.scale = 0.25};
   wn_tensor q = plain_input(d, WN_ACT, 11, 1, 3, n, c.heads, c.width),
-            k = plain_input(d, WN_ACT, 12, 1, 2, m, c.width, 0),
-            w = plain_input(d, WN_STAT, 13, 1, 2, n, c.heads, 0),
+            k = plain_input(d, WN_ACT, 12, 1, 2, m, c.width, 0), w = plain_input(d, WN_STAT, 13, 1, 2, n, c.heads, 0),
             qa = plain_input(d, WN_ACT, 14, 1, 3, n, c.n_heads, c.dq),
             ka = plain_input(d, WN_ACT, 15, 1, 3, m, c.n_heads, c.dq);
   wn_tensor o = output(b, WN_ACT, 3, n, c.n_heads, c.dq), lse = output(b, WN_STAT, 2, n, c.n_heads, 0);
@@ -430,10 +413,8 @@ static void run_all(const bench *b, int32_t n, int32_t m, wn_tensor out[R_OUTPUT
   OK(d->ops->attention_dense(d, &o, &lse, NULL, NULL, &qa, &ka, &ka, &rows, &attention));
   wn_arena_reset_peak(d->scratch);
   OK(d->ops->indexer_select(d, &out[0], &q, &k, &w, &rows, &params));
-  OK(d->ops->indexer_kl_dense(d, &out[1], &out[2], &out[3], &out[4], &q, &k, &w, &qa, &ka, &lse, &rows,
-                              &params));
-  OK(d->ops->indexer_kl_sparse(d, &out[5], &out[6], &out[7], &out[8], &q, &k, &w, &out[0], &p, &rows,
-                               &params));
+  OK(d->ops->indexer_kl_dense(d, &out[1], &out[2], &out[3], &out[4], &q, &k, &w, &qa, &ka, &lse, &rows, &params));
+  OK(d->ops->indexer_kl_sparse(d, &out[5], &out[6], &out[7], &out[8], &q, &k, &w, &out[0], &p, &rows, &params));
 }
 
 static void repeats_and_threads_agree_bit_for_bit(void **state) {
@@ -479,18 +460,15 @@ static void too_little_scratch_is_an_error(void **state) {
     scene s = make_scene(&b, &c);
     wn_tensor kl = output(&b, WN_STAT, 1, c.n, 0, 0), dq = output(&b, WN_ACT, 3, c.n, c.heads, c.width),
               dk = output(&b, WN_WGRAD, 2, c.m, c.width, 0), dw = output(&b, WN_STAT, 2, c.n, c.heads, 0),
-              p = plain_input(d, WN_STAT, 20, 0, 2, c.n, c.k, 0),
-              selection = output(&b, WN_INDEX, 2, c.n, c.k, 0);
+              p = plain_input(d, WN_STAT, 20, 0, 2, c.n, c.k, 0), selection = output(&b, WN_INDEX, 2, c.n, c.k, 0);
     for (int64_t i = 0; i < c.n * c.k; i++) wn_test_set(&selection, i, i % c.k ? -1 : 0);
     wn_attention_params attention = {.scale = 0.1};
-    wn_status status[4] = {d->ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka,
-                                                    &s.lse, &s.rows, &s.params),
-                           d->ops->indexer_kl_sparse(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &selection, &p,
-                                                     &s.rows, &s.params),
-                           d->ops->attention_masked_backward(d, NULL, NULL, NULL, &p, NULL, &s.qa, &s.ka,
-                                                             &s.ka, &selection, &s.lse, NULL, &s.rows,
-                                                             &attention),
-                           d->ops->indexer_select(d, &selection, &s.q, &s.k, &s.w, &s.rows, &s.params)};
+    wn_status status[4] = {
+        d->ops->indexer_kl_dense(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &s.qa, &s.ka, &s.lse, &s.rows, &s.params),
+        d->ops->indexer_kl_sparse(d, &kl, &dq, &dk, &dw, &s.q, &s.k, &s.w, &selection, &p, &s.rows, &s.params),
+        d->ops->attention_masked_backward(d, NULL, NULL, NULL, &p, NULL, &s.qa, &s.ka, &s.ka, &selection, &s.lse, NULL,
+                                          &s.rows, &attention),
+        d->ops->indexer_select(d, &selection, &s.q, &s.k, &s.w, &s.rows, &s.params)};
     for (int i = 0; i < 4; i++) {
       if (!status[i]) continue;
       refusals[i]++;

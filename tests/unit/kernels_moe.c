@@ -59,7 +59,8 @@ static void choose(int64_t *picks, int64_t n_choices, const double *biased, int6
 /* Choices from the operation's own FP32 scores (so that rounding cannot flip a near tie); everything else in FP64. */
 static void check_router(wn_device *d, routing c, bool norm_topk, double scale, int64_t n_sequences) {
   size_t mark = wn_arena_mark(d->stash);
-  int64_t n = c.x.dim[0], width = c.x.dim[1], n_experts = c.w.dim[0], n_choices = c.index.dim[1], rows = n / n_sequences;
+  int64_t n = c.x.dim[0], width = c.x.dim[1], n_experts = c.w.dim[0], n_choices = c.index.dim[1],
+          rows = n / n_sequences;
   c.params.norm_topk = norm_topk;
   c.params.scale = scale;
   c.params.rows_per_sequence = (int32_t)rows;
@@ -154,7 +155,8 @@ static void test_ties(void **state) {
   c.params.n_group = 4;
   c.params.topk_group = 2;
   check_router(d, c, true, 1, 1);
-  for (int64_t e = 0; e < 12; e++) wn_test_set(&c.bias, e, e % 3 == 1 ? 1 : -5); /* negative choices within kept groups */
+  for (int64_t e = 0; e < 12; e++)
+    wn_test_set(&c.bias, e, e % 3 == 1 ? 1 : -5); /* negative choices within kept groups */
   check_router(d, c, true, 1, 1);
   assert_int_equal(wn_test_get(&c.index, 0), 1);
   assert_int_equal(wn_test_get(&c.index, 1), 4);
@@ -192,10 +194,12 @@ static void test_forced(void **state) {
   OK(d->ops->router(d, &c.scores, &c.index, &c.weight, &c.load, NULL, &c.x, &c.w, &c.bias, &c.params));
   for (int64_t i = 0; i < 4; i++) {
     assert_int_equal(wn_test_get(&c.index, i), chosen[i]);
-    double own = wn_test_get(&c.scores, i / 2 * 8 + chosen[i]), other = wn_test_get(&c.scores, i / 2 * 8 + chosen[i ^ 1]);
+    double own = wn_test_get(&c.scores, i / 2 * 8 + chosen[i]),
+           other = wn_test_get(&c.scores, i / 2 * 8 + chosen[i ^ 1]);
     wn_test_near("weight", wn_test_get(&c.weight, i), 2 * own / (own + other), 1e-6);
   }
-  for (int64_t e = 0; e < 8; e++) assert_int_equal(wn_test_get(&c.load, e), e == 7 || e == 0 || e == 3 || e == 5 ? 11 : 10);
+  for (int64_t e = 0; e < 8; e++)
+    assert_int_equal(wn_test_get(&c.load, e), e == 7 || e == 0 || e == 3 || e == 5 ? 11 : 10);
 }
 
 typedef struct moving {
@@ -230,8 +234,8 @@ static void check_moving(wn_device *d, int64_t n, int64_t choices, int32_t n_exp
   c.dx = wn_test_strided(d, WN_F32, MARGIN, 2, n, width, 0);
   c.y = wn_test_strided(d, WN_F32, MARGIN, 2, n, width, 0);
   c.dweight = wn_test_strided(d, WN_F32, MARGIN, 2, n, choices, 0);
-  const wn_test_out outs[] = {{&c.xp, false}, {&c.slot, false}, {&c.dx, true}, {&c.y, true}, {&c.dyp, false},
-                              {&c.dweight, false}};
+  const wn_test_out outs[] = {{&c.xp, false}, {&c.slot, false}, {&c.dx, true},
+                              {&c.y, true},   {&c.dyp, false},  {&c.dweight, false}};
   double *xp = wn_test_doubles(d, &c.xp), *slot = wn_test_doubles(d, &c.slot), *dx = wn_test_before(d, &outs[2]),
          *y = wn_test_before(d, &outs[3]), *dyp = wn_test_doubles(d, &c.dyp), *dweight = wn_test_doubles(d, &c.dweight);
   wn_test_repeats(d, run_moving, &c, outs, 6);
@@ -283,8 +287,8 @@ static int tear_down(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_router),     cmocka_unit_test(test_ties),   cmocka_unit_test(test_nan_scores),
-      cmocka_unit_test(test_forced),     cmocka_unit_test(test_moving),
+      cmocka_unit_test(test_router), cmocka_unit_test(test_ties),   cmocka_unit_test(test_nan_scores),
+      cmocka_unit_test(test_forced), cmocka_unit_test(test_moving),
   };
   return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -100,8 +100,7 @@ static void check_layer(wn_device *d, int64_t n, int64_t width, bool accumulate)
       g_mean += g / (double)width;
       g_dot += g * hat / (double)width;
     }
-    for (int64_t j = 0; j < width; j++)
-      dx[i * width + j] += r * (gi[j] * w[j] - g_mean - (xi[j] - mean) * r * g_dot);
+    for (int64_t j = 0; j < width; j++) dx[i * width + j] += r * (gi[j] * w[j] - g_mean - (xi[j] - mean) * r * g_dot);
   }
   const wn_test_out outs[] = {{&c.y, false}, {&c.stat, false}, {&c.dx, accumulate}, {&c.dw, true}, {&c.db, true}};
   wn_test_repeats(d, run_layer, &c, outs, 5);

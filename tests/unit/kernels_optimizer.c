@@ -15,7 +15,8 @@ static void run_adam(wn_device *d, void *context) {
 
 static void check_adam(wn_device *d, int64_t n, double decay) {
   size_t mark = wn_arena_mark(d->stash);
-  adam c = {.params = {.lr = 0.02, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-3, .weight_decay = decay, .grad_scale = 0.25}};
+  adam c = {
+      .params = {.lr = 0.02, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-3, .weight_decay = decay, .grad_scale = 0.25}};
   wn_tensor *all[] = {&c.w, &c.m, &c.v, &c.weight};
   for (int i = 0; i < 4; i++) *all[i] = wn_test_tensor(d, WN_F32, 1, n, 0, 0);
   c.grad = wn_test_random(d, WN_F32, 5, 1, 0, 1, n, 0, 0);

@@ -183,10 +183,22 @@ static void test_grouped(void **state) {
 static void test_cast(void **state) {
   wn_device *d = *state;
   /* to BF16: ties go to the even neighbour; from FP64 a bit far below FP32's last must still break a tie */
-  const struct { double from; uint16_t bits; } cases[] = {
-      {1.0, 0x3f80},  {1.00390625, 0x3f80}, /* half way between 1 and 1 + 2^-7 */
-      {1.01171875, 0x3f82}, {1.00390625 + 0x1p-40, 0x3f81}, {1.01171875 - 0x1p-40, 0x3f81}, {-1.00390625, 0xbf80},
-      {1e300, 0x7f80}, {-1e300, 0xff80}, {0x1p-133, 0x0001}, {0x1p-135, 0x0000}, {-0.0, 0x8000}, {(double)INFINITY, 0x7f80},
+  const struct {
+    double from;
+    uint16_t bits;
+  } cases[] = {
+      {1.0, 0x3f80},
+      {1.00390625, 0x3f80}, /* half way between 1 and 1 + 2^-7 */
+      {1.01171875, 0x3f82},
+      {1.00390625 + 0x1p-40, 0x3f81},
+      {1.01171875 - 0x1p-40, 0x3f81},
+      {-1.00390625, 0xbf80},
+      {1e300, 0x7f80},
+      {-1e300, 0xff80},
+      {0x1p-133, 0x0001},
+      {0x1p-135, 0x0000},
+      {-0.0, 0x8000},
+      {(double)INFINITY, 0x7f80},
   };
   enum { N = sizeof cases / sizeof cases[0] };
   wn_tensor wide = wn_test_tensor(d, WN_F64, 1, N, 0, 0), narrow = wn_test_tensor(d, WN_BF16, 1, N, 0, 0);
@@ -205,7 +217,8 @@ static void test_cast_pairs(void **state) {
   const wn_dtype floats[] = {WN_F32, WN_F64, WN_BF16};
   for (int a = 0; a < 3; a++)
     for (int b = 0; b < 3; b++) {
-      wn_tensor from = wn_test_random(d, floats[a], 5, 1, 3, 3, 7, 3, 11), to = wn_test_strided(d, floats[b], 2, 3, 7, 3, 11);
+      wn_tensor from = wn_test_random(d, floats[a], 5, 1, 3, 3, 7, 3, 11),
+                to = wn_test_strided(d, floats[b], 2, 3, 7, 3, 11);
       OK(d->ops->cast(d, &to, &from));
       wn_test_close("cast", &to, &from, 0, floats[b] == WN_BF16 && a != b ? 0x1p-8 : 0x1p-24);
       wn_test_margin_untouched(&to, 2);
@@ -262,8 +275,8 @@ static int tear_down(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_linear),      cmocka_unit_test(test_no_rows), cmocka_unit_test(test_per_head),
-      cmocka_unit_test(test_grouped),     cmocka_unit_test(test_cast),    cmocka_unit_test(test_cast_pairs),
+      cmocka_unit_test(test_linear),          cmocka_unit_test(test_no_rows), cmocka_unit_test(test_per_head),
+      cmocka_unit_test(test_grouped),         cmocka_unit_test(test_cast),    cmocka_unit_test(test_cast_pairs),
       cmocka_unit_test(test_upload_download), cmocka_unit_test(test_table),
   };
   return cmocka_run_group_tests(tests, set_up, tear_down);

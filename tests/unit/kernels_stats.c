@@ -59,8 +59,7 @@ static bool holds(const int32_t *pick, int64_t key) {
 }
 
 /* The formulas, each by its own loop over all keys. */
-static void plain_columns(double *c, const scene *s, int64_t i, const int32_t *pick,
-                          const int32_t *previous) {
+static void plain_columns(double *c, const scene *s, int64_t i, const int32_t *pick, const int32_t *previous) {
   const double *p = (double *)s->p.data + i * M, *index = (double *)s->index.data + i * M;
   const uint8_t *seen = s->seen + i * M;
   int64_t first = s->rows.first_key[i], last = s->rows.last_key[i], visible = last - first + 1, top1 = first;
@@ -116,8 +115,8 @@ static void check_stats(bool wide, bool shared_keys, plain_rows_kind kind) {
   }
   OK(d->ops->indexer_select(d, &all_picks, &s.q, &s.k, &s.w, &s.rows, &s.params));
   for (int with_previous = 0; with_previous < 2; with_previous++) {
-    OK(d->ops->selection_stats(d, &stats, &picks, &sample, with_previous ? &previous : NULL, &s.q, &s.k, &s.w,
-                               &s.qa, &s.ka, &s.rows, &s.params));
+    OK(d->ops->selection_stats(d, &stats, &picks, &sample, with_previous ? &previous : NULL, &s.q, &s.k, &s.w, &s.qa,
+                               &s.ka, &s.rows, &s.params));
     int64_t counted = 0;
     for (int64_t r = 0; r < S; r++) {
       int64_t i = (int64_t)wn_test_get(&sample, r);
@@ -230,8 +229,7 @@ static void random_picks_are_a_pure_function(void **state) {
   OK(d->ops->select_pattern(d, &part, &range, &params));
   assert_memory_equal(part.data, (int32_t *)all.data + 50 * K, 30 * K * sizeof(int32_t));
   for (int change = 0; change < 2; change++) {
-    params =
-        (wn_pattern_params){.pattern = WN_PATTERN_RANDOM, .seed = change ? 5 : 4, .layer = change ? 2 : 3};
+    params = (wn_pattern_params){.pattern = WN_PATTERN_RANDOM, .seed = change ? 5 : 4, .layer = change ? 2 : 3};
     OK(d->ops->select_pattern(d, &other, &s.rows, &params));
     int same = 0;
     for (int64_t i = 0; i < N; i++)
@@ -257,8 +255,8 @@ static void threads_agree_bit_for_bit(void **state) {
     wn_tensor sample = integers(s, 1, S, 0), picks = integers(s, 2, S, K);
     for (int64_t r = 0; r < S; r++) wn_test_set(&sample, r, (double)(r * 2));
     OK(wn_device_tensor(d, &stats[i], d->weights, "stats", WN_STAT, 2, S, WN_N_STATS, 0, 0));
-    OK(d->ops->selection_stats(d, &stats[i], &picks, &sample, NULL, &s->q, &s->k, &s->w, &s->qa, &s->ka,
-                               &s->rows, &s->params));
+    OK(d->ops->selection_stats(d, &stats[i], &picks, &sample, NULL, &s->q, &s->k, &s->w, &s->qa, &s->ka, &s->rows,
+                               &s->params));
   }
   assert_memory_equal(stats[0].data, stats[1].data, (size_t)wn_tensor_bytes(&stats[0]));
   for (int i = 0; i < 2; i++) free_scene(&scenes[i]);

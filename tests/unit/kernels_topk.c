@@ -29,8 +29,8 @@ static void check_row(const char *what, const float *score, int32_t count, int64
   for (int64_t i = 0; i < k; i++) {
     int32_t expected = want[i] < 0 ? -1 : want[i] + base;
     if (pick[i] != expected)
-      fail_msg("%s: count %d k %lld place %lld: %d, expected %d", what, count, (long long)k, (long long)i,
-               pick[i], expected);
+      fail_msg("%s: count %d k %lld place %lld: %d, expected %d", what, count, (long long)k, (long long)i, pick[i],
+               expected);
   }
   assert_memory_equal(kept, score, (size_t)count * sizeof *kept);
   free(key);

@@ -1,5 +1,5 @@
-/* What a layer promises beside its arithmetic (tests/gradient/model.c, tests/parity/oracle.c): replay, recompute, detached
- * indexer, independence of rows, agreement of forms, measures, scratch. */
+/* What a layer promises beside its arithmetic (tests/gradient/model.c, tests/parity/oracle.c): replay, recompute,
+ * detached indexer, independence of rows, agreement of forms, measures, scratch. */
 #include "support/model.h"
 
 /* One layer's worth of fixtures: model, text, pass, in FP64 unless a test says otherwise. */
@@ -17,8 +17,13 @@ static scene set_up_of(wn_device *d, int32_t sequence, const int32_t *lengths, i
   s.model = wn_test_model_create(d, &config);
   wn_test_model_fill(&s.model, 11, 1.2);
   s.text = wn_test_text_create(d, config.vocab_size, 3, sequence, lengths, n_documents);
-  s.pass = (wn_pass){.selection = selection, .topk = topk, .form = form, .kl_coeff = 1,
-                     .rows_per_sequence = sequence, .balance_coeff = 0.01, .seed = 5};
+  s.pass = (wn_pass){.selection = selection,
+                     .topk = topk,
+                     .form = form,
+                     .kl_coeff = 1,
+                     .rows_per_sequence = sequence,
+                     .balance_coeff = 0.01,
+                     .seed = 5};
   s.run = wn_test_run_create(&s.model, s.text.rows.n_rows, topk);
   return s;
 }
@@ -40,7 +45,8 @@ static void expect_same(const char *what, const wn_tensor *a, const wn_tensor *b
 
 static void expect_same_grads(const scene *a, const scene *b) {
   for (int32_t i = 0; i < a->model.model->table.n; i++)
-    if (a->model.grads[i].data) expect_same(a->model.model->table.params[i].hf_name, &a->model.grads[i], &b->model.grads[i]);
+    if (a->model.grads[i].data)
+      expect_same(a->model.model->table.params[i].hf_name, &a->model.grads[i], &b->model.grads[i]);
 }
 
 /* Choices recorded and then forced give the same bits, and so does a backward that has to choose again. */
@@ -82,8 +88,8 @@ static void forced_choices_are_taken(void **state) {
   tear_down(&b);
 }
 
-/* The backward takes a replay's choices without being told to, and leaves them alone: here they are choices that the layer
- * would not make, so that a backward which chooses again is found. */
+/* The backward takes a replay's choices without being told to, and leaves them alone: here they are choices that the
+ * layer would not make, so that a backward which chooses again is found. */
 static void backward_keeps_the_choices(void **state) {
   (void)state;
   scene a = set_up(WN_SELECT_INDEXER, WN_FORM_MASKED, 5), b = set_up(WN_SELECT_RECENT, WN_FORM_MASKED, 5);
@@ -160,7 +166,10 @@ static void stage_1_hidden_states(void **state) {
 /* Documents packed into one pass give what each gives alone at its own positions. */
 static void packed_as_apart(void **state) {
   (void)state;
-  static const struct { wn_selection selection; wn_attention_form form; } kinds[] = {
+  static const struct {
+    wn_selection selection;
+    wn_attention_form form;
+  } kinds[] = {
       {WN_SELECT_DENSE, WN_FORM_AUTO}, {WN_SELECT_INDEXER, WN_FORM_ABSORBED}, {WN_SELECT_INDEXER, WN_FORM_MASKED}};
   for (int kind = 0; kind < 3; kind++) {
     scene s = set_up(kinds[kind].selection, kinds[kind].form, 5);
@@ -177,7 +186,8 @@ static void packed_as_apart(void **state) {
       pass.rows_per_sequence = n;
       wn_test_forward(&s.model, &run, &alone, &pass, false);
       for (int32_t l = 0; l < 3; l++) {
-        wn_tensor h = wn_tensor_slice(s.run.h[l + 1], 0, start, n), kl = wn_tensor_slice(s.run.measures[l].kl, 0, start, n);
+        wn_tensor h = wn_tensor_slice(s.run.h[l + 1], 0, start, n),
+                  kl = wn_tensor_slice(s.run.measures[l].kl, 0, start, n);
         wn_test_close("hidden states", &run.h[l + 1], &h, 1e-12, 1e-11);
         wn_test_close("kl", &run.measures[l].kl, &kl, 1e-12, 1e-10);
         for (int64_t e = 0; kinds[kind].selection != WN_SELECT_DENSE && e < (int64_t)n * 5; e++) {
@@ -221,8 +231,8 @@ static void forms_agree(void **state) {
   tear_down(&b);
 }
 
-/* With room for every visible key, each selection is the dense attention. With less, only visible keys, ascending, as many
- * as there are, and the patterns what they say. */
+/* With room for every visible key, each selection is the dense attention. With less, only visible keys, ascending, as
+ * many as there are, and the patterns what they say. */
 static void every_selection(void **state) {
   (void)state;
   scene dense = set_up(WN_SELECT_DENSE, WN_FORM_AUTO, 1);
@@ -316,7 +326,8 @@ static void without_h_mid_or_indexer(void **state) {
   wn_test_model_bind(&v3);
   wn_tensor h = wn_test_role(s.model.device, WN_ACT, 2, 32, 20, 0);
   for (int32_t l = 0; l < 3; l++) {
-    OK(wn_layer_forward(v3.model, l, &v3.weight_of[l + 1], NULL, &s.pass, &s.text.rows, &h, NULL, &s.run.h[l], NULL, NULL));
+    OK(wn_layer_forward(v3.model, l, &v3.weight_of[l + 1], NULL, &s.pass, &s.text.rows, &h, NULL, &s.run.h[l], NULL,
+                        NULL));
     expect_same("hidden states", &h, &s.run.h[l + 1]);
   }
   wn_test_model_free(&v3);
@@ -337,7 +348,10 @@ static size_t scratch_peak(int32_t n, wn_selection selection, wn_attention_form 
 /* Twice the rows, at most twice the scratch: nothing is n by n. */
 static void scratch_is_linear(void **state) {
   (void)state;
-  static const struct { wn_selection selection; wn_attention_form form; } kinds[] = {
+  static const struct {
+    wn_selection selection;
+    wn_attention_form form;
+  } kinds[] = {
       {WN_SELECT_DENSE, WN_FORM_AUTO}, {WN_SELECT_INDEXER, WN_FORM_ABSORBED}, {WN_SELECT_INDEXER, WN_FORM_MASKED}};
   for (int kind = 0; kind < 3; kind++) {
     size_t one = scratch_peak(300, kinds[kind].selection, kinds[kind].form, true);
@@ -356,8 +370,8 @@ static void scratch_runs_out(void **state) {
     OK(wn_cpu_create_f64(&d, (wn_cpu_settings){.threads = 1, .scratch_bytes = bytes}));
     scene s = set_up_of(d, 32, documents, 3, WN_SELECT_INDEXER, WN_FORM_ABSORBED, 5);
     s.pass.indexer_grads = true;
-    wn_status status = wn_layer_forward(s.model.model, 1, &s.model.weight_of[2], NULL, &s.pass, &s.text.rows, &s.run.h[1],
-                                        &s.run.h_mid[1], &s.run.h[0], &s.run.replay[1], NULL);
+    wn_status status = wn_layer_forward(s.model.model, 1, &s.model.weight_of[2], NULL, &s.pass, &s.text.rows,
+                                        &s.run.h[1], &s.run.h_mid[1], &s.run.h[0], &s.run.replay[1], NULL);
     if (!status)
       status = wn_layer_backward(s.model.model, 1, &s.model.weight_of[2], &s.model.grad_of[2], &s.pass, &s.text.rows,
                                  &s.run.dh, &s.run.h[0], &s.run.h_mid[1], &s.run.replay[1], NULL);

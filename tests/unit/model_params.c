@@ -6,11 +6,23 @@
 #include "support/test.h"
 
 static wn_model_config v31(void) {
-  return (wn_model_config){.vocab_size = 129280, .hidden_size = 7168, .intermediate_size = 18432,
-                           .moe_intermediate_size = 2048, .num_hidden_layers = 61, .first_k_dense_replace = 3,
-                           .num_attention_heads = 128, .n_routed_experts = 256, .n_shared_experts = 1,
-                           .num_experts_per_tok = 8, .n_group = 8, .topk_group = 4, .q_lora_rank = 1536,
-                           .kv_lora_rank = 512, .qk_nope_head_dim = 128, .qk_rope_head_dim = 64, .v_head_dim = 128,
+  return (wn_model_config){.vocab_size = 129280,
+                           .hidden_size = 7168,
+                           .intermediate_size = 18432,
+                           .moe_intermediate_size = 2048,
+                           .num_hidden_layers = 61,
+                           .first_k_dense_replace = 3,
+                           .num_attention_heads = 128,
+                           .n_routed_experts = 256,
+                           .n_shared_experts = 1,
+                           .num_experts_per_tok = 8,
+                           .n_group = 8,
+                           .topk_group = 4,
+                           .q_lora_rank = 1536,
+                           .kv_lora_rank = 512,
+                           .qk_nope_head_dim = 128,
+                           .qk_rope_head_dim = 64,
+                           .v_head_dim = 128,
                            .initializer_range = 0.02};
 }
 
@@ -128,8 +140,10 @@ static void order_and_bind(void **state) {
   wn_layer_tensors bound;
   wn_layer_bind(&bound, &table, 4, by_param);
   assert_string_equal(table.params[bound.slot[WN_P_KV_B].dim[0]].hf_name, "model.layers.4.self_attn.kv_b_proj.weight");
-  assert_string_equal(table.params[bound.expert_up[255].dim[0]].hf_name, "model.layers.4.mlp.experts.255.up_proj.weight");
-  assert_string_equal(table.params[bound.expert_down[0].dim[0]].hf_name, "model.layers.4.mlp.experts.0.down_proj.weight");
+  assert_string_equal(table.params[bound.expert_up[255].dim[0]].hf_name,
+                      "model.layers.4.mlp.experts.255.up_proj.weight");
+  assert_string_equal(table.params[bound.expert_down[0].dim[0]].hf_name,
+                      "model.layers.4.mlp.experts.0.down_proj.weight");
   assert_int_equal(bound.slot[WN_P_MLP_GATE].dim[0], 0); /* absent in a MoE layer */
   wn_layer_bind(&bound, &table, 2, by_param);
   assert_null(bound.expert_gate);
@@ -151,7 +165,7 @@ static void what_trains(void **state) {
   table = table_of(v32(), (wn_param_settings){.train_base = true, .file_dtype = WN_F32, .expert_group = 1});
   for (int32_t i = 0; i < table.n; i++) {
     const wn_param *p = &table.params[i];
-    assert_int_equal(p->kind, strstr(p->hf_name, ".indexer.")        ? WN_FROZEN
+    assert_int_equal(p->kind, strstr(p->hf_name, ".indexer.")         ? WN_FROZEN
                               : strstr(p->hf_name, "correction_bias") ? WN_BUFFER
                                                                       : WN_BASE);
     assert_int_equal(p->group, strstr(p->hf_name, ".experts.") != NULL);
@@ -167,7 +181,8 @@ static void initial_values(void **state) {
   double sum = 0, squares = 0;
   for (int64_t i = 0; i < 10000; i++) {
     double value = wn_param_initial(find(&a, name), &dense, 5, i);
-    if (i < 10) assert_true(value == wn_param_initial(find(&b, name), &sparse, 5, i)); /* knows nothing of other parameters */
+    if (i < 10)
+      assert_true(value == wn_param_initial(find(&b, name), &sparse, 5, i)); /* knows nothing of other parameters */
     sum += value;
     squares += value * value;
   }
@@ -186,8 +201,10 @@ static void initial_values(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(counts_of_the_released_models), cmocka_unit_test(names_and_shapes),
-      cmocka_unit_test(order_and_bind),                cmocka_unit_test(what_trains),
+      cmocka_unit_test(counts_of_the_released_models),
+      cmocka_unit_test(names_and_shapes),
+      cmocka_unit_test(order_and_bind),
+      cmocka_unit_test(what_trains),
       cmocka_unit_test(initial_values),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -68,8 +68,12 @@ static void round_trip(void **state, wn_param_settings settings) {
   test_rig_free(&rig);
 }
 
-static void round_trip_f32(void **state) { round_trip(state, all_f32); }
-static void round_trip_bf16(void **state) { round_trip(state, all_bf16); }
+static void round_trip_f32(void **state) {
+  round_trip(state, all_f32);
+}
+static void round_trip_bf16(void **state) {
+  round_trip(state, all_bf16);
+}
 
 /* A frozen random base has no source to link: it is written, in FP32 even where the job's dtype is BF16. */
 static void round_trip_frozen_random(void **state) {
@@ -155,7 +159,8 @@ static void expect_base_unchanged(const test_rig *rig, const char *init, const c
 }
 
 /* A warm-up from a base without an indexer; the base's dtype is not the job's, and stays what it is. */
-static void warm_up(void **state, test_dir how, wn_param_settings settings, int32_t linked_from_init, int32_t model_files) {
+static void warm_up(void **state, test_dir how, wn_param_settings settings, int32_t linked_from_init,
+                    int32_t model_files) {
   test_rig rig;
   char init[300], first[WN_PATH_BYTES], second[WN_PATH_BYTES], name[64];
   wn_model_config base = test_config;
@@ -175,8 +180,10 @@ static void warm_up(void **state, test_dir how, wn_param_settings settings, int3
   assert_false(wn_path_exists(second)); /* transformers would prefer it to the index */
   for (int32_t i = 0; i < linked_from_init; i++) {
     char from[64];
-    if (how.shards == 1) snprintf(from, sizeof from, "model.safetensors");
-    else snprintf(from, sizeof from, "model-%05d-of-%05d.safetensors", i + 1, how.shards);
+    if (how.shards == 1)
+      snprintf(from, sizeof from, "model.safetensors");
+    else
+      snprintf(from, sizeof from, "model-%05d-of-%05d.safetensors", i + 1, how.shards);
     snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", i + 1, model_files);
     expect_linked(init, from, first, name);
   }
@@ -214,7 +221,8 @@ static void links_what_it_can(void **state) {
   warm_up(state, (test_dir){.dtype = WN_F32, .shards = 12, .mtp = true}, indexer_f32, 1, 9);
 }
 
-/* A base on another file system cannot be hard-linked: a symbolic link leads to the file itself, from every later checkpoint too. */
+/* A base on another file system cannot be hard-linked: a symbolic link leads to the file itself, from every later
+ * checkpoint too. */
 static void links_across_file_systems(void **state) {
   test_rig rig;
   char init[] = "/dev/shm/wn-test-XXXXXX", first[WN_PATH_BYTES], path[WN_PATH_BYTES], target[WN_PATH_BYTES];
@@ -245,7 +253,8 @@ static void links_across_file_systems(void **state) {
   test_rig_free(&rig);
 }
 
-/* Training everything carries a multi-token-prediction layer through, from init and then from checkpoint to checkpoint. */
+/* Training everything carries a multi-token-prediction layer through, from init and then from checkpoint to checkpoint.
+ */
 static void carries_mtp_through(void **state) {
   test_rig rig;
   char init[300], path[WN_PATH_BYTES];
@@ -271,7 +280,8 @@ static void carries_mtp_through(void **state) {
 }
 
 static void copies_companions(void **state) {
-  static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"};
+  static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                                      "generation_config.json"};
   test_rig rig;
   char init[300], path[WN_PATH_BYTES], file[WN_PATH_BYTES + 64], *text;
   snprintf(init, sizeof init, "%s", wn_temp(state, "init").text);
@@ -312,7 +322,8 @@ static void refuses_an_exchanged_base(void **state) {
   test_rig_free(&rig);
 }
 
-/* A linked file's digest is taken over from its manifest, but not when it was touched since, or is of another length. */
+/* A linked file's digest is taken over from its manifest, but not when it was touched since, or is of another length.
+ */
 static void digests_that_are_known(void **state) {
   test_rig rig;
   char dir[WN_PATH_BYTES], path[WN_PATH_BYTES];
@@ -483,21 +494,32 @@ static void refuses_another_stage(void **state) {
   OK(wn_checkpoint_read_state(run_dir(state), &read, &stage, &found));
   assert_false(found);
   rig.plan.stage = WN_STAGE_PRETRAIN;
-  REFUSED(wn_checkpoint_load(&rig.plan, path, &read), WN_E_CONFIG, "was written by adapt; it cannot be continued by pretrain");
+  REFUSED(wn_checkpoint_load(&rig.plan, path, &read), WN_E_CONFIG,
+          "was written by adapt; it cannot be continued by pretrain");
   test_rig_free(&rig);
 }
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      TEMP_TEST(round_trip_f32),           TEMP_TEST(round_trip_bf16),
-      TEMP_TEST(round_trip_frozen_random), TEMP_TEST(dtypes_and_names),
-      TEMP_TEST(links_a_single_file),      TEMP_TEST(links_shards_and_mtp),
-      TEMP_TEST(copies_out_of_mixed_shards), TEMP_TEST(links_what_it_can), TEMP_TEST(links_across_file_systems),
+      TEMP_TEST(round_trip_f32),
+      TEMP_TEST(round_trip_bf16),
+      TEMP_TEST(round_trip_frozen_random),
+      TEMP_TEST(dtypes_and_names),
+      TEMP_TEST(links_a_single_file),
+      TEMP_TEST(links_shards_and_mtp),
+      TEMP_TEST(copies_out_of_mixed_shards),
+      TEMP_TEST(links_what_it_can),
+      TEMP_TEST(links_across_file_systems),
       TEMP_TEST(carries_mtp_through),
-      TEMP_TEST(copies_companions),        TEMP_TEST(refuses_an_exchanged_base),
-      TEMP_TEST(digests_that_are_known), TEMP_TEST(retention),                TEMP_TEST(retention_behind_a_later_step),
-      TEMP_TEST(replaces_the_same_step),   TEMP_TEST(leftovers),
-      TEMP_TEST(carries_the_indexer),      TEMP_TEST(refuses_another_stage),
+      TEMP_TEST(copies_companions),
+      TEMP_TEST(refuses_an_exchanged_base),
+      TEMP_TEST(digests_that_are_known),
+      TEMP_TEST(retention),
+      TEMP_TEST(retention_behind_a_later_step),
+      TEMP_TEST(replaces_the_same_step),
+      TEMP_TEST(leftovers),
+      TEMP_TEST(carries_the_indexer),
+      TEMP_TEST(refuses_another_stage),
   };
   return cmocka_run_group_tests(tests, make_world, free_world);
 }

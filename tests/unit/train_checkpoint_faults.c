@@ -1,4 +1,5 @@
-/* What can go wrong with a checkpoint: damage, kill -9 in the middle of a save, a full disk, a directory that cannot be. */
+/* What can go wrong with a checkpoint: damage, kill -9 in the middle of a save, a full disk, a directory that cannot
+ * be. */
 #include "support/checkpoint.h"
 
 #include <errno.h>
@@ -118,9 +119,15 @@ static void full_name(char out[WN_FILE_NAME_BYTES], const char *dir, const char 
 
 /* Each kind of damage to each kind of file: verify says which file, newest warns and takes the one before. */
 static void damage_falls_back(void **state) {
-  static const char *const names[] = {"model-0", "optimizer-0", "state.json", "config.json", WN_INDEX_NAME, WN_MANIFEST_NAME};
-  static const char *const says[N_DAMAGES] = {"differs from its digest", "bytes long; MANIFEST.json lists", "bytes long; MANIFEST.json lists", "is missing",
-                                              "other is not listed in", "other is not listed in", "cannot open"};
+  static const char *const names[] = {"model-0",     "optimizer-0", "state.json",
+                                      "config.json", WN_INDEX_NAME, WN_MANIFEST_NAME};
+  static const char *const says[N_DAMAGES] = {"differs from its digest",
+                                              "bytes long; MANIFEST.json lists",
+                                              "bytes long; MANIFEST.json lists",
+                                              "is missing",
+                                              "other is not listed in",
+                                              "other is not listed in",
+                                              "cannot open"};
   test_rig rig;
   wn_log *log;
   char dir[WN_PATH_BYTES], name[WN_FILE_NAME_BYTES], log_path[300];
@@ -134,14 +141,16 @@ static void damage_falls_back(void **state) {
     for (size_t f = 0; f < sizeof names / sizeof *names; f++) {
       bool manifest = !strcmp(names[f], WN_MANIFEST_NAME);
       if (manifest && what != FLIP && what != CUT) continue;
-      if (f > 0 && what != FLIP && what != CUT && what != REMOVE) continue; /* every kind once, the likely ones to every file */
+      if (f > 0 && what != FLIP && what != CUT && what != REMOVE)
+        continue; /* every kind once, the likely ones to every file */
       rig.plan.log = NULL;
       OK(save_step(&rig, 2));
       assert_int_equal(newest_step(&rig), 2);
       rig.plan.log = log;
       full_name(name, dir, names[f]);
       do_damage(what, dir, name);
-      REFUSED(wn_checkpoint_verify(dir), what == NO_MANIFEST ? WN_E_IO : WN_E_INPUT, manifest ? WN_MANIFEST_NAME : says[what]);
+      REFUSED(wn_checkpoint_verify(dir), what == NO_MANIFEST ? WN_E_IO : WN_E_INPUT,
+              manifest ? WN_MANIFEST_NAME : says[what]);
       assert_int_equal(newest_step(&rig), 1);
       expect_logged(log_path, "passing over a damaged checkpoint");
       if (what < REMOVE && !manifest) expect_logged(log_path, name);
@@ -224,7 +233,8 @@ static void kills(void **state) {
     }
     close(ends[1]);
     int64_t step, before = told;
-    if (i == 0 || wn_rng_below(7, WN_RNG_TEST, 2 * i, 4) == 0) assert_int_equal(read(ends[0], &told, sizeof told), sizeof told);
+    if (i == 0 || wn_rng_below(7, WN_RNG_TEST, 2 * i, 4) == 0)
+      assert_int_equal(read(ends[0], &told, sizeof told), sizeof told);
     long wait_us = (long)wn_rng_below(7, WN_RNG_TEST, 2 * i + 1, 60000);
     nanosleep(&(struct timespec){.tv_nsec = 1000 * wait_us}, NULL);
     kill(child, SIGKILL);
@@ -239,11 +249,14 @@ static void kills(void **state) {
     wn_list_free(names, n);
     /* the newest is whole and no older than the last that was told; it may be one that there was no time to tell */
     int64_t newest = newest_step(&rig);
-    if (newest < told || newest > told + 1) fail_msg("kill %d: told %lld (before %lld), newest %lld", (int)i, (long long)told, (long long)before, (long long)newest);
+    if (newest < told || newest > told + 1)
+      fail_msg("kill %d: told %lld (before %lld), newest %lld", (int)i, (long long)told, (long long)before,
+               (long long)newest);
     assert_true(entries(checkpoints) <= 3); /* keep 2, and one more when the retention was not reached */
     told = newest;
   }
-  print_message("%d kills, %lld of them in the middle of a save; %lld steps saved\n", KILLS, (long long)mid_save, (long long)told);
+  print_message("%d kills, %lld of them in the middle of a save; %lld steps saved\n", KILLS, (long long)mid_save,
+                (long long)told);
   assert_true(mid_save > 0);
   test_rig_free(&rig);
 }
@@ -351,8 +364,10 @@ static void a_read_only_place(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      TEMP_TEST(damage_falls_back), TEMP_TEST(nothing_whole_is_refused), TEMP_TEST(any_byte_counts),        TEMP_TEST(kills),
-      TEMP_TEST(file_too_large),    TEMP_TEST(disk_full),                TEMP_TEST(a_place_that_cannot_be), TEMP_TEST(a_read_only_place),
+      TEMP_TEST(damage_falls_back),      TEMP_TEST(nothing_whole_is_refused),
+      TEMP_TEST(any_byte_counts),        TEMP_TEST(kills),
+      TEMP_TEST(file_too_large),         TEMP_TEST(disk_full),
+      TEMP_TEST(a_place_that_cannot_be), TEMP_TEST(a_read_only_place),
   };
   return cmocka_run_group_tests(tests, make_world, free_world);
 }

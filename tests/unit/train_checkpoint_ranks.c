@@ -1,5 +1,6 @@
-/* The world's size is not part of the format. Started by hand this is a cmocka test that starts itself under mpirun; a rank runs the
- * scenario named by its argument and ends like the program's main would: with the error's sentence and code. */
+/* The world's size is not part of the format. Started by hand this is a cmocka test that starts itself under mpirun; a
+ * rank runs the scenario named by its argument and ends like the program's main would: with the error's sentence and
+ * code. */
 #include "support/checkpoint.h"
 
 #include <signal.h>
@@ -54,7 +55,12 @@ static wn_status start_random(test_rig *rig) {
   return wn_checkpoint_save(&rig->plan, &test_state);
 }
 
-typedef struct scenario { const char *name; wn_status (*run)(test_rig *); wn_stage stage; const wn_param_settings *settings; } scenario;
+typedef struct scenario {
+  const char *name;
+  wn_status (*run)(test_rig *);
+  wn_stage stage;
+  const wn_param_settings *settings;
+} scenario;
 static const scenario scenarios[] = {
     {"save", save_adapt, WN_STAGE_ADAPT, &adapt},
     {"load", load_adapt, WN_STAGE_ADAPT, &adapt},
@@ -87,7 +93,8 @@ static const char *self;
 static int launch(char text[16384], int32_t ranks, const char *name, const char *run, const char *init) {
   char command[4096];
   int used = snprintf(command, sizeof command,
-                      "OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1 timeout 60 mpirun --allow-run-as-root --oversubscribe -np %d '%s' %s '%s' '%s' 2>&1",
+                      "OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1 timeout 60 mpirun --allow-run-as-root "
+                      "--oversubscribe -np %d '%s' %s '%s' '%s' 2>&1",
                       ranks, self, name, run, init);
   assert_true(used > 0 && used < (int)sizeof command);
   FILE *pipe = popen(command, "r");
@@ -130,7 +137,9 @@ static void expect_same_files(const char *a, const char *b) {
   wn_list_free(others, m);
 }
 
-typedef struct run_paths { char run[300], step[400]; } run_paths;
+typedef struct run_paths {
+  char run[300], step[400];
+} run_paths;
 static run_paths paths_of(void **state, const char *name, int32_t ranks) {
   run_paths paths;
   snprintf(paths.run, sizeof paths.run, "%s/%s%d", (const char *)*state, name, ranks);
@@ -171,7 +180,8 @@ static void one_rank_cannot_write(void **state) {
   size_t n;
   must_hold(2, "save", paths.run, "");
   assert_int_equal(launch(text, 2, "fail", paths.run, ""), WN_E_IO);
-  if (!strstr(text, "rank says: rank 1 failed: cannot write") || !strstr(text, "rank says: cannot write")) fail_msg("ranks said: %s", text);
+  if (!strstr(text, "rank says: rank 1 failed: cannot write") || !strstr(text, "rank says: cannot write"))
+    fail_msg("ranks said: %s", text);
   snprintf(checkpoints, sizeof checkpoints, "%s/checkpoints", paths.run);
   OK(wn_list_dir(&names, &n, checkpoints));
   assert_int_equal(n, 1);

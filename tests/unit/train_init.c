@@ -45,20 +45,28 @@ static void reads(void **state, wn_dtype dtype, int32_t shards) {
   OK(wn_init_load(&rig.plan, init.text, false));
   for (int32_t p = 0; p < rig.model->table.n; p++) {
     const wn_param *param = &rig.model->table.params[p];
-    bool wide = param->slot == WN_P_ROUTER_BIAS || param->slot == WN_P_INDEX_K_NORM || param->slot == WN_P_INDEX_K_NORM_BIAS;
+    bool wide =
+        param->slot == WN_P_ROUTER_BIAS || param->slot == WN_P_INDEX_K_NORM || param->slot == WN_P_INDEX_K_NORM_BIAS;
     for (int64_t e = 0; e < wn_param_elements(param); e++) {
       float want = test_value(5, p, WN_FIELD_WEIGHT, e);
       if (!wide && dtype == WN_BF16) want = wn_f32_from_bf16(wn_bf16_from_f32(want));
       if (!wide && dtype == WN_F16) want = 1 + (float)(e % 1024) / 1024;
-      if (held(&rig, p, e) != want) fail_msg("%s[%lld] is %g instead of %g", param->hf_name, (long long)e, (double)held(&rig, p, e), (double)want);
+      if (held(&rig, p, e) != want)
+        fail_msg("%s[%lld] is %g instead of %g", param->hf_name, (long long)e, (double)held(&rig, p, e), (double)want);
     }
   }
   test_rig_free(&rig);
 }
 
-static void reads_f32(void **state) { reads(state, WN_F32, 1); }
-static void reads_bf16(void **state) { reads(state, WN_BF16, 3); }
-static void reads_f16(void **state) { reads(state, WN_F16, 2); }
+static void reads_f32(void **state) {
+  reads(state, WN_F32, 1);
+}
+static void reads_bf16(void **state) {
+  reads(state, WN_BF16, 3);
+}
+static void reads_f16(void **state) {
+  reads(state, WN_F16, 2);
+}
 
 /* A new indexer is drawn beside a base that is read; the same numbers as in a wholly random model. */
 static void draws(void **state) {
@@ -93,20 +101,25 @@ static void refuse(void **state, wn_model_config written, test_dir how, bool all
 }
 
 static void missing_one(void **state) {
-  refuse(state, test_config, (test_dir){.without = "layers.1.self_attn.kv_b_proj"}, false, "1 tensor missing: model.layers.1.self_attn.kv_b_proj.weight");
+  refuse(state, test_config, (test_dir){.without = "layers.1.self_attn.kv_b_proj"}, false,
+         "1 tensor missing: model.layers.1.self_attn.kv_b_proj.weight");
 }
 
 static void missing_many(void **state) {
   refuse(state, test_config, (test_dir){.without = "layernorm"}, false,
          "12 tensors missing: model.layers.0.input_layernorm.weight, model.layers.0.self_attn.q_a_layernorm.weight, "
-         "model.layers.0.self_attn.kv_a_layernorm.weight, model.layers.0.post_attention_layernorm.weight, model.layers.1.input_layernorm.weight, ...");
+         "model.layers.0.self_attn.kv_a_layernorm.weight, model.layers.0.post_attention_layernorm.weight, "
+         "model.layers.1.input_layernorm.weight, ...");
 }
 
-static void missing_indexer(void **state) { refuse(state, without_indexer(), (test_dir){.dtype = WN_F32}, false, "15 tensors missing"); }
+static void missing_indexer(void **state) {
+  refuse(state, without_indexer(), (test_dir){.dtype = WN_F32}, false, "15 tensors missing");
+}
 
 /* Half an indexer is a damaged directory, not a base. */
 static void missing_half_an_indexer(void **state) {
-  refuse(state, test_config, (test_dir){.without = "k_norm.bias"}, true, "3 tensors missing: model.layers.0.self_attn.indexer.k_norm.bias");
+  refuse(state, test_config, (test_dir){.without = "k_norm.bias"}, true,
+         "3 tensors missing: model.layers.0.self_attn.indexer.k_norm.bias");
 }
 
 static void misshapen(void **state) {
@@ -168,10 +181,12 @@ static void a_damaged_checkpoint(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      TEMP_TEST(reads_f32),       TEMP_TEST(reads_bf16),   TEMP_TEST(reads_f16),
-      TEMP_TEST(draws),           TEMP_TEST(missing_one),  TEMP_TEST(missing_many),
-      TEMP_TEST(missing_indexer), TEMP_TEST(missing_half_an_indexer), TEMP_TEST(misshapen),
-      TEMP_TEST(surplus),         TEMP_TEST(surplus_layer), TEMP_TEST(fp8),
+      TEMP_TEST(reads_f32),       TEMP_TEST(reads_bf16),
+      TEMP_TEST(reads_f16),       TEMP_TEST(draws),
+      TEMP_TEST(missing_one),     TEMP_TEST(missing_many),
+      TEMP_TEST(missing_indexer), TEMP_TEST(missing_half_an_indexer),
+      TEMP_TEST(misshapen),       TEMP_TEST(surplus),
+      TEMP_TEST(surplus_layer),   TEMP_TEST(fp8),
       TEMP_TEST(absent),          TEMP_TEST(a_damaged_checkpoint),
   };
   return cmocka_run_group_tests(tests, make_world, free_world);
