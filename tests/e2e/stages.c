@@ -403,12 +403,44 @@ static void eval_on_two_ranks_says_the_same(void **state) {
 
 /* ---- jobs that come with the program ---- */
 
-static void the_recipes_check(void **state) {
+/* One job file, without weights: where it starts from a checkpoint that is yet to be made, a config.json alone stands in for it. */
+static void check_job(const char *folder, const char *path, const char *name) {
+  const char *dense = strcmp(folder, "deepseek-v3.1") == 0 ? "configs/models/deepseek-v3.1" : "configs/models/tiny";
+  tiny_file file = tiny_read(path);
+  bool from_init = strncmp(file.text, "init:", 5) == 0 || strstr(file.text, "\ninit:");
+  free(file.text);
+  if (strncmp(name, "adapt", 5) == 0)
+    wn_winnow_ends(0, 1, "adapt %s init=configs/models/deepseek-v3.2 dsa.index_n_heads=0 dsa.index_head_dim=0 --check", path);
+  else if (strncmp(name, "warmup", 6) == 0) wn_winnow_ends(0, 1, "warmup %s init=%s --check", path, dense);
+  else wn_winnow_ends(0, 1, "pretrain %s %s%s --check", path, from_init ? "init=" : "", from_init ? dense : "");
+}
+
+static void the_jobs_that_come_along_check(void **state) {
+  char **folders, **names, path[WN_PATH_BYTES];
+  size_t n_folders, n, checked = 0;
+  (void)state;
+  OK(wn_list_dir(&folders, &n_folders, "configs/jobs"));
+  for (size_t f = 0; f < n_folders; f++) {
+    OK(wn_path(path, "configs/jobs/%s", folders[f]));
+    OK(wn_list_dir(&names, &n, path));
+    for (size_t i = 0; i < n; i++) {
+      size_t length = strlen(names[i]);
+      if (length < 5 || strcmp(names[i] + length - 5, ".yaml") != 0) continue;
+      OK(wn_path(path, "configs/jobs/%s/%s", folders[f], names[i]));
+      check_job(folders[f], path, names[i]);
+      checked++;
+    }
+    wn_list_free(names, n);
+  }
+  wn_list_free(folders, n_folders);
+  assert_true(checked >= 5);
+}
+
+/* The paper's two, without a word of change but where the model is. */
+static void the_papers_recipes_check(void **state) {
   (void)state;
   wn_winnow_ends(0, 1, "warmup configs/jobs/deepseek-v3.1/warmup.yaml init=configs/models/deepseek-v3.1 --check");
   wn_winnow_ends(0, 1, "adapt configs/jobs/deepseek-v3.1/adapt.yaml init=configs/models/deepseek-v3.2 --check");
-  wn_winnow_ends(0, 1, "pretrain configs/jobs/tiny/pretrain.yaml --check");
-  wn_winnow_ends(0, 1, "warmup configs/jobs/tiny/warmup.yaml init=configs/models/tiny --check");
 }
 
 int main(void) {
@@ -427,7 +459,8 @@ int main(void) {
       cmocka_unit_test(moments_arrive_to_the_bit),
       cmocka_unit_test(eval_runs_all_selections),
       cmocka_unit_test(eval_on_two_ranks_says_the_same),
-      cmocka_unit_test(the_recipes_check),
+      cmocka_unit_test(the_jobs_that_come_along_check),
+      cmocka_unit_test(the_papers_recipes_check),
   };
   return cmocka_run_group_tests(tests, tiny_setup, wn_temp_teardown);
 }
