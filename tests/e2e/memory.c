@@ -1,5 +1,5 @@
-/* A step's memory grows with the length of the sequence and not with its square: the peaks of the allocator, fitted, and the resident
- * memory of whole runs. */
+/* A step's memory grows with the length of the sequence and not with its square: the peaks of the allocator, fitted,
+ * and the resident memory of whole runs. */
 #include "support/tiny.h"
 
 #include <unistd.h>
@@ -30,15 +30,24 @@ static double peak_bytes(void **state, wn_recipe recipe, int32_t topk, int32_t s
   snprintf(picks, sizeof picks, "dsa.index_topk=%d", topk);
   snprintf(train, sizeof train, "data.train=%s/long", dir);
   snprintf(length, sizeof length, "data.seq_len=%d", seq_len);
-  const char *const options[] = {init, run_dir, train, length, "data.document_mask=false", "training.micro_batch_seqs=1", "training.global_batch_seqs=2",
-                                 picks, "data.valid=", "metrics.eval_every=0"};
+  const char *const options[] = {init,
+                                 run_dir,
+                                 train,
+                                 length,
+                                 "data.document_mask=false",
+                                 "training.micro_batch_seqs=1",
+                                 "training.global_batch_seqs=2",
+                                 picks,
+                                 "data.valid=",
+                                 "metrics.eval_every=0"};
   wn_job job;
   wn_job_source *source;
   wn_world *world;
   wn_run *run;
   wn_step_sums sums;
   OK(wn_world_create(&world, 10));
-  OK(wn_job_load(&job, &source, recipe.stage, wn_temp(state, "job.yaml").text, options, (int32_t)(sizeof options / sizeof *options)));
+  OK(wn_job_load(&job, &source, recipe.stage, wn_temp(state, "job.yaml").text, options,
+                 (int32_t)(sizeof options / sizeof *options)));
   OK(wn_run_create(&run, recipe, &job, source, world, NULL));
   OK(wn_step_sums_create(&sums, &run->model->config));
   wn_arena_reset_peak(run->device->scratch);
@@ -79,10 +88,12 @@ static void expect_linear(void **state, wn_recipe recipe, int32_t topk, int32_t 
     bytes[i] = peak_bytes(state, recipe, topk, first + i * more);
   }
   fit(t, bytes, c);
-  print_message("%s, %d picks, %d to %d tokens: %.3f MiB, + %.3f MiB by length, %+.4f MiB by its square\n", wn_stage_name(recipe.stage), topk, first,
-                longest, c[0] / (1 << 20), c[1] / (1 << 20), c[2] / (1 << 20));
+  print_message("%s, %d picks, %d to %d tokens: %.3f MiB, + %.3f MiB by length, %+.4f MiB by its square\n",
+                wn_stage_name(recipe.stage), topk, first, longest, c[0] / (1 << 20), c[1] / (1 << 20),
+                c[2] / (1 << 20));
   /* a hundredth of the linear part, and far less than one byte a pair */
-  if (!(fabs(c[2]) < 0.01 * c[1] && fabs(c[2]) < 0.1 * longest * longest)) fail_msg("the part that grows with the square is %.3g of the linear one", c[2] / c[1]);
+  if (!(fabs(c[2]) < 0.01 * c[1] && fabs(c[2]) < 0.1 * longest * longest))
+    fail_msg("the part that grows with the square is %.3g of the linear one", c[2] / c[1]);
   assert_true(c[1] > c[0]);
 }
 
@@ -97,9 +108,11 @@ static void peaks_are_linear(void **state) {
 static double resident_kib(void **state, const char *stage, const char *init, int32_t seq_len) {
   const char *dir = *state;
   wn_program p;
-  wn_winnow(&p, 1, "%s %s/job.yaml init=%s/%s run_dir=%s/resident-%s-%d data.train=%s/long data.seq_len=%d data.document_mask=false training.steps=1 "
-            "training.micro_batch_seqs=1 training.global_batch_seqs=2 data.valid= metrics.eval_every=0", stage, dir, dir, init, dir, stage, seq_len, dir,
-            seq_len);
+  wn_winnow(&p, 1,
+            "%s %s/job.yaml init=%s/%s run_dir=%s/resident-%s-%d data.train=%s/long data.seq_len=%d "
+            "data.document_mask=false training.steps=1 "
+            "training.micro_batch_seqs=1 training.global_batch_seqs=2 data.valid= metrics.eval_every=0",
+            stage, dir, dir, init, dir, stage, seq_len, dir, seq_len);
   if (p.code != 0) fail_msg("%s at %d tokens ended with %d: %s", stage, seq_len, p.code, p.err);
   return (double)p.peak_kib;
 }
@@ -110,7 +123,8 @@ static void resident_memory_agrees(void **state) {
     double kib[3];
     for (int i = 0; i < 3; i++) kib[i] = resident_kib(state, stages[s], s ? "sparse" : "base", 2048 << i);
     double first = kib[1] - kib[0], second = kib[2] - kib[1];
-    print_message("%s, resident at 2048, 4096 and 8192 tokens: %.1f, %.1f, %.1f MiB\n", stages[s], kib[0] / 1024, kib[1] / 1024, kib[2] / 1024);
+    print_message("%s, resident at 2048, 4096 and 8192 tokens: %.1f, %.1f, %.1f MiB\n", stages[s], kib[0] / 1024,
+                  kib[1] / 1024, kib[2] / 1024);
     /* twice the length, twice the growth; a matrix of T x T floats would be 64 MiB at 4096 */
     assert_true(first > 0 && second < 2.4 * first && second > 1.6 * first);
     assert_true(second < 32 * 1024);

@@ -1,5 +1,5 @@
-/* Losses and gradients that are not finite: such steps are skipped and counted, nothing of them enters weights or moments, and too many
- * in a row end the run. */
+/* Losses and gradients that are not finite: such steps are skipped and counted, nothing of them enters weights or
+ * moments, and too many in a row end the run. */
 #include "support/tiny.h"
 
 #include "train/checkpoint.h"
@@ -25,7 +25,8 @@ static void rarely_poisoned(const char *prefix) {
   OK(wn_dataset_writer_create(&writer, prefix, TINY_VOCAB, false));
   for (int32_t d = 0; d < 60; d++) {
     int32_t document[33];
-    for (int32_t i = 0; i < 33; i++) document[i] = (int32_t)wn_rng_below(9, WN_RNG_TEST, (uint64_t)(d * 64 + i), POISON);
+    for (int32_t i = 0; i < 33; i++)
+      document[i] = (int32_t)wn_rng_below(9, WN_RNG_TEST, (uint64_t)(d * 64 + i), POISON);
     if (d % 6 == 5) document[7] = POISON;
     OK(wn_dataset_writer_add(writer, document, NULL, 33));
   }
@@ -80,11 +81,17 @@ static void gives_up(void **state, const char *stage, int32_t ranks) {
   char run[32];
   wn_program p;
   snprintf(run, sizeof run, "up-%s-%d", stage, ranks);
-  wn_winnow(&p, ranks, "%s %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=9 checkpoint.interval=1 metrics.eval_every=0", stage, dir, dir, init, dir, run);
-  if (p.code != WN_E_TRAINING || !strstr(p.err, "winnow: 4 steps in a row had a loss or gradient that is not finite (training.max_skipped_in_a_row is 3)"))
+  wn_winnow(&p, ranks,
+            "%s %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=9 checkpoint.interval=1 metrics.eval_every=0",
+            stage, dir, dir, init, dir, run);
+  if (p.code != WN_E_TRAINING ||
+      !strstr(
+          p.err,
+          "winnow: 4 steps in a row had a loss or gradient that is not finite (training.max_skipped_in_a_row is 3)"))
     fail_msg("%s ended with %d: %s", stage, p.code, p.err);
   wn_state s = state_of(state, run, 3);
-  assert_true(s.step == 3 && s.skipped == 3 && s.skipped_in_a_row == 3 && s.adam_base == 0 && s.adam_indexer == 0 && s.router_bias_updates == 0);
+  assert_true(s.step == 3 && s.skipped == 3 && s.skipped_in_a_row == 3 && s.adam_base == 0 && s.adam_indexer == 0 &&
+              s.router_bias_updates == 0);
   assert_false(wn_path_exists(tiny_step(state, run, 4).text));
   expect_weights_of(state, run, 3, init);
   int64_t rows;
@@ -98,14 +105,25 @@ static void gives_up(void **state, const char *stage, int32_t ranks) {
   }
   wn_safetensors_close(moments);
   /* the counter survives: going on, the next such step is the one too many */
-  wn_winnow(&p, ranks, "%s %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=9 checkpoint.interval=1 metrics.eval_every=0", stage, dir, dir, init, dir, run);
-  if (p.code != WN_E_TRAINING || !strstr(p.err, "winnow: 4 steps in a row")) fail_msg("resumed %s ended with %d: %s", stage, p.code, p.err);
+  wn_winnow(&p, ranks,
+            "%s %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=9 checkpoint.interval=1 metrics.eval_every=0",
+            stage, dir, dir, init, dir, run);
+  if (p.code != WN_E_TRAINING || !strstr(p.err, "winnow: 4 steps in a row"))
+    fail_msg("resumed %s ended with %d: %s", stage, p.code, p.err);
 }
 
-static void pretrain_gives_up(void **state) { gives_up(state, "pretrain", 1); }
-static void warmup_gives_up(void **state) { gives_up(state, "warmup", 1); }
-static void adapt_gives_up(void **state) { gives_up(state, "adapt", 1); }
-static void all_ranks_give_up(void **state) { gives_up(state, "adapt", 2); }
+static void pretrain_gives_up(void **state) {
+  gives_up(state, "pretrain", 1);
+}
+static void warmup_gives_up(void **state) {
+  gives_up(state, "warmup", 1);
+}
+static void adapt_gives_up(void **state) {
+  gives_up(state, "adapt", 1);
+}
+static void all_ranks_give_up(void **state) {
+  gives_up(state, "adapt", 2);
+}
 
 /* ---- some steps ---- */
 
@@ -116,7 +134,8 @@ static bool poisoned_step(const wn_dataset *data, int64_t step) {
   wn_window window = {tokens, first, predicted, scored};
   bool found = false;
   for (int64_t i = 0; i < 4; i++) {
-    wn_dataset_read(data, wn_sampler_window(3, wn_dataset_windows(data, TINY_SEQ_LEN), step, 4, i), TINY_SEQ_LEN, &window);
+    wn_dataset_read(data, wn_sampler_window(3, wn_dataset_windows(data, TINY_SEQ_LEN), step, 4, i), TINY_SEQ_LEN,
+                    &window);
     for (int32_t t = 0; t < TINY_SEQ_LEN; t++) found = found || tokens[t] == POISON;
   }
   return found;
@@ -140,7 +159,9 @@ static void skips_and_goes_on(void **state, const char *stage) {
   wn_dataset *data;
   int64_t skipped = 0;
   snprintf(run, sizeof run, "some-%s", stage);
-  snprintf(line, sizeof line, "%s %s/job.yaml init=%s/%s run_dir=%s/%s data.train=%s/mixed training.max_skipped_in_a_row=20 metrics.eval_every=0 checkpoint.interval=%d",
+  snprintf(line, sizeof line,
+           "%s %s/job.yaml init=%s/%s run_dir=%s/%s data.train=%s/mixed training.max_skipped_in_a_row=20 "
+           "metrics.eval_every=0 checkpoint.interval=%d",
            stage, dir, dir, init, dir, run, dir, DEATH);
   wn_winnow_ends(0, 1, "%s training.steps=%d", line, DEATH);
   wn_winnow_ends(0, 1, "%s training.steps=%d", line, STEPS);
@@ -148,13 +169,15 @@ static void skips_and_goes_on(void **state, const char *stage) {
   for (int64_t step = 0; step < STEPS; step++) {
     bool expected = poisoned_step(data, step);
     skipped += expected;
-    if (tiny_cell(state, run, "train", step, "skipped", NULL) != (expected ? 1 : 0)) fail_msg("%s: step %lld", stage, (long long)step + 1);
+    if (tiny_cell(state, run, "train", step, "skipped", NULL) != (expected ? 1 : 0))
+      fail_msg("%s: step %lld", stage, (long long)step + 1);
     assert_true(isfinite(tiny_cell(state, run, "train", step, "loss", NULL)) == !expected);
   }
   wn_dataset_close(data);
   assert_true(skipped > 3 && skipped < STEPS - 3);
   wn_state s = state_of(state, run, STEPS);
-  int64_t base = strcmp(stage, "warmup") ? STEPS - skipped : 0, indexer = strcmp(stage, "pretrain") ? STEPS - skipped : 0;
+  int64_t base = strcmp(stage, "warmup") ? STEPS - skipped : 0,
+          indexer = strcmp(stage, "pretrain") ? STEPS - skipped : 0;
   assert_true(s.step == STEPS && s.tokens == STEPS * 4 * TINY_SEQ_LEN && s.skipped == skipped);
   assert_true(s.adam_base == base && s.adam_indexer == indexer && s.router_bias_updates == base);
   wn_safetensors *moments = tiny_optimizer(tiny_step(state, run, STEPS).text);
@@ -173,14 +196,21 @@ static void skips_and_goes_on(void **state, const char *stage) {
   wn_hf_dir_close(model);
 }
 
-static void pretrain_skips(void **state) { skips_and_goes_on(state, "pretrain"); }
-static void warmup_skips(void **state) { skips_and_goes_on(state, "warmup"); }
-static void adapt_skips(void **state) { skips_and_goes_on(state, "adapt"); }
+static void pretrain_skips(void **state) {
+  skips_and_goes_on(state, "pretrain");
+}
+static void warmup_skips(void **state) {
+  skips_and_goes_on(state, "warmup");
+}
+static void adapt_skips(void **state) {
+  skips_and_goes_on(state, "adapt");
+}
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(pretrain_gives_up), cmocka_unit_test(warmup_gives_up), cmocka_unit_test(adapt_gives_up), cmocka_unit_test(all_ranks_give_up),
-      cmocka_unit_test(pretrain_skips),    cmocka_unit_test(warmup_skips),    cmocka_unit_test(adapt_skips),
+      cmocka_unit_test(pretrain_gives_up), cmocka_unit_test(warmup_gives_up), cmocka_unit_test(adapt_gives_up),
+      cmocka_unit_test(all_ranks_give_up), cmocka_unit_test(pretrain_skips),  cmocka_unit_test(warmup_skips),
+      cmocka_unit_test(adapt_skips),
   };
   return cmocka_run_group_tests(tests, setup, wn_temp_teardown);
 }

@@ -1,5 +1,5 @@
-/* One rank and several compute the same. Started by hand this program is a test; under mpirun, with arguments, it is a rank that takes
- * one step and writes the reduced gradient of every parameter. */
+/* One rank and several compute the same. Started by hand this program is a test; under mpirun, with arguments, it is a
+ * rank that takes one step and writes the reduced gradient of every parameter. */
 #include "support/tiny.h"
 
 #include "stages/stages.h"
@@ -31,7 +31,8 @@ static wn_status dump_gradients(wn_run *run, const char *path) {
     memcpy(specs[dumped++].dim, params[p].dim, sizeof params[p].dim);
     status = wn_group_sum_f64(wn_world_all(run->world), whole, count);
   }
-  if (!status && wn_world_rank(run->world) == 0) status = wn_safetensors_write(path, specs, (const void *const *)data, dumped);
+  if (!status && wn_world_rank(run->world) == 0)
+    status = wn_safetensors_write(path, specs, (const void *const *)data, dumped);
   for (int32_t i = 0; i < dumped; i++) free(data[i]);
   free(data);
   free(specs);
@@ -43,7 +44,9 @@ static wn_status one_step(wn_world *world, wn_stage stage, int argc, char **argv
   wn_job_source *source;
   wn_run *run;
   wn_step_sums sums;
-  wn_recipe recipe = stage == WN_STAGE_WARMUP ? wn_stage_warmup() : stage == WN_STAGE_ADAPT ? wn_stage_adapt() : wn_stage_pretrain();
+  wn_recipe recipe = stage == WN_STAGE_WARMUP  ? wn_stage_warmup()
+                     : stage == WN_STAGE_ADAPT ? wn_stage_adapt()
+                                               : wn_stage_pretrain();
   WN_TRY(wn_job_load(&job, &source, stage, argv[3], (const char *const *)(argv + 4), argc - 4));
   WN_TRY(wn_run_create(&run, recipe, &job, source, world, NULL));
   WN_TRY(wn_step_sums_create(&sums, &run->model->config));
@@ -70,7 +73,10 @@ static int rank_main(int argc, char **argv) {
 
 /* ---- gradients ---- */
 
-typedef struct shared { char dir[64]; const char *self; } shared; /* *state begins with the directory: the tiny_ helpers take it for one */
+typedef struct shared {
+  char dir[64];
+  const char *self;
+} shared; /* *state begins with the directory: the tiny_ helpers take it for one */
 
 static wn_safetensors *gradients(void **state, const char *stage, const char *init, int32_t ranks) {
   const shared *at = *state;
@@ -78,7 +84,10 @@ static wn_safetensors *gradients(void **state, const char *stage, const char *in
   wn_program p;
   wn_safetensors *file;
   snprintf(out, sizeof out, "%s/grads-%s-%d.safetensors", at->dir, stage, ranks);
-  wn_winnow_wait(wn_command_start(ranks, at->self, "%s %s %s/job.yaml init=%s run_dir=%s/grads-%s-%d training.micro_batch_seqs=1", stage, out, at->dir, init, at->dir, stage, ranks), &p);
+  wn_winnow_wait(wn_command_start(ranks, at->self,
+                                  "%s %s %s/job.yaml init=%s run_dir=%s/grads-%s-%d training.micro_batch_seqs=1", stage,
+                                  out, at->dir, init, at->dir, stage, ranks),
+                 &p);
   if (p.code != 0) fail_msg("%s on %d ranks ended with %d: %s", stage, ranks, p.code, p.err);
   OK(wn_safetensors_open(&file, out));
   return file;
@@ -124,18 +133,23 @@ static void expect_same_losses(void **state, const char *stage, const char *init
   double worst = 0;
   for (int32_t r = 0; r < 2; r++) {
     snprintf(run[r], sizeof run[r], "loss-%s-%d", stage, r + 1);
-    wn_winnow_ends(0, r + 1, "%s %s/job.yaml init=%s run_dir=%s/%s training.steps=20", stage, at->dir, init, at->dir, run[r]);
+    wn_winnow_ends(0, r + 1, "%s %s/job.yaml init=%s run_dir=%s/%s training.steps=20", stage, at->dir, init, at->dir,
+                   run[r]);
   }
   for (int64_t row = 0; row < 20; row++) {
-    double a = tiny_cell(state, run[0], "train", row, column, NULL), b = tiny_cell(state, run[1], "train", row, column, NULL);
+    double a = tiny_cell(state, run[0], "train", row, column, NULL),
+           b = tiny_cell(state, run[1], "train", row, column, NULL);
     double error = fabs(a - b) / fabs(a);
-    if (!(error <= (row ? 1e-4 : 1e-6))) fail_msg("%s, step %lld: %s is %.9g on two ranks, %.9g on one", stage, (long long)row + 1, column, b, a);
+    if (!(error <= (row ? 1e-4 : 1e-6)))
+      fail_msg("%s, step %lld: %s is %.9g on two ranks, %.9g on one", stage, (long long)row + 1, column, b, a);
     worst = fmax(worst, error);
   }
   print_message("%s: losses of two ranks and of one differ by %.2g at most in 20 steps\n", stage, worst);
 }
 
-static wn_temp_path path_of(void **state, const char *name) { return wn_temp(state, name); }
+static wn_temp_path path_of(void **state, const char *name) {
+  return wn_temp(state, name);
+}
 
 static void pretrain_is_the_same(void **state) {
   expect_same_gradients(state, "pretrain", path_of(state, "base").text, 65);
@@ -153,8 +167,8 @@ static void adapt_is_the_same(void **state) {
 
 /* ---- memory ---- */
 
-/* Weights, moments and gradients of some 120 MB; layers of a hundredth of that, so that what a layer's gathered weights and
- * gradients take is small beside it. */
+/* Weights, moments and gradients of some 120 MB; layers of a hundredth of that, so that what a layer's gathered weights
+ * and gradients take is small beside it. */
 static wn_model_config heavy_config(void) {
   wn_model_config config = tiny_config();
   config.hidden_size = 128;
@@ -167,13 +181,15 @@ static double peak_gib(void **state, const char *model, int32_t ranks) {
   const shared *at = *state;
   char run[64];
   snprintf(run, sizeof run, "%s-%d", model, ranks);
-  wn_winnow_ends(0, ranks, "pretrain %s/job.yaml model=%s/%s run_dir=%s/%s training.steps=1 training.micro_batch_seqs=1 metrics.eval_every=0", at->dir,
-                 at->dir, model, at->dir, run);
+  wn_winnow_ends(0, ranks,
+                 "pretrain %s/job.yaml model=%s/%s run_dir=%s/%s training.steps=1 training.micro_batch_seqs=1 "
+                 "metrics.eval_every=0",
+                 at->dir, at->dir, model, at->dir, run);
   return tiny_cell(state, run, "speed", 0, "mem_peak_gib", NULL);
 }
 
-/* Resident memory of a run whose state is most of it falls to 1/N on N ranks. What the process takes in any case is measured with the
- * same layers in a narrower model. */
+/* Resident memory of a run whose state is most of it falls to 1/N on N ranks. What the process takes in any case is
+ * measured with the same layers in a narrower model. */
 static void memory_falls_with_the_ranks(void **state) {
   wn_model_config heavy = heavy_config(), light = heavy;
   light.hidden_size = light.intermediate_size = 16;
@@ -187,8 +203,10 @@ static void memory_falls_with_the_ranks(void **state) {
   for (int32_t i = 0; i < table.n; i++) elements += (double)tiny_count(&table.params[i]);
   wn_param_table_free(&table);
   double state_gib = elements * 16 / (1 << 30);
-  for (int32_t ranks = 1; ranks <= 4; ranks *= 2) share[ranks] = (peak_gib(state, "heavy", ranks) - peak_gib(state, "light", ranks)) / state_gib;
-  print_message("state of %.0f MiB; resident on 1, 2 and 4 ranks: %.3f, %.3f, %.3f of it\n", state_gib * 1024, share[1], share[2], share[4]);
+  for (int32_t ranks = 1; ranks <= 4; ranks *= 2)
+    share[ranks] = (peak_gib(state, "heavy", ranks) - peak_gib(state, "light", ranks)) / state_gib;
+  print_message("state of %.0f MiB; resident on 1, 2 and 4 ranks: %.3f, %.3f, %.3f of it\n", state_gib * 1024, share[1],
+                share[2], share[4]);
   assert_true(share[1] > 0.9 && share[1] < 1.15);
   assert_true(share[2] > 0.4 && share[2] < 0.6);
   assert_true(share[4] > 0.2 && share[4] < 0.35);

@@ -1,10 +1,11 @@
-/* Bad input of every kind: one sentence that names it, the documented exit code, and nothing of what was there is lost. */
+/* Bad input of every kind: one sentence that names it, the documented exit code, and nothing of what was there is lost.
+ */
 #include "support/tiny.h"
 
 #include <unistd.h>
 
-/* base/ and train as in tiny.h; warm/: a run of stage 1; untrained/: a model whose indexer never learned. base-before/ and warm-before/
- * are copies to compare with at the end. */
+/* base/ and train as in tiny.h; warm/: a run of stage 1; untrained/: a model whose indexer never learned. base-before/
+ * and warm-before/ are copies to compare with at the end. */
 static void copy_tree(const char *from, const char *to) {
   char **names, x[WN_PATH_BYTES], y[WN_PATH_BYTES];
   size_t n;
@@ -13,8 +14,10 @@ static void copy_tree(const char *from, const char *to) {
   for (size_t i = 0; i < n; i++) {
     OK(wn_path(x, "%s/%s", from, names[i]));
     OK(wn_path(y, "%s/%s", to, names[i]));
-    if (wn_path_is_dir(x)) copy_tree(x, y);
-    else OK(wn_copy_file(x, y));
+    if (wn_path_is_dir(x))
+      copy_tree(x, y);
+    else
+      OK(wn_copy_file(x, y));
   }
   wn_list_free(names, n);
 }
@@ -29,8 +32,10 @@ static void expect_untouched(const char *now, const char *before) {
   for (size_t i = 0; i < n; i++) {
     OK(wn_path(x, "%s/%s", now, names[i]));
     OK(wn_path(y, "%s/%s", before, names[i]));
-    if (wn_path_is_dir(x)) expect_untouched(x, y);
-    else tiny_expect_same_file(x, y);
+    if (wn_path_is_dir(x))
+      expect_untouched(x, y);
+    else
+      tiny_expect_same_file(x, y);
   }
   wn_list_free(names, n);
 }
@@ -50,7 +55,8 @@ static int setup(void **state) {
   wn_model_config config = sparse_config();
   OK(wn_make_dirs(wn_temp(state, "random").text));
   OK(wn_model_config_save(&config, wn_temp(state, "random").text, NULL, "float32"));
-  wn_winnow_ends(0, 1, "warmup %s/job.yaml init=%s/base run_dir=%s/warm training.steps=4 checkpoint.interval=2", dir, dir, dir);
+  wn_winnow_ends(0, 1, "warmup %s/job.yaml init=%s/base run_dir=%s/warm training.steps=4 checkpoint.interval=2", dir,
+                 dir, dir);
   wn_winnow_ends(0, 1, "pretrain %s/job.yaml model=%s/random run_dir=%s/untrained training.steps=1", dir, dir, dir);
   copy_tree(wn_temp(state, "base").text, wn_temp(state, "base-before").text);
   copy_tree(wn_temp(state, "warm").text, wn_temp(state, "warm-before").text);
@@ -161,8 +167,8 @@ static void other_models_weights(void **state) {
   theirs = sparse_config();
   tiny_model(place.text, &theirs, 1, 2, NULL);
   OK(wn_model_config_save(&ours, place.text, NULL, "float32"));
-  wn_winnow_refuses(WN_E_INPUT, "15 tensors that this model does not have: model.layers.0.self_attn.indexer", "eval %s --data %s --seq-len 32 --selection dense",
-                    place.text, wn_temp(state, "valid").text);
+  wn_winnow_refuses(WN_E_INPUT, "15 tensors that this model does not have: model.layers.0.self_attn.indexer",
+                    "eval %s --data %s --seq-len 32 --selection dense", place.text, wn_temp(state, "valid").text);
 }
 
 static void bad_config_json(void **state) {
@@ -182,13 +188,17 @@ static void bad_config_json(void **state) {
 static void refuse_job(void **state, int code, const char *part, const char *text) {
   const char *dir = *state;
   tiny_write(wn_temp(state, "bad.yaml").text, text);
-  wn_winnow_refuses(code, part, "warmup %s/bad.yaml init=%s/base run_dir=%s/never data.train=%s/train optimizer.lr=1e-3 training.steps=2", dir, dir, dir, dir);
+  wn_winnow_refuses(
+      code, part,
+      "warmup %s/bad.yaml init=%s/base run_dir=%s/never data.train=%s/train optimizer.lr=1e-3 training.steps=2", dir,
+      dir, dir, dir);
 }
 
 static void bad_job_files(void **state) {
   const char *dir = *state;
   refuse_job(state, WN_E_CONFIG, "bad.yaml:3: did not find", "threads: 1\ndata: {seq_len: 32\n");
-  refuse_job(state, WN_E_CONFIG, "bad.yaml:1: unknown key data.seq_length; did you mean data.seq_len?", "data: {seq_length: 32}\n");
+  refuse_job(state, WN_E_CONFIG, "bad.yaml:1: unknown key data.seq_length; did you mean data.seq_len?",
+             "data: {seq_length: 32}\n");
   refuse_job(state, WN_E_CONFIG, "bad.yaml:2", "threads: 1\nthreads: 1\n");
   refuse_job(state, WN_E_CONFIG, "bad.yaml:1", "threads: many\n");
   refuse_job(state, WN_E_CONFIG, "bad.yaml:1", "threads: -1\n");
@@ -199,12 +209,16 @@ static void bad_job_files(void **state) {
   refuse_job(state, WN_E_CONFIG, "training.micro_batch_seqs 3 does not divide", "training: {micro_batch_seqs: 3}\n");
   refuse_job(state, WN_E_CONFIG, "no data.valid", "metrics: {eval_every: 2}\n");
   wn_winnow_refuses(WN_E_CONFIG, "absent.yaml is absent", "warmup %s/absent.yaml", dir);
-  wn_winnow_refuses(WN_E_CONFIG, "is not key=value", "warmup %s/job.yaml init=%s/base run_dir=%s/never steps", dir, dir, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "did you mean training.steps?", "warmup %s/job.yaml init=%s/base run_dir=%s/never training.step=3", dir, dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "is not key=value", "warmup %s/job.yaml init=%s/base run_dir=%s/never steps", dir, dir,
+                    dir);
+  wn_winnow_refuses(WN_E_CONFIG, "did you mean training.steps?",
+                    "warmup %s/job.yaml init=%s/base run_dir=%s/never training.step=3", dir, dir, dir);
   wn_winnow_refuses(WN_E_CONFIG, "warmup needs init", "warmup %s/job.yaml run_dir=%s/never", dir, dir);
   wn_winnow_refuses(WN_E_CONFIG, "run_dir is missing", "warmup %s/job.yaml init=%s/base", dir, dir);
-  wn_winnow_refuses(WN_E_DEVICE, "no CUDA", "warmup %s/job.yaml init=%s/base run_dir=%s/never device=cuda", dir, dir, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "max_position_embeddings 16384", "warmup %s/job.yaml init=%s/base run_dir=%s/never data.seq_len=20000", dir, dir, dir);
+  wn_winnow_refuses(WN_E_DEVICE, "no CUDA", "warmup %s/job.yaml init=%s/base run_dir=%s/never device=cuda", dir, dir,
+                    dir);
+  wn_winnow_refuses(WN_E_CONFIG, "max_position_embeddings 16384",
+                    "warmup %s/job.yaml init=%s/base run_dir=%s/never data.seq_len=20000", dir, dir, dir);
 }
 
 static void bad_command_lines(void **state) {
@@ -212,15 +226,23 @@ static void bad_command_lines(void **state) {
   wn_winnow_refuses(WN_E_USAGE, "unknown command 'warm'", "warm %s/job.yaml", dir);
   wn_winnow_refuses(WN_E_USAGE, "no job file given", "warmup");
   wn_winnow_refuses(WN_E_USAGE, "unknown flag --chek; did you mean --check?", "warmup %s/job.yaml --chek", dir);
-  wn_winnow_refuses(WN_E_USAGE, "unknown selection 'bset'", "eval %s/base --data %s/valid --seq-len 32 --topk 4 --selection dense,bset", dir, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "no indexer to select with", "eval %s/base --data %s/valid --seq-len 32 --topk 4 --selection indexer", dir, dir);
-  wn_winnow_refuses(WN_E_USAGE, "needs a number of keys", "eval %s/base --data %s/valid --seq-len 32 --selection best", dir, dir);
-  wn_winnow_refuses(WN_E_USAGE, "--seq-len wants a whole number", "eval %s/base --data %s/valid --seq-len 3x", dir, dir);
-  wn_winnow_refuses(WN_E_INPUT, "too few tokens for one window of 4096", "eval %s/base --data %s/valid --seq-len 4096 --selection dense", dir, dir);
-  wn_winnow_refuses(WN_E_INPUT, "token 1 is 64, but the model's vocabulary has 64", "forward %s/base --tokens 1,64 --dump %s/never.safetensors", dir, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "has no indexer", "forward %s/base --tokens 1,2 --attention sparse --dump %s/never.safetensors", dir, dir);
+  wn_winnow_refuses(WN_E_USAGE, "unknown selection 'bset'",
+                    "eval %s/base --data %s/valid --seq-len 32 --topk 4 --selection dense,bset", dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "no indexer to select with",
+                    "eval %s/base --data %s/valid --seq-len 32 --topk 4 --selection indexer", dir, dir);
+  wn_winnow_refuses(WN_E_USAGE, "needs a number of keys", "eval %s/base --data %s/valid --seq-len 32 --selection best",
+                    dir, dir);
+  wn_winnow_refuses(WN_E_USAGE, "--seq-len wants a whole number", "eval %s/base --data %s/valid --seq-len 3x", dir,
+                    dir);
+  wn_winnow_refuses(WN_E_INPUT, "too few tokens for one window of 4096",
+                    "eval %s/base --data %s/valid --seq-len 4096 --selection dense", dir, dir);
+  wn_winnow_refuses(WN_E_INPUT, "token 1 is 64, but the model's vocabulary has 64",
+                    "forward %s/base --tokens 1,64 --dump %s/never.safetensors", dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "has no indexer",
+                    "forward %s/base --tokens 1,2 --attention sparse --dump %s/never.safetensors", dir, dir);
   tiny_write(wn_temp(state, "tokens").text, "1 x 3\n");
-  wn_winnow_refuses(WN_E_USAGE, "tokens: number 2 is not one: 'x'", "forward %s/base --tokens %s/tokens --dump %s/never.safetensors", dir, dir, dir);
+  wn_winnow_refuses(WN_E_USAGE, "tokens: number 2 is not one: 'x'",
+                    "forward %s/base --tokens %s/tokens --dump %s/never.safetensors", dir, dir, dir);
   wn_winnow_refuses(WN_E_IO, "absent/out", "forward %s/base --tokens 1,2 --dump %s/absent/out.safetensors", dir, dir);
   assert_false(wn_path_exists(wn_temp(state, "never.safetensors").text));
 }
@@ -229,8 +251,11 @@ static void bad_command_lines(void **state) {
 
 static void refuse_data(void **state, int code, const char *part) {
   const char *dir = *state;
-  wn_winnow_refuses(code, part, "warmup %s/job.yaml init=%s/base run_dir=%s/never data.train=%s/hurt", dir, dir, dir, dir);
-  if (code == WN_E_INPUT) wn_winnow_refuses(code, part, "warmup %s/job.yaml init=%s/base run_dir=%s/never data.train=%s/hurt --check", dir, dir, dir, dir);
+  wn_winnow_refuses(code, part, "warmup %s/job.yaml init=%s/base run_dir=%s/never data.train=%s/hurt", dir, dir, dir,
+                    dir);
+  if (code == WN_E_INPUT)
+    wn_winnow_refuses(code, part, "warmup %s/job.yaml init=%s/base run_dir=%s/never data.train=%s/hurt --check", dir,
+                      dir, dir, dir);
   wn_winnow_refuses(code, part, "eval %s/base --data %s/hurt --seq-len 32 --selection dense", dir, dir);
 }
 
@@ -265,7 +290,8 @@ static void bad_datasets(void **state) {
   refuse_data(state, WN_E_INPUT, "64");
   wn_winnow_refuses(WN_E_CHECK, "64", "data verify %s/hurt --vocab 64", dir);
   fresh_data(state);
-  wn_winnow_refuses(WN_E_INPUT, "too few for one window of data.seq_len 8000", "warmup %s/job.yaml init=%s/base run_dir=%s/never data.seq_len=8000", dir, dir, dir);
+  wn_winnow_refuses(WN_E_INPUT, "too few for one window of data.seq_len 8000",
+                    "warmup %s/job.yaml init=%s/base run_dir=%s/never data.seq_len=8000", dir, dir, dir);
 }
 
 static void an_empty_corpus(void **state) {
@@ -298,7 +324,8 @@ static void run_directories_that_cannot_be(void **state) {
 
 static void refuse_resume(void **state, int code, const char *part, const char *more) {
   const char *dir = *state;
-  wn_winnow_refuses(code, part, "warmup %s/job.yaml init=%s/base run_dir=%s/warm checkpoint.interval=2 %s", dir, dir, dir, more);
+  wn_winnow_refuses(code, part, "warmup %s/job.yaml init=%s/base run_dir=%s/warm checkpoint.interval=2 %s", dir, dir,
+                    dir, more);
 }
 
 static void resumes_with_other_options(void **state) {
@@ -309,7 +336,8 @@ static void resumes_with_other_options(void **state) {
   refuse_resume(state, WN_E_CONFIG, "training.global_batch_seqs is 8", "training.global_batch_seqs=8");
   refuse_resume(state, WN_E_CONFIG, "dsa.index_topk is 5", "dsa.index_topk=5");
   wn_winnow_refuses(WN_E_CONFIG, "init is", "warmup %s/job.yaml init=%s/base-before run_dir=%s/warm", dir, dir, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "stage is pretrain", "pretrain %s/job.yaml init=%s/base run_dir=%s/warm", dir, dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "stage is pretrain", "pretrain %s/job.yaml init=%s/base run_dir=%s/warm", dir, dir,
+                    dir);
 }
 
 static void a_run_without_a_whole_checkpoint(void **state) {
@@ -320,7 +348,8 @@ static void a_run_without_a_whole_checkpoint(void **state) {
     OK(wn_path(path, "%s/state.json", tiny_step(state, "ruin", step).text));
     assert_int_equal(truncate(path, 10), 0);
   }
-  wn_winnow_refuses(WN_E_INPUT, "holds no whole checkpoint", "warmup %s/job.yaml init=%s/base run_dir=%s/ruin training.steps=8", dir, dir, dir);
+  wn_winnow_refuses(WN_E_INPUT, "holds no whole checkpoint",
+                    "warmup %s/job.yaml init=%s/base run_dir=%s/ruin training.steps=8", dir, dir, dir);
   wn_winnow_refuses(WN_E_CHECK, "state.json", "verify %s", tiny_step(state, "ruin", 4).text);
   wn_winnow_ends(0, 1, "verify %s", tiny_step(state, "warm", 4).text);
 }
@@ -330,14 +359,20 @@ static void a_run_without_a_whole_checkpoint(void **state) {
 static void stages_that_cannot_follow(void **state) {
   const char *dir = *state;
   wn_temp_path warm = tiny_step(state, "warm", 4), untrained = tiny_step(state, "untrained", 1);
-  wn_winnow_refuses(WN_E_CONFIG, "adapt needs a trained indexer, and the model in", "adapt %s/job.yaml init=%s/base run_dir=%s/never", dir, dir, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "has not been through a warm-up", "adapt %s/job.yaml init=%s run_dir=%s/never", dir, untrained.text, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "has not been through a warm-up", "adapt %s/job.yaml init=%s run_dir=%s/never --check", dir, untrained.text, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "which is for pretrain only", "adapt %s/job.yaml model=%s/random run_dir=%s/never", dir, dir, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "dsa.index_n_heads is 3, but the model in", "adapt %s/job.yaml init=%s run_dir=%s/never dsa.index_n_heads=3", dir, warm.text, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "must be given", "warmup %s/job.yaml init=%s/base run_dir=%s/never dsa.index_topk=0", dir, dir, dir);
-  wn_winnow_refuses(WN_E_CONFIG, "dsa.index_head_dim is 6, less than the model's rope width 8", "warmup %s/job.yaml init=%s/base run_dir=%s/never dsa.index_head_dim=6",
+  wn_winnow_refuses(WN_E_CONFIG, "adapt needs a trained indexer, and the model in",
+                    "adapt %s/job.yaml init=%s/base run_dir=%s/never", dir, dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "has not been through a warm-up", "adapt %s/job.yaml init=%s run_dir=%s/never", dir,
+                    untrained.text, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "has not been through a warm-up", "adapt %s/job.yaml init=%s run_dir=%s/never --check",
+                    dir, untrained.text, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "which is for pretrain only", "adapt %s/job.yaml model=%s/random run_dir=%s/never",
                     dir, dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "dsa.index_n_heads is 3, but the model in",
+                    "adapt %s/job.yaml init=%s run_dir=%s/never dsa.index_n_heads=3", dir, warm.text, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "must be given", "warmup %s/job.yaml init=%s/base run_dir=%s/never dsa.index_topk=0",
+                    dir, dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "dsa.index_head_dim is 6, less than the model's rope width 8",
+                    "warmup %s/job.yaml init=%s/base run_dir=%s/never dsa.index_head_dim=6", dir, dir, dir);
   assert_false(wn_path_exists(wn_temp(state, "never/checkpoints/step-000006").text));
 }
 
@@ -349,10 +384,12 @@ static void a_changed_checkpoint_is_no_init(void **state) {
   struct stat info;
   assert_int_equal(stat(trained.text, &info), 0);
   overwrite(trained.text, (size_t)info.st_size - 3, "!", 1);
-  wn_winnow_refuses(WN_E_INPUT, "differs from its digest", "adapt %s/job.yaml init=%s/changed run_dir=%s/never", dir, dir, dir);
+  wn_winnow_refuses(WN_E_INPUT, "differs from its digest", "adapt %s/job.yaml init=%s/changed run_dir=%s/never", dir,
+                    dir, dir);
 }
 
-/* What was refused above went to one run directory, with other stages, models and data each time; it is as good as new. */
+/* What was refused above went to one run directory, with other stages, models and data each time; it is as good as new.
+ */
 static void a_refused_start_binds_nothing(void **state) {
   const char *dir = *state;
   wn_winnow_ends(0, 1, "pretrain %s/job.yaml init=%s/base run_dir=%s/never training.steps=1", dir, dir, dir);

@@ -17,14 +17,16 @@ typedef struct job {
 
 static void start_line(const job *j, const char *run, char *out, size_t bytes) {
   const char *dir = *j->state;
-  int n = snprintf(out, bytes, "%s %s/job.yaml init=%s/%s run_dir=%s/%s %s", j->stage, dir, dir, j->init, dir, run, j->options);
+  int n = snprintf(out, bytes, "%s %s/job.yaml init=%s/%s run_dir=%s/%s %s", j->stage, dir, dir, j->init, dir, run,
+                   j->options);
   assert_true(n > 0 && (size_t)n < bytes);
 }
 
 static void run_to(const job *j, const char *run, int64_t steps, int64_t interval) {
   char line[4096];
   start_line(j, run, line, sizeof line);
-  wn_winnow_ends(0, j->ranks, "%s training.steps=%lld checkpoint.interval=%lld", line, (long long)steps, (long long)interval);
+  wn_winnow_ends(0, j->ranks, "%s training.steps=%lld checkpoint.interval=%lld", line, (long long)steps,
+                 (long long)interval);
 }
 
 static wn_temp_path checkpoints_of(const job *j, const char *run) {
@@ -55,13 +57,15 @@ static void kill_it(const wn_running *running, int32_t ranks, int with) {
   for (int32_t i = 0; i < n; i++) kill(rank[i], with);
 }
 
-/* Runs without an end in sight, and dies by kill -9 a few steps after the checkpoint of step `at` (at 0: before any). */
+/* Runs without an end in sight, and dies by kill -9 a few steps after the checkpoint of step `at` (at 0: before any).
+ */
 static void run_and_die(const job *j, const char *run, int64_t at) {
   char line[4096], table[WN_PATH_BYTES];
   wn_program p;
   start_line(j, run, line, sizeof line);
   OK(wn_path(table, "%s/%s/metrics/train.csv", (const char *)*j->state, run));
-  wn_running running = wn_winnow_start(j->ranks, "%s training.steps=1000000 checkpoint.interval=%lld", line, (long long)at);
+  wn_running running =
+      wn_winnow_start(j->ranks, "%s training.steps=1000000 checkpoint.interval=%lld", line, (long long)at);
   wn_wait_for_lines(&running, table, 1 + at + 3);
   kill_it(&running, j->ranks, SIGKILL);
   wn_winnow_wait(running, &p);
@@ -123,13 +127,15 @@ static void adapt_resumes(void **state) {
 }
 
 static void rounded_checkpoints_resume_exactly(void **state) {
-  expect_resumes(&(job){state, 1, "adapt", "warm/checkpoints/step-000030", "checkpoint.dtype=bf16"}, "bf16", "bf16-killed", 4, 8);
+  expect_resumes(&(job){state, 1, "adapt", "warm/checkpoints/step-000030", "checkpoint.dtype=bf16"}, "bf16",
+                 "bf16-killed", 4, 8);
 }
 
 /* A schedule and a clip that bite depend on the step too. */
 static void schedules_resume(void **state) {
-  const char *options = "lr_schedule.type=cosine lr_schedule.warmup_steps=3 lr_schedule.decay_steps=9 optimizer.clip_grad=0.1 "
-                        "metrics.eval_every=4 data.document_mask=false";
+  const char *options =
+      "lr_schedule.type=cosine lr_schedule.warmup_steps=3 lr_schedule.decay_steps=9 optimizer.clip_grad=0.1 "
+      "metrics.eval_every=4 data.document_mask=false";
   expect_resumes(&(job){state, 1, "adapt", "warm/checkpoints/step-000030", options}, "cosine", "cosine-killed", 6, 14);
 }
 
@@ -198,14 +204,16 @@ static void another_number_of_ranks_goes_on(void **state) {
   run_to(&two, "fewer", 5, 0);
   run_to(&one, "fewer", 9, 0);
   for (int64_t row = 0; row < 9; row++) {
-    double a = tiny_cell(state, "fewer", "train", row, "loss", NULL), b = tiny_cell(state, "adapt2", "train", row, "loss", NULL);
+    double a = tiny_cell(state, "fewer", "train", row, "loss", NULL),
+           b = tiny_cell(state, "adapt2", "train", row, "loss", NULL);
     if (!(fabs(a - b) <= 1e-4 * fabs(b))) fail_msg("step %lld: %.9g instead of %.9g", (long long)row + 1, a, b);
   }
 }
 
 /* ---- signals ---- */
 
-static void expect_stops(void **state, int32_t ranks, int signal_sent, int32_t to_ranks, const char *stopped, const char *straight) {
+static void expect_stops(void **state, int32_t ranks, int signal_sent, int32_t to_ranks, const char *stopped,
+                         const char *straight) {
   job j = {state, ranks, "warmup", "base", "metrics.layers_every=0 metrics.eval_every=0"};
   char line[4096], table[WN_PATH_BYTES];
   wn_program p;
@@ -220,21 +228,29 @@ static void expect_stops(void **state, int32_t ranks, int signal_sent, int32_t t
   wn_winnow_wait(running, &p);
   int64_t steps;
   tiny_cell(state, stopped, "train", 0, "step", &steps);
-  if (p.code != WN_E_INTERRUPTED || !strstr(p.err, "stopped by a signal after step")) fail_msg("ended with %d: %s", p.code, p.err);
+  if (p.code != WN_E_INTERRUPTED || !strstr(p.err, "stopped by a signal after step"))
+    fail_msg("ended with %d: %s", p.code, p.err);
   assert_true(steps >= 5 && state_of(state, stopped, steps).step == steps);
   run_to(&j, stopped, steps + 4, 0);
   run_to(&j, straight, steps + 4, 0);
   expect_same_run(&j, stopped, straight, steps + 4);
 }
 
-static void sigterm_finishes_the_step(void **state) { expect_stops(state, 1, SIGTERM, 0, "term", "term-straight"); }
-static void sigint_too(void **state) { expect_stops(state, 1, SIGINT, 0, "int", "int-straight"); }
-static void a_signal_to_one_rank_stops_all(void **state) { expect_stops(state, 2, SIGTERM, 1, "term2", "term2-straight"); }
+static void sigterm_finishes_the_step(void **state) {
+  expect_stops(state, 1, SIGTERM, 0, "term", "term-straight");
+}
+static void sigint_too(void **state) {
+  expect_stops(state, 1, SIGINT, 0, "int", "int-straight");
+}
+static void a_signal_to_one_rank_stops_all(void **state) {
+  expect_stops(state, 2, SIGTERM, 1, "term2", "term2-straight");
+}
 
 /* ---- a disk that is full ---- */
 
-/* A limit on the length of files stands in for it: the save fails with one sentence, what was saved before stays, and with room
- * again the run goes on to the same end. (What several ranks make of one's failure is in tests/unit/dist_mpi.c.) */
+/* A limit on the length of files stands in for it: the save fails with one sentence, what was saved before stays, and
+ * with room again the run goes on to the same end. (What several ranks make of one's failure is in
+ * tests/unit/dist_mpi.c.) */
 static void a_save_that_fails_loses_nothing(void **state) {
   const struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY}, little = {24 << 10, RLIM_INFINITY};
   job j = {state, 1, "adapt", "warm/checkpoints/step-000030", "metrics.layers_every=0 metrics.eval_every=0"};
@@ -269,7 +285,8 @@ static void change_a_byte(const char *path) {
 
 /* The newest is passed over, whatever of it was damaged, and the run goes on from the one before. */
 static void a_damaged_checkpoint_is_passed_over(void **state) {
-  static const char *const files[] = {"optimizer-00001-of-00001.safetensors", "state.json", "config.json", "MANIFEST.json"};
+  static const char *const files[] = {"optimizer-00001-of-00001.safetensors", "state.json", "config.json",
+                                      "MANIFEST.json"};
   job j = {state, 1, "adapt", "warm/checkpoints/step-000030", "metrics.layers_every=0 metrics.eval_every=0"};
   char line[4096], path[WN_PATH_BYTES];
   wn_program p;
@@ -277,11 +294,14 @@ static void a_damaged_checkpoint_is_passed_over(void **state) {
   run_to(&j, "unhurt", 8, 2);
   for (size_t i = 0; i < 5; i++) {
     OK(wn_path(path, "%s/%s", tiny_step(state, "hurt", 6).text, files[i % 4]));
-    if (i < 4) change_a_byte(path);
-    else assert_int_equal(truncate(path, 100), 0);
+    if (i < 4)
+      change_a_byte(path);
+    else
+      assert_int_equal(truncate(path, 100), 0);
     start_line(&j, "hurt", line, sizeof line);
     wn_winnow(&p, 1, "%s training.steps=6 checkpoint.interval=2", line);
-    if (p.code != 0 || !strstr(p.err, "warning: passing over a damaged checkpoint") || !strstr(p.err, "step-000004 (step 4)"))
+    if (p.code != 0 || !strstr(p.err, "warning: passing over a damaged checkpoint") ||
+        !strstr(p.err, "step-000004 (step 4)"))
       fail_msg("%s changed: ended with %d: %s", files[i % 4], p.code, p.err);
     tiny_expect_same_tree(tiny_step(state, "hurt", 6).text, tiny_step(state, "unhurt", 6).text);
   }
@@ -316,11 +336,13 @@ static void expect_whole(const job *j, const char *run, int64_t damaged, bool no
 
 static const char *const four_steps = "training.steps=4 checkpoint.interval=2";
 
-/* Death at changes of the file system spread over a whole run, and then at others in its resume, between saves and in the middle of them:
- * what had been saved is still there, and the same command arrives where the undisturbed run did. */
+/* Death at changes of the file system spread over a whole run, and then at others in its resume, between saves and in
+ * the middle of them: what had been saved is still there, and the same command arrives where the undisturbed run did.
+ */
 static void death_at_any_point_loses_nothing(void **state) {
   enum { POINTS = 17 };
-  job j = {state, 1, "adapt", "warm/checkpoints/step-000030", "metrics.layers_every=0 metrics.eval_every=0 checkpoint.keep=1"};
+  job j = {state, 1, "adapt", "warm/checkpoints/step-000030",
+           "metrics.layers_every=0 metrics.eval_every=0 checkpoint.keep=1"};
   char line[4096];
   int64_t changes;
   start_line(&j, "undying", line, sizeof line);
@@ -346,8 +368,8 @@ static void death_at_any_point_loses_nothing(void **state) {
   assert_int_equal(stood, 4);
 }
 
-/* The same where the save must take the place of a damaged checkpoint of its own step, and an older one is then removed: changes of the last
- * third. */
+/* The same where the save must take the place of a damaged checkpoint of its own step, and an older one is then
+ * removed: changes of the last third. */
 static void nor_does_death_while_replacing(void **state) {
   job j = {state, 1, "adapt", "warm/checkpoints/step-000030", "metrics.layers_every=0 metrics.eval_every=0"};
   char line[4096], path[WN_PATH_BYTES];
@@ -361,10 +383,13 @@ static void nor_does_death_while_replacing(void **state) {
     run_to(&j, run, 4, 2);
     OK(wn_path(path, "%s/state.json", tiny_step(state, run, 4).text));
     change_a_byte(path);
-    if (i == 0) assert_false(wn_winnow_killed_at(INT64_MAX, &changes, "%s %s checkpoint.keep=1", line, four_steps));
-    else assert_true(wn_winnow_killed_at(changes - i, NULL, "%s %s checkpoint.keep=1", line, four_steps));
+    if (i == 0)
+      assert_false(wn_winnow_killed_at(INT64_MAX, &changes, "%s %s checkpoint.keep=1", line, four_steps));
+    else
+      assert_true(wn_winnow_killed_at(changes - i, NULL, "%s %s checkpoint.keep=1", line, four_steps));
     assert_true(newest_of(state, run) >= 2);
-    bool replaced = wn_path_exists(path) && tiny_same_file(path, wn_temp(state, "undying-all/checkpoints/step-000004/state.json").text);
+    bool replaced = wn_path_exists(path) &&
+                    tiny_same_file(path, wn_temp(state, "undying-all/checkpoints/step-000004/state.json").text);
     expect_whole(&j, run, replaced ? 0 : 4, false);
     wn_winnow_ends(0, 1, "%s %s checkpoint.keep=1", line, four_steps);
     tiny_expect_same_tree(tiny_step(state, run, 4).text, tiny_step(state, "undying-all", 4).text);

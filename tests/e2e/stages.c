@@ -28,8 +28,10 @@ static void base_tensors_are_linked_and_unchanged(void **state) {
   int64_t indexers = 0;
   for (int64_t i = 0; i < wn_hf_dir_count(b); i++) {
     const wn_st_entry *entry = wn_hf_dir_at(b, i, NULL), *before = wn_hf_dir_find(a, entry->name, NULL);
-    if (tiny_is_indexer(entry->name)) indexers++;
-    else if (!before || tiny_bits_differ(entry, before)) fail_msg("%s is not what it was", entry->name);
+    if (tiny_is_indexer(entry->name))
+      indexers++;
+    else if (!before || tiny_bits_differ(entry, before))
+      fail_msg("%s is not what it was", entry->name);
   }
   assert_int_equal(wn_hf_dir_count(b), wn_hf_dir_count(a) + indexers);
   assert_int_equal(indexers, 3 * 5);
@@ -87,8 +89,16 @@ static wn_eval_result dense_eval(void **state, const char *model, int32_t topk) 
   OK(wn_world_create(&world, 10));
   OK(wn_inference_open(&in, model, 1, false, world, NULL));
   OK(wn_dataset_open(&dataset, wn_temp(state, "valid").text));
-  wn_eval_settings settings = {.world = world, .device = in.device, .model = in.model, .store = in.store, .dataset = dataset,
-                               .seq_len = TINY_SEQ_LEN, .document_mask = true, .topk = topk, .sample_rows = 8, .seed = 1};
+  wn_eval_settings settings = {.world = world,
+                               .device = in.device,
+                               .model = in.model,
+                               .store = in.store,
+                               .dataset = dataset,
+                               .seq_len = TINY_SEQ_LEN,
+                               .document_mask = true,
+                               .topk = topk,
+                               .sample_rows = 8,
+                               .seed = 1};
   OK(wn_evaluate(&result, &settings, WN_SELECT_DENSE));
   wn_dataset_close(dataset);
   wn_inference_close(&in);
@@ -100,12 +110,14 @@ static void expect_same_eval(wn_eval_result a, wn_eval_result b, const char *wha
   assert_true(a.n_seqs > 10 && a.n_seqs == b.n_seqs);
   for (int64_t i = 0; i < a.n_seqs; i++)
     if (a.sequences[i].loss_sum != b.sequences[i].loss_sum || a.sequences[i].tokens != b.sequences[i].tokens)
-      fail_msg("%s: window %lld has %.17g, not %.17g", what, (long long)i, b.sequences[i].loss_sum, a.sequences[i].loss_sum);
+      fail_msg("%s: window %lld has %.17g, not %.17g", what, (long long)i, b.sequences[i].loss_sum,
+               a.sequences[i].loss_sum);
   wn_eval_result_free(&b);
 }
 
 static void dense_loss_does_not_know_the_indexer(void **state) {
-  wn_temp_path warm = tiny_step(state, "warm", 6), seeded = tiny_step(state, "seeded", 6), one = tiny_step(state, "one", 6);
+  wn_temp_path warm = tiny_step(state, "warm", 6), seeded = tiny_step(state, "seeded", 6),
+               one = tiny_step(state, "one", 6);
   train(state, "warmup", wn_temp(state, "base").text, "seeded", "training.seed=77");
   train(state, "warmup", wn_temp(state, "base").text, "one", "dsa.index_topk=1");
   wn_hf_dir *a = open_model(warm.text), *b = open_model(seeded.text);
@@ -122,7 +134,9 @@ static void dense_loss_does_not_know_the_indexer(void **state) {
   const char *dir = *state;
   const char *const models[] = {seeded.text, one.text};
   for (size_t i = 0; i < 2; i++)
-    wn_winnow_ends(0, 1, "eval %s --data %s/valid --selection dense --topk %d --seq-len 32 --threads 1 --csv %s/%zu.csv --sequences %s/%zu-s.csv",
+    wn_winnow_ends(0, 1,
+                   "eval %s --data %s/valid --selection dense --topk %d --seq-len 32 --threads 1 --csv %s/%zu.csv "
+                   "--sequences %s/%zu-s.csv",
                    models[i], dir, i ? 1 : 6, dir, i, dir, i);
   tiny_expect_same_file(wn_temp(state, "0-s.csv").text, wn_temp(state, "1-s.csv").text);
 }
@@ -130,11 +144,13 @@ static void dense_loss_does_not_know_the_indexer(void **state) {
 /* In the training itself: neither the number of picks nor the indexer's weights reach a teacher. */
 static void another_indexer(const wn_param_table *table, float **values) {
   for (int32_t i = 0; i < table->n; i++)
-    for (int64_t e = 0; tiny_is_indexer(table->params[i].hf_name) && e < tiny_count(&table->params[i]); e++) values[i][e] = 0.4f - values[i][e];
+    for (int64_t e = 0; tiny_is_indexer(table->params[i].hf_name) && e < tiny_count(&table->params[i]); e++)
+      values[i][e] = 0.4f - values[i][e];
 }
 
 static void teachers_do_not_know_the_indexer(void **state) {
-  static const char *const columns[] = {"kl_uniform", "mass_best", "mass_recent", "mass_sink", "entropy_target", "expert_load_max"};
+  static const char *const columns[] = {"kl_uniform", "mass_best",      "mass_recent",
+                                        "mass_sink",  "entropy_target", "expert_load_max"};
   wn_model_config config = tiny_config();
   config.has_indexer = true;
   config.index_n_heads = 2;
@@ -154,10 +170,13 @@ static void teachers_do_not_know_the_indexer(void **state) {
   assert_int_equal(rows, 3 * 4); /* steps 1, 2, 4 and 6 */
   for (int64_t row = 0; row < rows; row++) {
     for (size_t c = 0; c < sizeof columns / sizeof *columns; c++) {
-      double a = tiny_cell(state, "taught-first", "layers", row, columns[c], NULL), b = tiny_cell(state, "taught-second", "layers", row, columns[c], NULL);
-      if (a != b && !(isnan(a) && isnan(b))) fail_msg("row %lld: %s is %.9g and %.9g", (long long)row, columns[c], a, b);
+      double a = tiny_cell(state, "taught-first", "layers", row, columns[c], NULL),
+             b = tiny_cell(state, "taught-second", "layers", row, columns[c], NULL);
+      if (a != b && !(isnan(a) && isnan(b)))
+        fail_msg("row %lld: %s is %.9g and %.9g", (long long)row, columns[c], a, b);
     }
-    different += tiny_cell(state, "taught-first", "layers", row, "kl", NULL) != tiny_cell(state, "taught-second", "layers", row, "kl", NULL);
+    different += tiny_cell(state, "taught-first", "layers", row, "kl", NULL) !=
+                 tiny_cell(state, "taught-second", "layers", row, "kl", NULL);
   }
   assert_int_equal(different, rows);
 }
@@ -207,7 +226,8 @@ static void the_kl_does_not_reach_the_base(void **state) {
   assert_int_equal(differing(state, "clip1", "clip10", false), 0);
   assert_true(differing(state, "kl1", "clip1", false) >= 60);
   assert_true(tiny_cell(state, "kl1", "train", 0, "grad_norm", NULL) > 0.01);
-  assert_true(tiny_cell(state, "kl10", "train", 0, "indexer_grad_norm", NULL) > 9 * tiny_cell(state, "kl1", "train", 0, "indexer_grad_norm", NULL));
+  assert_true(tiny_cell(state, "kl10", "train", 0, "indexer_grad_norm", NULL) >
+              9 * tiny_cell(state, "kl1", "train", 0, "indexer_grad_norm", NULL));
 }
 
 static void the_token_loss_does_not_reach_the_indexer(void **state) {
@@ -225,7 +245,8 @@ static void the_token_loss_does_not_reach_the_indexer(void **state) {
 static void a_frozen_base_has_no_optimizer_state(void **state) {
   wn_safetensors *file = tiny_optimizer(tiny_step(state, "warm", 6).text);
   assert_int_equal(wn_safetensors_count(file), 3 * 5 * 2);
-  for (int64_t i = 0; i < wn_safetensors_count(file); i++) assert_true(tiny_is_indexer(wn_safetensors_at(file, i)->name));
+  for (int64_t i = 0; i < wn_safetensors_count(file); i++)
+    assert_true(tiny_is_indexer(wn_safetensors_at(file, i)->name));
   wn_safetensors_close(file);
   wn_state s = {0};
   wn_stage stage;
@@ -262,7 +283,8 @@ static void nor_memory_for_it(void **state) {
     bool has = piece->m.data || piece->v.data || piece->grad.data;
     assert_true(has == (piece->kind == WN_INDEXER));
   }
-  size_t used = wn_arena_used_bytes(device->weights) - before, wanted = (size_t)elements[0] * 4 + (size_t)elements[1] * 16;
+  size_t used = wn_arena_used_bytes(device->weights) - before,
+         wanted = (size_t)elements[0] * 4 + (size_t)elements[1] * 16;
   if (used < wanted || used > wanted + wanted / 20 + 16384) fail_msg("%zu bytes for a state of %zu", used, wanted);
   wn_store_free(store);
   wn_model_free(model);
@@ -270,7 +292,9 @@ static void nor_memory_for_it(void **state) {
   wn_world_free(world);
 }
 
-static bool is_vector(const char *name) { return strstr(name, "norm") || strstr(name, ".bias"); }
+static bool is_vector(const char *name) {
+  return strstr(name, "norm") || strstr(name, ".bias");
+}
 
 static void norms_and_biases_do_not_decay(void **state) {
   const char *const runs[] = {"still", "decayed"};
@@ -280,16 +304,19 @@ static void norms_and_biases_do_not_decay(void **state) {
   int64_t vectors = 0;
   for (int64_t i = 0; i < wn_hf_dir_count(a); i++) {
     const wn_st_entry *entry = wn_hf_dir_at(a, i, NULL);
-    bool same = !tiny_bits_differ(entry, wn_hf_dir_find(b, entry->name, NULL)), vector = is_vector(entry->name) || strstr(entry->name, "correction_bias");
+    bool same = !tiny_bits_differ(entry, wn_hf_dir_find(b, entry->name, NULL)),
+         vector = is_vector(entry->name) || strstr(entry->name, "correction_bias");
     vectors += vector;
     if (same != vector) fail_msg("%s %s", entry->name, same ? "did not decay" : "decayed");
   }
-  assert_int_equal(vectors, 3 * 4 + 1 + 2 + 3 * 2); /* norms of the layers, the last norm, router biases, k_norm's pair */
+  assert_int_equal(vectors,
+                   3 * 4 + 1 + 2 + 3 * 2); /* norms of the layers, the last norm, router biases, k_norm's pair */
   wn_hf_dir_close(a);
   wn_hf_dir_close(b);
 }
 
-/* By how many experts the bias went up and down, after one step at `speed`; every one must have moved by exactly that or not at all. */
+/* By how many experts the bias went up and down, after one step at `speed`; every one must have moved by exactly that
+ * or not at all. */
 static void bias_moves(void **state, const char *run, float speed, int moved[3]) {
   wn_hf_dir *before = open_model(wn_temp(state, "base").text), *after = open_model(tiny_step(state, run, 1).text);
   for (int layer = 1; layer < 3; layer++) {
@@ -301,10 +328,14 @@ static void bias_moves(void **state, const char *run, float speed, int moved[3])
       float was, is;
       memcpy(&was, (const float *)a->data + e, sizeof was);
       memcpy(&is, (const float *)b->data + e, sizeof is);
-      if (is == was) moved[1]++;
-      else if (is == was + speed) moved[2]++;
-      else if (is == was - speed) moved[0]++;
-      else fail_msg("%s of expert %d went from %.9g to %.9g at speed %g", name, e, (double)was, (double)is, (double)speed);
+      if (is == was)
+        moved[1]++;
+      else if (is == was + speed)
+        moved[2]++;
+      else if (is == was - speed)
+        moved[0]++;
+      else
+        fail_msg("%s of expert %d went from %.9g to %.9g at speed %g", name, e, (double)was, (double)is, (double)speed);
     }
   }
   wn_hf_dir_close(before);
@@ -343,10 +374,13 @@ static void adapt_carries_the_indexers_moments(void **state) {
   assert_int_equal(differing(state, "plain", "afresh", false), 0);
 }
 
-/* A learning rate of 0 and no decay: one step leaves the weights and shows the moments m = beta1 m + (1 - beta1) g as carried. */
+/* A learning rate of 0 and no decay: one step leaves the weights and shows the moments m = beta1 m + (1 - beta1) g as
+ * carried. */
 static void moments_arrive_to_the_bit(void **state) {
-  adapt_once(state, "kept", "optimizer.lr=0 optimizer.indexer_lr=0 optimizer.beta1=0.9 optimizer.beta2=0.95 dsa.loss_coeff=1e-30");
-  wn_safetensors *before = tiny_optimizer(tiny_step(state, "warm", 6).text), *after = tiny_optimizer(tiny_step(state, "kept", 1).text);
+  adapt_once(state, "kept",
+             "optimizer.lr=0 optimizer.indexer_lr=0 optimizer.beta1=0.9 optimizer.beta2=0.95 dsa.loss_coeff=1e-30");
+  wn_safetensors *before = tiny_optimizer(tiny_step(state, "warm", 6).text),
+                 *after = tiny_optimizer(tiny_step(state, "kept", 1).text);
   for (int64_t i = 0; i < wn_safetensors_count(before); i++) {
     const wn_st_entry *a = wn_safetensors_at(before, i), *b = wn_safetensors_find(after, a->name);
     assert_non_null(b);
@@ -355,7 +389,8 @@ static void moments_arrive_to_the_bit(void **state) {
       float was, is;
       memcpy(&was, (const float *)a->data + e, sizeof was);
       memcpy(&is, (const float *)b->data + e, sizeof is);
-      if (!(fabsf(is - beta * was) <= 1e-6f * fabsf(was) + 1e-30f)) fail_msg("%s[%zu] went from %g to %g", a->name, e, (double)was, (double)is);
+      if (!(fabsf(is - beta * was) <= 1e-6f * fabsf(was) + 1e-30f))
+        fail_msg("%s[%zu] went from %g to %g", a->name, e, (double)was, (double)is);
     }
   }
   wn_safetensors_close(before);
@@ -396,23 +431,29 @@ static void eval_on_two_ranks_says_the_same(void **state) {
   const char *dir = *state;
   wn_temp_path model = tiny_step(state, "warm", 6);
   for (int32_t ranks = 1; ranks <= 2; ranks++)
-    wn_winnow_ends(0, ranks, "eval %s --data %s/valid --selection indexer,random --topk 4 --seq-len 32 --threads 1 --sequences %s/ranks%d.csv", model.text,
-                   dir, dir, ranks);
+    wn_winnow_ends(0, ranks,
+                   "eval %s --data %s/valid --selection indexer,random --topk 4 --seq-len 32 --threads 1 --sequences "
+                   "%s/ranks%d.csv",
+                   model.text, dir, dir, ranks);
   tiny_expect_same_file(wn_temp(state, "ranks1.csv").text, wn_temp(state, "ranks2.csv").text);
 }
 
 /* ---- jobs that come with the program ---- */
 
-/* One job file, without weights: where it starts from a checkpoint that is yet to be made, a config.json alone stands in for it. */
+/* One job file, without weights: where it starts from a checkpoint that is yet to be made, a config.json alone stands
+ * in for it. */
 static void check_job(const char *folder, const char *path, const char *name) {
   const char *dense = strcmp(folder, "deepseek-v3.1") == 0 ? "configs/models/deepseek-v3.1" : "configs/models/tiny";
   tiny_file file = tiny_read(path);
   bool from_init = strncmp(file.text, "init:", 5) == 0 || strstr(file.text, "\ninit:");
   free(file.text);
   if (strncmp(name, "adapt", 5) == 0)
-    wn_winnow_ends(0, 1, "adapt %s init=configs/models/deepseek-v3.2 dsa.index_n_heads=0 dsa.index_head_dim=0 --check", path);
-  else if (strncmp(name, "warmup", 6) == 0) wn_winnow_ends(0, 1, "warmup %s init=%s --check", path, dense);
-  else wn_winnow_ends(0, 1, "pretrain %s %s%s --check", path, from_init ? "init=" : "", from_init ? dense : "");
+    wn_winnow_ends(0, 1, "adapt %s init=configs/models/deepseek-v3.2 dsa.index_n_heads=0 dsa.index_head_dim=0 --check",
+                   path);
+  else if (strncmp(name, "warmup", 6) == 0)
+    wn_winnow_ends(0, 1, "warmup %s init=%s --check", path, dense);
+  else
+    wn_winnow_ends(0, 1, "pretrain %s %s%s --check", path, from_init ? "init=" : "", from_init ? dense : "");
 }
 
 static void the_jobs_that_come_along_check(void **state) {

@@ -77,17 +77,19 @@ static wn_running start(int32_t ranks, const char *program, const char *argument
   return running;
 }
 
-#define FORMAT_ARGUMENTS(text, format)                        \
-  char text[LINE_BYTES];                                      \
-  do {                                                        \
-    va_list args;                                             \
-    va_start(args, format);                                   \
-    int length = vsnprintf(text, sizeof text, format, args);  \
-    va_end(args);                                             \
-    assert_true(length >= 0 && (size_t)length < sizeof text); \
+#define FORMAT_ARGUMENTS(text, format)                                                                                 \
+  char text[LINE_BYTES];                                                                                               \
+  do {                                                                                                                 \
+    va_list args;                                                                                                      \
+    va_start(args, format);                                                                                            \
+    int length = vsnprintf(text, sizeof text, format, args);                                                           \
+    va_end(args);                                                                                                      \
+    assert_true(length >= 0 && (size_t)length < sizeof text);                                                          \
   } while (0)
 
-static const char *winnow_path(void) { return getenv("WINNOW") ? getenv("WINNOW") : "build/winnow"; }
+static const char *winnow_path(void) {
+  return getenv("WINNOW") ? getenv("WINNOW") : "build/winnow";
+}
 
 wn_running wn_winnow_start(int32_t ranks, const char *format, ...) {
   FORMAT_ARGUMENTS(text, format);
@@ -111,7 +113,8 @@ static void finish(wn_running running, int ended, int64_t peak_kib, wn_program *
   out->peak_kib = peak_kib;
   read_back(running.out, out->out);
   read_back(running.err, out->err);
-  if (getenv("WINNOW_TEST_VERBOSE")) print_message("%.2f s, code %d\n%s%s", out->seconds, out->code, out->out, out->err);
+  if (getenv("WINNOW_TEST_VERBOSE"))
+    print_message("%.2f s, code %d\n%s%s", out->seconds, out->code, out->out, out->err);
 }
 
 void wn_winnow_wait(wn_running running, wn_program *out) {
@@ -155,13 +158,17 @@ void wn_winnow_refuses(int code, const char *part, const char *format, ...) {
   memcpy(copy, p.err, sizeof copy);
   for (char *line; (line = strsep(&rest, "\n"));) {
     if (!*line || strncmp(line, "warning: ", 9) == 0) continue;
-    if (strncmp(line, "winnow: hint: ", 14) == 0) hints++;
-    else if (strncmp(line, "winnow: ", 8) == 0) sentences++;
-    else others++;
+    if (strncmp(line, "winnow: hint: ", 14) == 0)
+      hints++;
+    else if (strncmp(line, "winnow: ", 8) == 0)
+      sentences++;
+    else
+      others++;
   }
   if (p.code != code || sentences != 1 || hints > 1 || others || p.out[0] || !strstr(p.err, part))
-    fail_msg("winnow %s\nended with %d (wanted %d and one sentence with '%s')\nstandard error: %s\nstandard output: %.200s", text, p.code,
-             code, part, p.err, p.out);
+    fail_msg(
+        "winnow %s\nended with %d (wanted %d and one sentence with '%s')\nstandard error: %s\nstandard output: %.200s",
+        text, p.code, code, part, p.err, p.out);
   if (getenv("WINNOW_TEST_REFUSALS")) print_message("%d  %s", p.code, p.err);
 }
 
@@ -205,7 +212,8 @@ bool wn_winnow_killed_at(int64_t nth, int64_t *made, const char *format, ...) {
   assert_int_equal(waitpid(running.pid, &ended, 0), running.pid);
   if (WIFEXITED(ended) && WEXITSTATUS(ended) == CANNOT_TRACE) skip();
   assert_true(WIFSTOPPED(ended));
-  ptrace(PTRACE_SETOPTIONS, running.pid, NULL, (void *)(uintptr_t)(PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL));
+  ptrace(PTRACE_SETOPTIONS, running.pid, NULL,
+         (void *)(uintptr_t)(PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL));
   for (;;) {
     ptrace(PTRACE_SYSCALL, running.pid, NULL, (void *)(uintptr_t)deliver);
     if (waitpid(running.pid, &ended, 0) < 0 || !WIFSTOPPED(ended)) break;
@@ -213,7 +221,8 @@ bool wn_winnow_killed_at(int64_t nth, int64_t *made, const char *format, ...) {
     deliver = at_call || WSTOPSIG(ended) == SIGTRAP ? 0 : WSTOPSIG(ended);
     struct __ptrace_syscall_info info = {0};
     if (!at_call || ptrace(PTRACE_GET_SYSCALL_INFO, running.pid, sizeof info, &info) <= 0) continue;
-    if (info.op != PTRACE_SYSCALL_INFO_ENTRY || !changes_files(info.entry.nr, info.entry.args[1], info.entry.args[2])) continue;
+    if (info.op != PTRACE_SYSCALL_INFO_ENTRY || !changes_files(info.entry.nr, info.entry.args[1], info.entry.args[2]))
+      continue;
     if (seen++ < nth) continue;
     killed = true;
     kill(running.pid, SIGKILL);
@@ -257,8 +266,12 @@ static void wait_for(const wn_running *running, const char *path, int64_t lines)
   }
 }
 
-void wn_wait_for_path(const wn_running *running, const char *path) { wait_for(running, path, 0); }
-void wn_wait_for_lines(const wn_running *running, const char *path, int64_t lines) { wait_for(running, path, lines); }
+void wn_wait_for_path(const wn_running *running, const char *path) {
+  wait_for(running, path, 0);
+}
+void wn_wait_for_lines(const wn_running *running, const char *path, int64_t lines) {
+  wait_for(running, path, lines);
+}
 
 int32_t wn_children(pid_t pid, pid_t *out, int32_t n) {
   char path[64];
