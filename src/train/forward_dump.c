@@ -167,7 +167,8 @@ static wn_status run_backward(job *j) {
   return release(j, -1, true);
 }
 
-/* Gradients of means: the sums divided by their counts. The indexer's carry theirs in kl_coeff already. */
+/* Gradients of means: the sums divided by their counts. The indexer's carry theirs in kl_coeff already. A buffer (the
+ * router's bias) has no gradient; it is written as zeros, so that every parameter is there. */
 static wn_status dump_grads(job *j) {
   wn_device *device = j->in->device;
   const wn_param_table *table = &j->in->model->table;
@@ -175,11 +176,18 @@ static wn_status dump_grads(job *j) {
   for (int32_t layer = -1; layer <= j->in->model->config.num_hidden_layers; layer++) {
     WN_TRY(wn_store_grads(j->in->store, layer, j->grads_by_param));
     for (int32_t p = table->first[layer + 1]; p < table->first[layer + 2]; p++) {
+      const wn_param *param = &table->params[p];
       wn_tensor *grad = &j->grads_by_param[p];
-      if (!grad->data) continue;
-      WN_TRY(device->ops->scale(device, grad, grad, factor));
-      WN_TRY(dump_add(&j->out, device, grad, "grad.", table->params[p].hf_name, -1));
+      if (grad->data) {
+        WN_TRY(device->ops->scale(device, grad, grad, factor));
+      } else {
+        WN_TRY(wn_device_tensor(device, grad, device->stash, "forward dump", WN_WGRAD, param->rank, param->dim[0],
+                                param->dim[1], param->dim[2], 0));
+        WN_TRY(device->ops->zero(device, grad));
+      }
+      WN_TRY(dump_add(&j->out, device, grad, "grad.", param->hf_name, -1));
     }
+    WN_TRY(wn_store_reduce(j->in->store, layer));
   }
   return NULL;
 }
