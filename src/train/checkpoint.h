@@ -49,8 +49,8 @@ WN_MUST_USE wn_status wn_checkpoint_load(const wn_checkpoint_plan *plan, const c
 WN_MUST_USE wn_status wn_init_load(const wn_checkpoint_plan *plan, const char *dir, bool allow_new_indexer);
 /* Random weights from the seed. */
 WN_MUST_USE wn_status wn_init_random(const wn_checkpoint_plan *plan);
-/* Carries the indexer's moments and Adam clock over from a warm-up's checkpoint; *carried false when `dir` is none
- * (then nothing changes). */
+/* Carries the indexer's moments and Adam clock over from a warm-up's checkpoint, whose optimizer files are verified;
+ * *carried false when `dir` is none (then nothing changes). */
 WN_MUST_USE wn_status wn_init_carry_indexer(const wn_checkpoint_plan *plan, const char *dir, wn_state *state,
                                             bool *carried);
 /* Reads DIR/state.json when there is one: the stage that wrote it, whether its indexer is trained. *found false: a

@@ -147,6 +147,23 @@ wn_status wn_checkpoint_load(const wn_checkpoint_plan *plan, const char *path, w
 
 /* ---- the indexer's moments ---- */
 
+/* Every byte of the optimizer files, before a moment is believed; this rank's share of them. */
+static wn_status verify_optimizer(const load *l, const char *dir) {
+  char path[WN_PATH_BYTES];
+  wn_manifest manifest;
+  size_t size = (size_t)wn_world_size(l->plan->world);
+  WN_TRY(wn_path(path, "%s/" WN_MANIFEST_NAME, dir));
+  if (!wn_path_exists(path)) return NULL;
+  WN_TRY(wn_manifest_load(&manifest, dir));
+  wn_status status = NULL;
+  for (size_t i = (size_t)wn_world_rank(l->plan->world); !status && i < l->optimizer.n; i += size) {
+    const char *file = wn_safetensors_path(l->optimizer.files[i]);
+    status = wn_manifest_check_listed(&manifest, strrchr(file, '/') + 1, dir);
+  }
+  wn_manifest_free(&manifest);
+  return status;
+}
+
 static wn_status carry_local(load *l, const wn_checkpoint_plan *plan, const char *dir, wn_state *state, bool *carried) {
   wn_state theirs;
   wn_stage stage;
@@ -155,6 +172,7 @@ static wn_status carry_local(load *l, const wn_checkpoint_plan *plan, const char
   WN_TRY(wn_checkpoint_read_state(dir, &theirs, &stage, &found));
   if (!found || stage != WN_STAGE_WARMUP) return NULL;
   WN_TRY(open_all(l, plan, dir));
+  WN_TRY(verify_optimizer(l, dir));
   for (int32_t p = 0; p < l->n_params; p++) {
     if (l->params[p].kind != WN_INDEXER) continue;
     WN_TRY(read_field(l, p, WN_FIELD_M));

@@ -63,12 +63,8 @@ static wn_status verify_weights(const wn_hf_dir *dir, int32_t rank, int32_t size
   if (!wn_path_exists(path)) return NULL;
   WN_TRY(wn_manifest_load(&manifest, wn_hf_dir_path(dir)));
   wn_status status = NULL;
-  for (int32_t i = rank; !status && i < wn_hf_dir_shards(dir); i += size) {
-    const char *name = strrchr(wn_hf_dir_shard_path(dir, i), '/') + 1;
-    const wn_manifest_entry *entry = wn_manifest_find(&manifest, name);
-    status = entry ? wn_manifest_check_file(entry, wn_hf_dir_path(dir))
-                   : WN_FAIL(WN_E_INPUT, "%s/%s is not listed in " WN_MANIFEST_NAME, wn_hf_dir_path(dir), name);
-  }
+  for (int32_t i = rank; !status && i < wn_hf_dir_shards(dir); i += size)
+    status = wn_manifest_check_listed(&manifest, strrchr(wn_hf_dir_shard_path(dir, i), '/') + 1, wn_hf_dir_path(dir));
   wn_manifest_free(&manifest);
   return status;
 }

@@ -133,6 +133,12 @@ wn_status wn_manifest_check_file(const wn_manifest_entry *entry, const char *dir
   return NULL;
 }
 
+wn_status wn_manifest_check_listed(const wn_manifest *manifest, const char *name, const char *dir) {
+  const wn_manifest_entry *entry = wn_manifest_find(manifest, name);
+  if (!entry) return WN_FAIL(WN_E_INPUT, "%s/%s is not listed in " WN_MANIFEST_NAME, dir, name);
+  return wn_manifest_check_file(entry, dir);
+}
+
 void wn_manifest_known(const char *dir, const char *name, wn_manifest_entry *out, bool *known) {
   char path[WN_PATH_BYTES];
   struct stat file, listed;

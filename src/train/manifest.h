@@ -32,6 +32,8 @@ const wn_manifest_entry *wn_manifest_find(const wn_manifest *manifest, const cha
 WN_MUST_USE wn_status wn_manifest_check_names(const wn_manifest *manifest, const char *dir);
 /* One file's length and digest. */
 WN_MUST_USE wn_status wn_manifest_check_file(const wn_manifest_entry *entry, const char *dir);
+/* The same by name; a file that is not listed is WN_E_INPUT too. */
+WN_MUST_USE wn_status wn_manifest_check_listed(const wn_manifest *manifest, const char *name, const char *dir);
 /* The digest that DIR's manifest knows for a file which is as long as listed and was not touched after the manifest was
  * written; *known false when there is none to trust. Never fails: what cannot be believed is computed by the caller. */
 void wn_manifest_known(const char *dir, const char *name, wn_manifest_entry *out, bool *known);

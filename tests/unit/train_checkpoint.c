@@ -470,6 +470,19 @@ static void carries_the_indexer(void **state) {
         assert_true(v == (indexer ? test_value(4, at.param, WN_FIELD_V, at.first + e) : 0.0f));
       }
   }
+  /* a moment that changed behind the manifest is refused */
+  char optimizer[WN_PATH_BYTES];
+  struct stat info;
+  OK(wn_path(optimizer, "%s/optimizer-00001-of-00001.safetensors", path));
+  assert_int_equal(stat(optimizer, &info), 0);
+  FILE *file = fopen(optimizer, "r+b");
+  assert_non_null(file);
+  assert_int_equal(fseek(file, (long)info.st_size - 1, SEEK_SET), 0);
+  int last = fgetc(file);
+  assert_int_equal(fseek(file, (long)info.st_size - 1, SEEK_SET), 0);
+  assert_int_equal(fputc(last ^ 1, file), last ^ 1);
+  assert_int_equal(fclose(file), 0);
+  REFUSED(wn_init_carry_indexer(&adapt.plan, path, &read, &carried), WN_E_INPUT, "differs from its digest");
   /* an adapt checkpoint as init carries weights only */
   adapt.plan.run_dir = run_dir(state);
   save_step(&adapt, 10, 4);
