@@ -10,16 +10,16 @@ enum { SHARD_BYTES_LOG2 = 32 };
 
 /* ---- what model the job means ---- */
 
-static wn_status agree_or_take(int32_t *have, int32_t want, const char *key, const char *dir) {
-  if (want == 0 || want == *have) return NULL;
+static wn_status expect_agreement(int32_t have, int32_t want, const char *key, const char *dir) {
+  if (want == 0 || want == have) return NULL;
   return WN_FAIL_HINT(WN_E_CONFIG, "leave the key out: the model's own value is used",
-                      "%s is %d, but the model in %s has an indexer with %d", key, want, dir, *have);
+                      "%s is %d, but the model in %s has an indexer with %d", key, want, dir, have);
 }
 
 static wn_status resolve_indexer(wn_model_config *config, const wn_recipe *recipe, const wn_job *job, const char *dir) {
   if (config->has_indexer) {
-    WN_TRY(agree_or_take(&config->index_n_heads, job->dsa.index_n_heads, "dsa.index_n_heads", dir));
-    WN_TRY(agree_or_take(&config->index_head_dim, job->dsa.index_head_dim, "dsa.index_head_dim", dir));
+    WN_TRY(expect_agreement(config->index_n_heads, job->dsa.index_n_heads, "dsa.index_n_heads", dir));
+    WN_TRY(expect_agreement(config->index_head_dim, job->dsa.index_head_dim, "dsa.index_head_dim", dir));
     if (job->dsa.index_topk) config->index_topk = job->dsa.index_topk;
     return NULL;
   }
@@ -42,8 +42,32 @@ static wn_status resolve_indexer(wn_model_config *config, const wn_recipe *recip
   return NULL;
 }
 
+/* The directory whose config.json is the model. A run that saved something stands on its own: where init has gone
+ * away, its newest checkpoint says. */
+static wn_status model_dir(char out[WN_PATH_BYTES], const wn_job *job) {
+  const char *given = job->init[0] ? job->init : job->model;
+  char path[WN_PATH_BYTES], checkpoints[WN_PATH_BYTES];
+  int64_t *steps;
+  size_t n;
+  WN_TRY(wn_path(out, "%s", given));
+  WN_TRY(wn_path(path, "%s/config.json", given));
+  if (wn_path_exists(path)) return NULL;
+  WN_TRY(wn_path(checkpoints, "%s/checkpoints", job->run_dir));
+  WN_TRY(wn_steps_list(&steps, &n, checkpoints));
+  wn_status status = NULL;
+  for (size_t i = 0; !status && i < n; i++) {
+    status = wn_path(path, "%s/" WN_STEP_FORMAT "/config.json", checkpoints, (long long)steps[i]);
+    if (status || !wn_path_exists(path)) continue;
+    status = wn_path(out, "%s/" WN_STEP_FORMAT, checkpoints, (long long)steps[i]);
+    break;
+  }
+  free(steps);
+  return status;
+}
+
 static wn_status resolve_model(wn_model_config *config, const wn_recipe *recipe, const wn_job *job) {
-  const char *dir = job->init[0] ? job->init : job->model;
+  char dir[WN_PATH_BYTES];
+  WN_TRY(model_dir(dir, job));
   WN_TRY(wn_model_config_load(config, dir));
   WN_TRY(resolve_indexer(config, recipe, job, dir));
   if (job->data.seq_len > config->max_position_embeddings)

@@ -27,7 +27,7 @@ WN_MUST_USE wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job
                                     wn_world *world, wn_log *log);
 void wn_run_free(wn_run *run);
 /* What wn_run_create would refuse, without weights or memory: model configuration, indexer, divisibility, datasets;
- * prints the unit table of bytes a rank. For --check. */
+ * prints parameters and bytes a rank by kind. For --check. */
 WN_MUST_USE wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_log *log);
 wn_checkpoint_plan wn_run_checkpoint_plan(const wn_run *run);
 
