@@ -219,7 +219,7 @@ static wn_status evaluate(trainer *t) {
           wn_selection_name(selection));
   wn_status status = wn_metrics_eval(t->metrics, run->state.step, "valid", wn_selection_name(selection), &result);
   wn_eval_result_free(&result);
-  return status;
+  return wn_world_agree(run->world, status);
 }
 
 static wn_status save(trainer *t) {
@@ -231,7 +231,7 @@ static wn_status save(trainer *t) {
   t->last_saved = run->state.step;
   char detail[64];
   snprintf(detail, sizeof detail, "%.3f s", wn_time_s() - start);
-  return wn_metrics_event(t->metrics, run->state.step, 0, "checkpoint", detail);
+  return wn_world_agree(run->world, wn_metrics_event(t->metrics, run->state.step, 0, "checkpoint", detail));
 }
 
 static wn_status one_step(trainer *t, bool *stop) {
@@ -242,13 +242,14 @@ static wn_status one_step(trainer *t, bool *stop) {
   bool with_stats = due(job->metrics.layers_every, step + 1) || (job->metrics.layers_every > 0 && (last || step == 0));
   double start = wn_time_s();
   wn_train_row row = {0};
+  wn_world_take_wait_s(run->world); /* what evaluations, saves and unlogged steps waited is not this step's */
   WN_TRY(wn_step_run(run, step, with_stats, &t->sums));
   losses(t, &row);
   WN_TRY(update(t, step, &row));
   WN_TRY(wn_world_agree(run->world, write_rows(t, &row, with_stats, wn_time_s() - start)));
   if (run->state.skipped_in_a_row > job->training.max_skipped_in_a_row)
     return WN_FAIL_HINT(
-        WN_E_TRAINING, "resume from the last checkpoint with a lower learning rate",
+        WN_E_TRAINING, "start another run_dir with the last good checkpoint as init and a lower learning rate",
         "%lld steps in a row had a loss or gradient that is not finite (training.max_skipped_in_a_row is %d)",
         (long long)run->state.skipped_in_a_row, job->training.max_skipped_in_a_row);
   if (run->valid && (due(job->metrics.eval_every, step + 1) || (job->metrics.eval_every > 0 && last)))
@@ -270,11 +271,12 @@ static wn_status begin(trainer *t) {
     local = wn_path(path, "%s/log.txt", run->job.run_dir);
     if (!local) local = wn_log_open_file(run->log, path);
     if (!local) local = wn_metrics_create(&t->metrics, run->job.run_dir, run->state.step);
+    if (!local)
+      local = wn_metrics_event(t->metrics, run->state.step, 0, run->resumed ? "resume" : "start",
+                               wn_stage_name(run->recipe.stage));
   }
+  if (!local) local = wn_step_sums_create(&t->sums, &run->model->config);
   WN_TRY(wn_world_agree(run->world, local));
-  WN_TRY(wn_step_sums_create(&t->sums, &run->model->config));
-  WN_TRY(wn_metrics_event(t->metrics, run->state.step, 0, run->resumed ? "resume" : "start",
-                          wn_stage_name(run->recipe.stage)));
   WN_TRY(measure_peak(t));
   t->last_saved = run->resumed ? run->state.step : -1;
   t->started_s = wn_time_s();
