@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the demo's base again: text, vocabulary, datasets, and 15 million tokens of dense training from random weights.
+# Makes the demo's base again: text, vocabulary, datasets, and 25 million tokens of dense training from random weights.
 #   base.sh OUT_DIR   ->   checkpoints/demo-base (BF16 weights, tokenizer.json)
 set -eu
 out=$1
