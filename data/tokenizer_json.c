@@ -1,11 +1,11 @@
 /* tokenizer.json of Hugging Face's `tokenizers`: only the byte-level BPE that split.h and bpe.h implement is read. */
 #include <inttypes.h>
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "data/tokenizer_parts.h"
 #include "io/files.h"
+#include "io/json.h"
 
 enum { MOST_JSON_BYTES = 1 << 28, MOST_IDS = 1 << 24, FIRST_STAND_IN = 256 };
 
@@ -222,20 +222,10 @@ static wn_status read_all(reader *r, wn_tokenizer *t) {
 }
 
 wn_status wn_tokenizer_load(wn_tokenizer **out, const char *path) {
-  char *text = NULL;
-  size_t bytes;
-  json_error_t error;
   reader r = {.path = path};
-  wn_status status = NULL;
-  WN_TRY(wn_read_file(&text, &bytes, path, MOST_JSON_BYTES));
+  WN_TRY(wn_json_load(&r.root, path, MOST_JSON_BYTES, WN_E_INPUT));
   wn_tokenizer *t = calloc(1, sizeof *t);
-  if (!t)
-    status = WN_FAIL(WN_E_MEMORY, "out of memory reading %s", path);
-  else if (!(r.root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error)))
-    status = WN_FAIL(WN_E_INPUT, "%s, line %d: %s", path, error.line, error.text);
-  else
-    status = read_all(&r, t);
-  free(text);
+  wn_status status = t ? read_all(&r, t) : WN_FAIL(WN_E_MEMORY, "out of memory reading %s", path);
   free(r.symbol);
   json_decref(r.root);
   if (status)

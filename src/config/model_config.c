@@ -1,6 +1,5 @@
 #include "config/model_config.h"
 
-#include <jansson.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -8,6 +7,7 @@
 
 #include "config/model_config_keys.h"
 #include "io/files.h"
+#include "io/json.h"
 
 enum { MOST_CONFIG_BYTES = 16 << 20 };
 
@@ -272,20 +272,11 @@ static wn_status read_config(reader in, wn_model_config *out) {
 }
 
 wn_status wn_model_config_parse(json_t **out, const char *path) {
-  char *text = NULL;
-  size_t bytes = 0;
-  json_error_t error;
+  WN_TRY(wn_json_load(out, path, MOST_CONFIG_BYTES, WN_E_CONFIG));
+  if (json_is_object(*out)) return NULL;
+  json_decref(*out);
   *out = NULL;
-  WN_TRY(wn_read_file(&text, &bytes, path, MOST_CONFIG_BYTES));
-  json_t *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
-  free(text);
-  if (!root) return WN_FAIL(WN_E_CONFIG, "%s:%d: bad JSON: %s", path, error.line, error.text);
-  if (!json_is_object(root)) {
-    json_decref(root);
-    return WN_FAIL(WN_E_CONFIG, "%s: not a JSON object", path);
-  }
-  *out = root;
-  return NULL;
+  return WN_FAIL(WN_E_CONFIG, "%s: not a JSON object", path);
 }
 
 wn_status wn_model_config_load(wn_model_config *out, const char *dir) {

@@ -1,10 +1,10 @@
 #include "io/hf_dir.h"
 
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "io/files.h"
+#include "io/json.h"
 
 #define SINGLE_NAME "model.safetensors"
 #define INDEX_NAME "model.safetensors.index.json"
@@ -61,15 +61,8 @@ static wn_status shard_names(const char ***out, int32_t *n, const char *index_pa
 }
 
 static wn_status load_index(json_t **out, const char *index_path) {
-  char *text = NULL;
-  size_t bytes = 0;
-  json_error_t error;
-  WN_TRY(wn_read_file(&text, &bytes, index_path, MOST_INDEX_BYTES));
-  json_t *index = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
-  free(text);
-  if (!index) return WN_FAIL(WN_E_INPUT, "%s:%d: bad JSON: %s", index_path, error.line, error.text);
-  *out = index;
-  if (!json_is_object(json_object_get(index, "weight_map")))
+  WN_TRY(wn_json_load(out, index_path, MOST_INDEX_BYTES, WN_E_INPUT));
+  if (!json_is_object(json_object_get(*out, "weight_map")))
     return WN_FAIL(WN_E_INPUT, "%s holds no weight_map", index_path);
   return NULL;
 }

@@ -1,9 +1,9 @@
 #include <inttypes.h>
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/version.h"
+#include "io/json.h"
 #include "train/checkpoint_parts.h"
 
 enum { FORMAT = 1, MOST_BYTES = 1 << 20 };
@@ -78,16 +78,12 @@ static wn_status read_values(wn_state *state, wn_stage *stage, const char *path,
 }
 
 wn_status wn_checkpoint_read_state(const char *dir, wn_state *state, wn_stage *stage, bool *found) {
-  char path[WN_PATH_BYTES], *text;
-  size_t bytes;
-  json_error_t error;
+  char path[WN_PATH_BYTES];
+  json_t *root;
   WN_TRY(wn_path(path, "%s/" WN_STATE_NAME, dir));
   *found = wn_path_exists(path);
   if (!*found) return NULL;
-  WN_TRY(wn_read_file(&text, &bytes, path, MOST_BYTES));
-  json_t *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
-  free(text);
-  if (!root) return WN_FAIL(WN_E_INPUT, "%s:%d: bad JSON: %s", path, error.line, error.text);
+  WN_TRY(wn_json_load(&root, path, MOST_BYTES, WN_E_INPUT));
   wn_state read = {0};
   wn_status status = read_values(&read, stage, path, root);
   json_decref(root);

@@ -1,10 +1,11 @@
 #include "train/manifest.h"
 
 #include <inttypes.h>
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+
+#include "io/json.h"
 
 enum { FORMAT = 1, MOST_BYTES = 64 << 20 };
 
@@ -45,15 +46,11 @@ static wn_status read_entries(wn_manifest *out, const char *path, const json_t *
 }
 
 wn_status wn_manifest_load(wn_manifest *out, const char *dir) {
-  char path[WN_PATH_BYTES], *text;
-  size_t bytes;
-  json_error_t error;
+  char path[WN_PATH_BYTES];
+  json_t *root;
   *out = (wn_manifest){0};
   WN_TRY(wn_path(path, "%s/" WN_MANIFEST_NAME, dir));
-  WN_TRY(wn_read_file(&text, &bytes, path, MOST_BYTES));
-  json_t *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
-  free(text);
-  if (!root) return WN_FAIL(WN_E_INPUT, "%s:%d: bad JSON: %s", path, error.line, error.text);
+  WN_TRY(wn_json_load(&root, path, MOST_BYTES, WN_E_INPUT));
   wn_status status = read_entries(out, path, root);
   json_decref(root);
   if (status) wn_manifest_free(out);

@@ -306,7 +306,7 @@ static wn_status load_changed(void **state, const char *from, const char *to) {
 static void refuses_what_it_would_encode_otherwise(void **state) {
 #define CHANGED(from, to, part) REFUSED(load_changed(state, from, to), WN_E_INPUT, part)
   OK(load_changed(state, "\"version\": \"1.0\"", "\"version\": \"1.0\""));
-  CHANGED("{", "[", "line");
+  CHANGED("{", "[", "changed.json:2: bad JSON");
   CHANGED("\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer");
   CHANGED("\"truncation\": null", "\"truncation\": {}", "truncation");
   CHANGED("\"use_regex\": true", "\"use_regex\": false", "pre_tokenizer");
@@ -329,7 +329,7 @@ static void refuses_what_it_would_encode_otherwise(void **state) {
   CHANGED("\"a\": 97,", "", "no token has id 97");
   CHANGED("\"a\": 97", "\"€\": 97", "alphabet");
   CHANGED("\"a\": 97", "\"aa\": 97", "byte 97 has no token");
-  CHANGED("\"b\": 98", "\"a\": 98", "line"); /* a duplicate key */
+  CHANGED("\"b\": 98", "\"a\": 98", "bad JSON: duplicate"); /* a duplicate key */
   CHANGED("\"merges\": [", "\"merges\": [\"a a a\",", "merge 0 is not two tokens");
   CHANGED("\"merges\": [", "\"merges\": [\"a\",", "merge 0 is not two tokens");
   CHANGED("\"merges\": [", "\"merges\": [7,", "merge 0 is not two tokens");
