@@ -53,13 +53,13 @@ static int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-static int64_t param_count(const wn_param *p) {
+int64_t wn_param_elements(const wn_param *p) {
   int64_t n = 1;
   for (int32_t i = 0; i < p->rank; i++) n *= p->dim[i];
   return n;
 }
 
-static bool kind_trains(wn_kind kind) {
+bool wn_kind_trains(wn_kind kind) {
   return kind == WN_BASE || kind == WN_INDEXER;
 }
 
@@ -79,7 +79,7 @@ static void check_params(const wn_store *store) {
     const wn_param *p = &store->params[i];
     WN_ASSERT(i == 0 || p[-1].layer <= p->layer, "%s is out of order", p->hf_name);
     WN_ASSERT(p->group >= 0 && p->group < store->n_groups, "group %d of %s", p->group, p->hf_name);
-    WN_ASSERT(p->rank >= 1 && p->rank <= 3 && param_count(p) > 0, "shape of %s", p->hf_name);
+    WN_ASSERT(p->rank >= 1 && p->rank <= 3 && wn_param_elements(p) > 0, "shape of %s", p->hf_name);
     WN_ASSERT((uint32_t)p->kind < WN_N_KINDS, "kind %d of %s", (int)p->kind, p->hf_name);
   }
 }
@@ -131,10 +131,10 @@ static void add_layer_units(wn_store *store, layer_state *layer) {
       wn_group *members = store->groups[group];
       store->pieces[store->n_units] = (wn_piece){.layer = layer->layer, .group = group, .kind = kind};
       store->units[store->n_units] =
-          (unit){.group = members, .trains = kind_trains(kind), .shared = wn_group_size(members) > 1};
+          (unit){.group = members, .trains = wn_kind_trains(kind), .shared = wn_group_size(members) > 1};
       store->n_units++;
       layer->n_units++;
-      layer->trains = layer->trains || kind_trains(kind);
+      layer->trains = layer->trains || wn_kind_trains(kind);
     }
 }
 
@@ -143,7 +143,7 @@ static void place_params(wn_store *store, const layer_state *layer, int64_t alig
     int32_t u = find_unit(store, layer, store->params[i].group, store->params[i].kind);
     store->unit_of[i] = u;
     store->param_offset[i] = store->units[u].elements;
-    store->units[u].elements += round_up(param_count(&store->params[i]), align);
+    store->units[u].elements += round_up(wn_param_elements(&store->params[i]), align);
   }
 }
 
@@ -177,7 +177,7 @@ static void cut_segments(wn_store *store) {
       piece->segments = store->segments + store->n_segments;
       for (int32_t i = layer->first_param; i < layer->first_param + layer->n_params; i++) {
         if (store->unit_of[i] != u) continue;
-        int64_t first = store->param_offset[i], last = first + param_count(&store->params[i]);
+        int64_t first = store->param_offset[i], last = first + wn_param_elements(&store->params[i]);
         int64_t begin = first > from ? first : from, end = last < to ? last : to;
         if (begin >= end) continue;
         store->segments[store->n_segments++] =
@@ -313,7 +313,7 @@ static wn_tensor grads_of(const wn_store *store, const layer_state *layer, int32
 
 static wn_tensor param_view(const wn_store *store, int32_t i, wn_tensor whole) {
   const wn_param *p = &store->params[i];
-  wn_tensor flat = wn_tensor_slice(whole, 0, store->param_offset[i], param_count(p));
+  wn_tensor flat = wn_tensor_slice(whole, 0, store->param_offset[i], wn_param_elements(p));
   return wn_tensor_of(flat.data, flat.dtype, p->rank, p->dim[0], p->rank > 1 ? p->dim[1] : 0,
                       p->rank > 2 ? p->dim[2] : 0, 0);
 }

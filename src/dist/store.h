@@ -33,6 +33,9 @@ typedef struct wn_param {
   wn_dtype file_dtype; /* in checkpoints: F32 or BF16 */
 } wn_param;
 
+int64_t wn_param_elements(const wn_param *p);
+bool wn_kind_trains(wn_kind kind); /* by gradients: has moments */
+
 /* A run of one parameter's elements inside this rank's piece. */
 typedef struct wn_segment {
   int32_t param;

@@ -33,16 +33,6 @@ int32_t wn_names_find(const wn_names *names, const char *hf_name) {
   return found ? (int32_t)(*found - names->params) : -1;
 }
 
-bool wn_param_trains(const wn_param *p) {
-  return p->kind == WN_BASE || p->kind == WN_INDEXER;
-}
-
-int64_t wn_param_elements(const wn_param *p) {
-  int64_t n = 1;
-  for (int32_t d = 0; d < p->rank; d++) n *= p->dim[d];
-  return n;
-}
-
 bool wn_param_shaped(const wn_param *p, const wn_st_entry *entry) {
   if (p->rank != entry->rank) return false;
   for (int32_t d = 0; d < p->rank; d++)
@@ -191,7 +181,7 @@ static wn_status lay_out_optimizer(wn_checkpoint_layout *layout, int64_t *n, con
                                    int64_t shard_bytes) {
   int64_t first = *n;
   for (int32_t p = 0; p < n_params; p++) {
-    if (!wn_param_trains(&params[p])) continue;
+    if (!wn_kind_trains(params[p].kind)) continue;
     if (params[p].file_dtype != WN_F32) add_param(layout, n, params, p, WN_FIELD_MASTER, WN_F32);
     add_param(layout, n, params, p, WN_FIELD_M, WN_F32);
     add_param(layout, n, params, p, WN_FIELD_V, WN_F32);

@@ -24,8 +24,6 @@ WN_MUST_USE wn_status wn_names_create(wn_names *out, const wn_param *params, int
 void wn_names_free(wn_names *names);
 int32_t wn_names_find(const wn_names *names, const char *hf_name); /* -1: no such parameter */
 
-bool wn_param_trains(const wn_param *p); /* has moments */
-int64_t wn_param_elements(const wn_param *p);
 bool wn_param_shaped(const wn_param *p, const wn_st_entry *entry);
 
 /* What of a trained parameter is stored, and how its optimizer tensors are called: hf_name + suffix. */

@@ -111,7 +111,7 @@ static wn_status read_field(load *l, int32_t p, wn_field field) {
 static wn_status read_param(load *l, int32_t p) {
   const wn_param *param = &l->params[p];
   const wn_st_entry *weight = wn_hf_dir_find(l->dir, param->hf_name, NULL);
-  if (!wn_param_trains(param))
+  if (!wn_kind_trains(param->kind))
     return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, weight, l->buffer);
   WN_TRY(read_field(l, p, WN_FIELD_M));
   WN_TRY(read_field(l, p, WN_FIELD_V));

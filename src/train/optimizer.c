@@ -5,17 +5,13 @@
 #include "kernels/kernels.h"
 #include "model/params.h"
 
-static bool trains(const wn_piece *piece) {
-  return piece->kind == WN_BASE || piece->kind == WN_INDEXER;
-}
-
 wn_status wn_optimizer_norms(wn_gradient_norms *out, wn_device *device, wn_world *world, wn_store *store,
                              double base_divisor, double indexer_divisor) {
   double squares[2] = {0, 0};
   int64_t non_finite = 0;
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
     const wn_piece *piece = wn_store_piece(store, i);
-    if (!trains(piece)) continue;
+    if (!wn_kind_trains(piece->kind)) continue;
     double sum;
     int64_t bad;
     WN_TRY(device->ops->sum_squares(device, &sum, &bad, &piece->grad));
@@ -40,7 +36,7 @@ wn_status wn_optimizer_update(wn_device *device, wn_store *store, const wn_job *
   double clip = job->optimizer.clip_grad;
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
     wn_piece *piece = wn_store_piece(store, i);
-    if (!trains(piece)) continue;
+    if (!wn_kind_trains(piece->kind)) continue;
     bool indexer = piece->kind == WN_INDEXER;
     wn_adamw_params adamw = {
         .lr = indexer ? update->indexer_lr : update->lr,
@@ -67,7 +63,7 @@ wn_status wn_optimizer_update(wn_device *device, wn_store *store, const wn_job *
 wn_status wn_optimizer_zero_grads(wn_device *device, wn_store *store) {
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
     wn_piece *piece = wn_store_piece(store, i);
-    if (trains(piece)) WN_TRY(device->ops->zero(device, &piece->grad));
+    if (wn_kind_trains(piece->kind)) WN_TRY(device->ops->zero(device, &piece->grad));
   }
   return NULL;
 }

@@ -252,7 +252,7 @@ void wn_run_free(wn_run *run) {
 
 /* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32. */
 static int64_t element_bytes(wn_kind kind) {
-  return kind == WN_BASE || kind == WN_INDEXER ? 16 : 4;
+  return wn_kind_trains(kind) ? 16 : 4;
 }
 
 /* A dataset may be made after the job that names it: one that is absent is said, not refused. */
@@ -283,11 +283,7 @@ wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_
   WN_TRY(check_data(job->data.train, "data.train", &config, job->data.seq_len, log));
   WN_TRY(check_data(job->data.valid, "data.valid", &config, job->data.seq_len, log));
   WN_TRY(wn_param_table_create(&table, &config, param_settings(&recipe, job)));
-  for (int32_t i = 0; i < table.n; i++) {
-    int64_t count = 1;
-    for (int32_t d = 0; d < table.params[i].rank; d++) count *= table.params[i].dim[d];
-    elements[table.params[i].kind] += count;
-  }
+  for (int32_t i = 0; i < table.n; i++) elements[table.params[i].kind] += wn_param_elements(&table.params[i]);
   wn_param_table_free(&table);
   for (int32_t k = 0; k < WN_N_KINDS; k++) {
     if (!elements[k]) continue;
