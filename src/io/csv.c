@@ -69,10 +69,6 @@ void wn_csv_text(wn_csv *csv, const char *value) {
   append(csv, "\"", 1);
 }
 
-void wn_csv_empty(wn_csv *csv) {
-  begin_cell(csv);
-}
-
 /* One write: a file opened for append takes it whole or, on a full disk, in part, which is cut off again. */
 static wn_status write_row(wn_csv *csv) {
   off_t end = lseek(csv->fd, 0, SEEK_END);

@@ -17,7 +17,6 @@ WN_MUST_USE wn_status wn_csv_close(wn_csv *csv); /* NULL is fine */
 void wn_csv_int(wn_csv *csv, int64_t value);
 void wn_csv_real(wn_csv *csv, double value); /* NaN is an empty cell; infinities are inf and -inf */
 void wn_csv_text(wn_csv *csv, const char *value);
-void wn_csv_empty(wn_csv *csv);
 WN_MUST_USE wn_status
 wn_csv_end_row(wn_csv *csv); /* WN_E_IO; then the row is not in the file, and the next may be tried */
 /* Keeps the header and the rows whose integer column `column` is at most `last`; drops a torn last line. Atomic, and

@@ -136,21 +136,6 @@ wn_status wn_write_at(int fd, const char *path, const void *data, size_t bytes, 
   return NULL;
 }
 
-wn_status wn_read_at(int fd, const char *path, void *data, size_t bytes, uint64_t offset) {
-  char *at = data;
-  while (bytes > 0) {
-    ssize_t done = pread(fd, at, bytes, (off_t)offset);
-    if (done < 0 && errno == EINTR) continue;
-    if (done <= 0)
-      return WN_FAIL(WN_E_IO, "cannot read %s at byte %" PRIu64 ": %s", path, offset,
-                     done < 0 ? strerror(errno) : "the file ends there");
-    at += done;
-    bytes -= (size_t)done;
-    offset += (uint64_t)done;
-  }
-  return NULL;
-}
-
 /* "a/b/c" -> "a/b"; "c" -> "."; "/c" -> "/". */
 static wn_status parent_of(char out[WN_PATH_BYTES], const char *path) {
   WN_TRY(wn_path(out, "%s", path));

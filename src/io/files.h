@@ -26,9 +26,8 @@ WN_MUST_USE wn_status wn_sync_dir(const char *path);
 WN_MUST_USE wn_status wn_rename_sync(const char *from, const char *to);
 /* Creates `path` with its full length (sparse); refuses when it exists. */
 WN_MUST_USE wn_status wn_create_sized(const char *path, uint64_t bytes);
-/* pwrite / pread of everything, or an error naming file and offset. */
+/* pwrite of everything, or an error naming file and offset. */
 WN_MUST_USE wn_status wn_write_at(int fd, const char *path, const void *data, size_t bytes, uint64_t offset);
-WN_MUST_USE wn_status wn_read_at(int fd, const char *path, void *data, size_t bytes, uint64_t offset);
 /* A synced copy; refuses when `to` exists, and leaves nothing behind on failure. */
 WN_MUST_USE wn_status wn_copy_file(const char *from, const char *to);
 /* Hard link, else symbolic link to the absolute path, else copy; *how is "linked", "symlinked" or "copied". A link

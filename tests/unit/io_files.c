@@ -136,9 +136,8 @@ static void places_in_a_file(void **state) {
   assert_true(fd >= 0);
   OK(wn_write_at(fd, "s", "abc", 3, 50));
   char back[4] = {0};
-  OK(wn_read_at(fd, "s", back, 3, 50));
+  assert_int_equal(pread(fd, back, 3, 50), 3);
   assert_string_equal(back, "abc");
-  REFUSED(wn_read_at(fd, "s", back, 3, 98), WN_E_IO, "byte 100: the file ends there");
   close(fd);
   REFUSED(wn_write_at(fd, "s", "abc", 3, 0), WN_E_IO, "cannot write s at byte 0");
   OK(wn_sync_file(in_root("s")));
