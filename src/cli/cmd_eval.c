@@ -14,6 +14,8 @@ typedef struct eval_flags {
   bool no_document_mask;
 } eval_flags;
 
+static const char selections_hint[] = "selections are dense, indexer, best, recent, sink, random";
+
 /* "dense,best" -> bits; every name is checked before anything runs. */
 static wn_status parse_selections(const char *list, const wn_model_config *config, bool wanted[WN_N_SELECTIONS]) {
   memset(wanted, 0, WN_N_SELECTIONS * sizeof *wanted);
@@ -21,6 +23,7 @@ static wn_status parse_selections(const char *list, const wn_model_config *confi
     for (int s = 0; s < WN_N_SELECTIONS; s++) wanted[s] = s != WN_SELECT_INDEXER || config->has_indexer;
     return NULL;
   }
+  if (!*list) return WN_FAIL_HINT(WN_E_USAGE, selections_hint, "--selection names none");
   for (const char *at = list; *at;) {
     size_t length = strcspn(at, ",");
     int found = -1;
@@ -28,9 +31,7 @@ static wn_status parse_selections(const char *list, const wn_model_config *confi
       const char *name = wn_selection_name((wn_selection)s);
       if (strlen(name) == length && strncmp(name, at, length) == 0) found = s;
     }
-    if (found < 0)
-      return WN_FAIL_HINT(WN_E_USAGE, "selections are dense, indexer, best, recent, sink, random",
-                          "unknown selection '%.*s'", (int)length, at);
+    if (found < 0) return WN_FAIL_HINT(WN_E_USAGE, selections_hint, "unknown selection '%.*s'", (int)length, at);
     wanted[found] = true;
     at += length + (at[length] == ',');
   }

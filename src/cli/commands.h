@@ -14,4 +14,7 @@ WN_MUST_USE wn_status wn_cmd_options(int argc, char **argv, wn_log *log);
 WN_MUST_USE wn_status wn_cmd_data(int argc, char **argv, wn_log *log);
 WN_MUST_USE wn_status wn_cmd_verify(int argc, char **argv, wn_log *log); /* a checkpoint against its manifest */
 
+/* What a check finds in the files that it was asked to check is WN_E_CHECK, not WN_E_INPUT. Takes its argument. */
+WN_MUST_USE wn_status wn_check_answer(wn_status status);
+
 #endif
