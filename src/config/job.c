@@ -112,6 +112,12 @@ static wn_status check_together(const wn_job *job, const wn_job_source *source) 
     return WN_FAIL(WN_E_CONFIG, "%s: training.micro_batch_seqs %d does not divide training.global_batch_seqs %d (%s)",
                    place_of(source, "training.micro_batch_seqs"), (int)job->training.micro_batch_seqs,
                    (int)job->training.global_batch_seqs, place_of(source, "training.global_batch_seqs"));
+  int64_t rows = (int64_t)job->training.micro_batch_seqs * job->data.seq_len; /* row numbers are 32 bits wide */
+  if (rows > INT32_MAX)
+    return WN_FAIL(WN_E_CONFIG,
+                   "%s: training.micro_batch_seqs %d of data.seq_len %d are %lld tokens at a time; at most %d",
+                   place_of(source, "training.micro_batch_seqs"), (int)job->training.micro_batch_seqs,
+                   (int)job->data.seq_len, (long long)rows, INT32_MAX);
   if (job->lr_schedule.type == WN_SCHEDULE_CONSTANT && job->lr_schedule.decay_steps > 0)
     return WN_FAIL(WN_E_CONFIG, "%s: lr_schedule.decay_steps is given, but lr_schedule.type constant never decays",
                    place_of(source, "lr_schedule.decay_steps"));

@@ -201,6 +201,10 @@ static void options_that_contradict(void **state) {
   (void)state;
   refuse(WN_STAGE_WARMUP, BASE, "training.micro_batch_seqs=3",
          "command line: training.micro_batch_seqs 3 does not divide training.global_batch_seqs 16 (default)");
+  refuse(WN_STAGE_WARMUP,
+         "init: base\nrun_dir: run\ndata: {train: d, seq_len: 16777216}\noptimizer: {lr: 1.0e-3}\n"
+         "training: {steps: 10, global_batch_seqs: 256, micro_batch_seqs: 128}\n",
+         NULL, ":5: training.micro_batch_seqs 128 of data.seq_len 16777216 are 2147483648 tokens at a time");
   refuse(WN_STAGE_WARMUP, BASE, "lr_schedule.decay_steps=3", "lr_schedule.decay_steps is given, but");
   refuse(WN_STAGE_WARMUP, BASE, "lr_schedule.min_lr=0.1", "lr_schedule.min_lr is given, but");
   refuse(WN_STAGE_WARMUP, BASE, "metrics.eval_every=5", "there is no data.valid");
