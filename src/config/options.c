@@ -50,7 +50,7 @@ static const wn_option options[] = {
     {"training.max_skipped_in_a_row", WN_INT32, AT(training.max_skipped_in_a_row), 0, 1 << 20, .fallback = "10",
      .unit = "steps",
      .help = "updates skipped one after another, for gradients that are not finite, before the run gives up"},
-    {"training.attention_init_gain", WN_REAL, AT(training.attention_init_gain), 0.01, 100, .fallback = "1",
+    {"training.attention_init_gain", WN_REAL, AT(training.attention_init_gain), 0.01, 100, .fallback = "1.0",
      .help = "factor on the random initial weights of q_a, q_b, kv_a, kv_b and o_proj; small models learn to copy "
              "sooner with 3"},
 
