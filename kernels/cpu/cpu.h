@@ -4,8 +4,9 @@
 
 #include "kernels/kernels.h"
 
-/* Arena capacities are address space, not memory; 0 takes a default of 64 GiB each. `threads` 0: all cores this
- * process may run on. Sets OpenMP's thread count, and OpenBLAS to one thread (parallelism is ours, in fixed chunks). */
+/* Arena capacities are address space, not memory; 0: as much as the machine has memory, so that what cannot fit is
+ * refused with a sentence before the system ends the process. `threads` 0: all cores this process may run on. Sets
+ * OpenMP's thread count, and OpenBLAS to one thread (parallelism is ours, in fixed chunks). */
 typedef struct wn_cpu_settings {
   int32_t threads;
   size_t weights_bytes, stash_bytes, scratch_bytes;

@@ -4,13 +4,15 @@
 
 #include <omp.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "kernels/cpu/operations.h"
 
-static const size_t default_arena_bytes = (size_t)64 << 30;
-
 static size_t capacity(size_t wanted) {
-  return wanted ? wanted : default_arena_bytes;
+  static const size_t unknown_machine_bytes = (size_t)64 << 30;
+  long pages = sysconf(_SC_PHYS_PAGES), page_bytes = sysconf(_SC_PAGE_SIZE);
+  if (wanted) return wanted;
+  return pages > 0 && page_bytes > 0 ? (size_t)pages * (size_t)page_bytes : unknown_machine_bytes;
 }
 
 static void free_device(wn_device *device) {
