@@ -14,7 +14,7 @@
  * - Results do not depend on the number of threads, and repeat bit for bit: work is cut by fixed chunks, sums run in
  *   a fixed order.
  * - Softmax, log-sum-exp, KL, router, norms, indexer weights and all reductions are in STAT precision or better.
- * - Gradients are sums over rows; no operation divides by a count (contract: gradients are sums). */
+ * - Gradients are sums over rows; no operation divides by a count. */
 #ifndef WN_KERNELS_H
 #define WN_KERNELS_H
 
@@ -64,7 +64,7 @@ typedef struct wn_head_params {
 
 /* s = sigmoid(x Wg^T); b = s + bias (selection only); group score = sum of the two largest b of a group (the one, when
  * groups hold one expert); keep topk_group groups; the K largest b of the kept groups, lowest expert on ties;
- * w = s[chosen] (/ (sum + 1e-20) when norm_topk) * scale. Source: model-spec 1.5, HF DeepseekV3TopkRouter. */
+ * w = s[chosen] (/ (sum + 1e-20) when norm_topk) * scale. Source: DeepSeek-V3 report 2.1.2, HF DeepseekV3TopkRouter. */
 typedef struct wn_router_params {
   int32_t n_group, topk_group;
   bool norm_topk;
@@ -270,8 +270,8 @@ struct wn_ops {
                               const wn_tensor *w, const wn_rows *, const wn_indexer_params *);
   /* p[t,s] = mean over heads of exp(attention_scale qa.ka - lse) over visible keys. kl[n] [STAT] = sum_s p (log p -
    * log softmax(I)), 0 for rows that see fewer than two keys. Gradients of coeff * sum of kl: g = coeff (softmax(I) -
-   * p); dq[n,HI,dI] =, dk[m,dI] [WGRAD] +=, dw[n,HI] [STAT] = (null together: value only). Source: eq. (3),
-   * model-spec 4.2. qa[n,H,dq], ka[m,H,dq] (or [m,1,dq], shared), lse[n,H]. */
+   * p); dq[n,HI,dI] =, dk[m,dI] [WGRAD] +=, dw[n,HI] [STAT] = (null together: value only). Source:
+   * DeepSeek-V3.2 report (arXiv 2512.02556), eq. (3). qa[n,H,dq], ka[m,H,dq] (or [m,1,dq], shared), lse[n,H]. */
   wn_status (*indexer_kl_dense)(wn_device *, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,
                                 const wn_tensor *q, const wn_tensor *k, const wn_tensor *w, const wn_tensor *qa,
                                 const wn_tensor *ka, const wn_tensor *lse, const wn_rows *, const wn_indexer_params *);

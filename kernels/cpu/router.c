@@ -1,5 +1,5 @@
-/* The sigmoid router with grouped choice, and its sequence-wise balance loss. Source: model-spec 1.5 and 4.3
- * (DeepSeek-V3 report, eqs. 12 to 20). */
+/* The sigmoid router with grouped choice, and its sequence-wise balance loss. Source: DeepSeek-V3 report
+ * (arXiv 2412.19437), eqs. 12 to 20. */
 #include <math.h>
 #include <string.h>
 

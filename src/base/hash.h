@@ -1,5 +1,5 @@
 /* File and memory digests. Content is hashed in fixed chunks and the chunk digests are folded in order, so
- * that several ranks can hash one file and agree with one rank hashing it alone (contract: checkpoints). */
+ * that several ranks can hash one file and agree with one rank hashing it alone. */
 #ifndef WN_BASE_HASH_H
 #define WN_BASE_HASH_H
 

@@ -1,6 +1,6 @@
 /* The ranks of a run, and collectives among groups of them. One rank needs no MPI at all; under mpirun or srun MPI is
  * initialised. On the CPU the collectives are MPI's; sums are made in rank order on the receiving side, so results do
- * not depend on the library's algorithm (contract: determinism). */
+ * not depend on the library's algorithm. */
 #ifndef WN_DIST_WORLD_H
 #define WN_DIST_WORLD_H
 

@@ -1,4 +1,4 @@
-/* The lightning indexer: projections, and the KL that alone trains it (model-spec 1.4, 4.1, 4.2). Its inputs, the
+/* The lightning indexer: projections, and the KL that alone trains it (DeepSeek-V3.2 report, 2.1). Its inputs, the
  * normed x and the normed query latent, are detached: gradients stop at its own five tensors. No Hadamard rotation and
  * no FP8: both belong to inference, and the rotation changes nothing in exact arithmetic. */
 #include "model/parts.h"

@@ -1,4 +1,5 @@
-/* Latent projections of multi-head latent attention: x -> qr -> q and x -> [c | k_pe] (model-spec 1.3). */
+/* Latent projections of multi-head latent attention: x -> qr -> q and x -> [c | k_pe] (DeepSeek-V3 report, eqs. 1 to
+ * 11). */
 #include "model/parts.h"
 
 static wn_tensor rope_part(wn_tensor q, int64_t nope, int64_t rope) {

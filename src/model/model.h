@@ -1,7 +1,7 @@
 /* The model without autograd: forward and hand-written backward of every layer, written once against the operation
  * table. Weights and gradients come as tensors by parameter (from the store, or from a test). Rows, not batches: a
  * pass runs over the rows of one or more whole sequences laid end to end; wn_rows says what each sees. All gradients
- * are sums (contract: gradients are sums). */
+ * are sums. */
 #ifndef WN_MODEL_MODEL_H
 #define WN_MODEL_MODEL_H
 
@@ -38,11 +38,13 @@ typedef struct wn_model {
 WN_MUST_USE wn_status wn_model_create(wn_model **out, wn_device *device, const wn_model_config *config,
                                       wn_param_settings settings);
 void wn_model_free(wn_model *model);
-/* A pure function of the sizes (contract: attention form): ABSORBED when it takes fewer multiplications. Making k_nope
- * and v from the latents (kv_b, a row) costs as much as absorbing q and un-absorbing o, so what differs, a row and
- * head, is absorbed: picked keys * (2 latent + rope)             picked = min(topk, n_keys) masked:   visible keys *
- * (nope + rope + v)            visible = (n_keys + 1) / 2, a causal row's mean: it reads every tile With V3.2's sizes
- * and 2048 picks, absorbed from 13926 keys on. n_keys: the length of a sequence. */
+/* A pure function of the sizes: ABSORBED when it takes fewer multiplications. Making k_nope and v from the latents
+ * (kv_b, a row) costs as much as absorbing q and un-absorbing o, so what differs, a row and head, is
+ *
+ * - absorbed: picked * (2 latent + rope), with picked = min(topk, n_keys);
+ * - masked: visible * (nope + rope + v), with visible = (n_keys + 1) / 2, a causal row's mean: it reads every tile.
+ *
+ * With V3.2's sizes and 2048 picks, absorbed from 13926 keys on. n_keys: the length of a sequence. */
 wn_attention_form wn_model_attention_form(const wn_model_config *config, int32_t n_keys, int32_t topk);
 
 /* What a pass does; the same for all layers and all micro-batches of a step. */
@@ -58,7 +60,7 @@ typedef struct wn_pass {
   uint64_t seed;             /* WN_SELECT_RANDOM */
 } wn_pass;
 
-/* One layer's choices (contract: replay). Tensors from the caller; data NULL where not kept. */
+/* One layer's choices. Tensors from the caller; data NULL where not kept. */
 typedef struct wn_replay {
   wn_tensor expert;                   /* [n,K] INDEX */
   wn_tensor selection;                /* [n,k] INDEX */

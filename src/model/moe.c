@@ -1,5 +1,5 @@
-/* The gated MLP, and the mixture of experts with its shared experts (model-spec 1.5). Backwards recompute from the
- * normed input x. */
+/* The gated MLP, and the mixture of experts with its shared experts (DeepSeek-V3 report, 2.1.2). Backwards recompute
+ * from the normed input x. */
 #include "model/parts.h"
 
 /* ---- gated MLP: y += (silu(x Wg^T) * x Wu^T) Wd^T ---- */

@@ -7,7 +7,7 @@
 
 #include "model/model.h"
 
-/* q_a_layernorm, kv_a_layernorm and the indexer's k_norm ignore rms_norm_eps (model-spec 1.1). */
+/* q_a_layernorm, kv_a_layernorm and the indexer's k_norm ignore rms_norm_eps, as transformers' do. */
 #define WN_LATENT_EPS 1e-6
 
 /* What every part of one layer's pass needs. n rows, which are the n keys too. */

@@ -1,4 +1,4 @@
-/* Checkpoints: Hugging Face directories that are whole or absent (contract: checkpoint without gathering).
+/* Checkpoints: Hugging Face directories that are whole or absent.
  *
  * RUN_DIR/checkpoints/step-000100/ holds config.json, model-*.safetensors with model.safetensors.index.json,
  * optimizer-*.safetensors (names "<parameter>.m", ".v", and ".master" where the model's file dtype is not F32),

@@ -27,8 +27,8 @@ typedef struct wn_forward_settings {
   bool base_grads, indexer_grads; /* at most one */
 } wn_forward_settings;
 
-/* Runs one sequence and writes every tensor that design calls for (docs/formats.md, "Forward dumps") to `path`: logits,
- * hidden.N, attn.N, index_scores.N, topk.N, kl.N and grad.<parameter>. */
+/* Runs one sequence and writes what docs/formats.md ("Forward dump") lists to `path`: logits, hidden.N, attn.N,
+ * index_scores.N, topk.N, kl.N and grad.<parameter>. */
 WN_MUST_USE wn_status wn_forward_dump(wn_inference *inference, const wn_forward_settings *settings, const char *path);
 
 #endif

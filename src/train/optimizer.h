@@ -25,8 +25,8 @@ WN_MUST_USE wn_status wn_optimizer_update(wn_device *device, wn_store *store, co
                                           const wn_update *update);
 WN_MUST_USE wn_status wn_optimizer_zero_grads(wn_device *device, wn_store *store);
 
-/* b_e += speed for experts below their layer's mean load, -= speed above (model-spec 4.3). load[layers * n_experts]
- * over the whole global batch, rows of dense layers ignored. */
+/* b_e += speed for experts below their layer's mean load, -= speed above (DeepSeek-V3 report, 2.1.2). load[layers *
+ * n_experts] over the whole global batch, rows of dense layers ignored. */
 WN_MUST_USE wn_status wn_optimizer_router_bias(wn_device *device, wn_store *store, double speed, const int64_t *load,
                                                int32_t n_experts);
 

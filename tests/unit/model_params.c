@@ -1,4 +1,4 @@
-/* Names, shapes, order and counts of the parameter table, against the released models' inventories (model-spec 2.2). */
+/* Names, shapes, order and counts of the parameter table, against the released models' inventories. */
 #include <math.h>
 #include <string.h>
 
