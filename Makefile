@@ -81,6 +81,8 @@ TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(TESTS_SRC))
 TEST_SUPPORT = $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/support/*.c))
 unit_module = $(firstword $(subst _, ,$(notdir $(1))))
 
+# kept, though only pattern rules name them
+.SECONDARY: $(TEST_SUPPORT)
 .SECONDEXPANSION:
 $(BUILD)/tests/unit/%: tests/unit/%.c $(TEST_SUPPORT) $$(call below,$$(call unit_module,$$*))
 	@mkdir -p $(@D)

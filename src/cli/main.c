@@ -19,7 +19,8 @@ static const char usage[] =
     "  verify   CHECKPOINT_DIR             every byte against the checkpoint's manifest\n"
     "  options  [--markdown]               every key of a job file\n"
     "\n"
-    "Every command answers --help. Jobs run alone or under mpirun or srun. Flags before the command: --quiet.\n";
+    "Every command answers --help. Jobs run alone or under mpirun or srun.\n"
+    "--quiet, anywhere before --, leaves only warnings and errors.\n";
 
 static wn_status dispatch(int argc, char **argv, wn_world *world, wn_log *log) {
   const char *name = argv[0];
@@ -34,28 +35,36 @@ static wn_status dispatch(int argc, char **argv, wn_world *world, wn_log *log) {
   return WN_FAIL_HINT(WN_E_USAGE, "run `winnow --help` for the commands", "unknown command '%s'", name);
 }
 
+/* Takes --quiet out of the words, wherever it stands before "--". Returns how many are left. */
+static int take_quiet(int argc, char **argv, bool *quiet) {
+  int kept = 1, i = 1;
+  for (; i < argc && strcmp(argv[i], "--") != 0; i++)
+    if (strcmp(argv[i], "--quiet") == 0)
+      *quiet = true;
+    else
+      argv[kept++] = argv[i];
+  for (; i < argc; i++) argv[kept++] = argv[i];
+  argv[kept] = NULL;
+  return kept;
+}
+
 int main(int argc, char **argv) {
   enum { COLLECTIVE_TIMEOUT_S = 600 };
   wn_log_settings settings = {0};
   wn_log *log = NULL;
   wn_world *world = NULL;
-  int first = 1;
   wn_blas_choose_kernels(argv);
-  while (first < argc && strcmp(argv[first], "--quiet") == 0) {
-    settings.quiet = true;
-    first++;
-  }
-  if (first >= argc || strcmp(argv[first], "--help") == 0 || strcmp(argv[first], "-h") == 0 ||
-      strcmp(argv[first], "help") == 0) {
-    fputs(usage, first < argc ? stdout : stderr);
-    return first < argc ? WN_OK : WN_E_USAGE;
+  argc = take_quiet(argc, argv, &settings.quiet);
+  if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+    fputs(usage, argc < 2 ? stderr : stdout);
+    return argc < 2 ? WN_E_USAGE : WN_OK;
   }
   wn_status status = wn_world_create(&world, COLLECTIVE_TIMEOUT_S);
   if (!status) {
     settings.rank = wn_world_rank(world);
     status = wn_log_create(&log, settings);
   }
-  if (!status) status = dispatch(argc - first, argv + first, world, log);
+  if (!status) status = dispatch(argc - 1, argv + 1, world, log);
   wn_code code = wn_status_code(status);
   if (log)
     wn_report_error(log, status);
