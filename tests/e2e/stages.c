@@ -441,8 +441,8 @@ static void eval_on_two_ranks_says_the_same(void **state) {
 /* ---- jobs that come with the program ---- */
 
 /* One job file, without weights: where it starts from a checkpoint that is yet to be made, a config.json alone stands
- * in for it. */
-/* The data are named anew: whether a job's own are there, and packed for another model, is not the question. */
+ * in for it. The data are named anew: whether a job's own are there, and packed for another model, is not the question.
+ */
 static void check_job(const char *folder, const char *path, const char *name) {
   static const char data[] = "data.train=absent/train data.valid=absent/valid";
   const char *dense = strcmp(folder, "deepseek-v3.1") == 0 ? "configs/models/deepseek-v3.1" : "configs/models/tiny";
