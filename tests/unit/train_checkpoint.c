@@ -91,6 +91,24 @@ static void round_trip_frozen_random(void **state) {
   test_rig_free(&rig);
 }
 
+/* A warm-up that was saved before its first update has an indexer that adapt must not accept. */
+static void the_warm_up_is_part_of_the_state(void **state) {
+  test_rig rig;
+  char path[WN_PATH_BYTES];
+  OK(test_rig_create(&rig, world, &test_config, all_f32, WN_STAGE_WARMUP, run_dir(state), ""));
+  for (int64_t step = 1; step <= 2; step++) {
+    wn_state at = test_state, read;
+    at.step = step;
+    at.indexer_trained = step == 2;
+    OK(test_values(&rig, TEST_FILL, 1, false, false));
+    OK(wn_checkpoint_save(&rig.plan, &at));
+    step_path(path, state, step);
+    OK(wn_checkpoint_load(&rig.plan, path, &read));
+    OK(test_same_state(&read, &at));
+  }
+  test_rig_free(&rig);
+}
+
 /* ---- the files ---- */
 
 static void dtypes_and_names(void **state) {
@@ -407,6 +425,21 @@ static void replaces_the_same_step(void **state) {
   test_rig_free(&rig);
 }
 
+/* The new one cannot be moved in: the old one stands again. */
+static void a_replacement_that_fails_keeps_the_old(void **state) {
+  test_rig rig;
+  char path[WN_PATH_BYTES], checkpoints[WN_PATH_BYTES];
+  OK(test_rig_create(&rig, world, &test_config, all_f32, WN_STAGE_PRETRAIN, run_dir(state), ""));
+  save_step(&rig, 10, 1);
+  OK(wn_path(checkpoints, "%s/checkpoints", run_dir(state)));
+  OK(wn_path(path, "%s/.tmp-absent", checkpoints));
+  REFUSED(wn_steps_install(checkpoints, path, 10), WN_E_IO, "cannot rename");
+  step_path(path, state, 10);
+  OK(wn_checkpoint_verify(path));
+  expect_steps(state, (int64_t[]){10}, 1);
+  test_rig_free(&rig);
+}
+
 static void leftovers(void **state) {
   test_rig rig;
   char path[WN_PATH_BYTES], name[WN_PATH_BYTES + 64];
@@ -517,6 +550,7 @@ int main(void) {
       TEMP_TEST(round_trip_f32),
       TEMP_TEST(round_trip_bf16),
       TEMP_TEST(round_trip_frozen_random),
+      TEMP_TEST(the_warm_up_is_part_of_the_state),
       TEMP_TEST(dtypes_and_names),
       TEMP_TEST(links_a_single_file),
       TEMP_TEST(links_shards_and_mtp),
@@ -530,6 +564,7 @@ int main(void) {
       TEMP_TEST(retention),
       TEMP_TEST(retention_behind_a_later_step),
       TEMP_TEST(replaces_the_same_step),
+      TEMP_TEST(a_replacement_that_fails_keeps_the_old),
       TEMP_TEST(leftovers),
       TEMP_TEST(carries_the_indexer),
       TEMP_TEST(refuses_another_stage),
