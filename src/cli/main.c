@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cli/blas.h"
+#include "cli/environment.h"
 #include "cli/commands.h"
 
 static const char usage[] =
@@ -53,7 +53,7 @@ int main(int argc, char **argv) {
   wn_log_settings settings = {0};
   wn_log *log = NULL;
   wn_world *world = NULL;
-  wn_blas_choose_kernels(argv);
+  wn_environment_prepare(argv);
   argc = take_quiet(argc, argv, &settings.quiet);
   if (argc < 2 || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
     fputs(usage, argc < 2 ? stderr : stdout);
