@@ -102,7 +102,7 @@ $(BUILD)/obj/tests/%.o: tests/%.c
 # ---- what people call
 DEB_PACKAGES = gcc make pkg-config libopenmpi-dev openmpi-bin libyaml-dev libjansson-dev libopenblas-dev libpcre2-dev libxxhash-dev libcmocka-dev gnuplot-nox
 
-.PHONY: deps test test-build demo demo-base demo-data mutate install help
+.PHONY: deps bench test test-build demo demo-base demo-data mutate install help
 deps:
 	@sh configs/deps.sh $(DEB_PACKAGES)
 
@@ -112,6 +112,11 @@ test-build: deps
 # every test program, and the count
 test: test-build
 	@BUILD=$(BUILD) sh tests/run.sh $(TESTS)
+
+# tokens per second of each stage
+bench: deps
+	@$(MAKE) --no-print-directory $(BUILD)/winnow
+	@WINNOW=$(BUILD)/winnow sh tests/bench.sh
 
 mutate: deps
 	@sh tests/faults/run.sh $(FAULTS)
@@ -139,6 +144,7 @@ help:
 	@echo "make demo-base  train the demo's base model again (long)"
 	@echo "make test       unit, gradient, parity, trap and end-to-end tests; a count at the end"
 	@echo "make mutate     apply each fault in tests/faults to a copy and show that a test catches it"
+	@echo "make bench      tokens per second of each stage, as a CSV"
 	@echo "make deps       install what is missing from Debian (root or sudo)"
 	@echo "make install    install the program under PREFIX ($(PREFIX))"
 	@echo "make clean      remove $(BUILD)"

@@ -1,5 +1,6 @@
 #include "train/trainer.h"
 
+#include <errno.h>
 #include <math.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -234,6 +235,23 @@ static wn_status save(trainer *t) {
   return wn_world_agree(run->world, wn_metrics_event(t->metrics, run->state.step, 0, "checkpoint", detail));
 }
 
+/* RUN_DIR/memory.txt: rank 0's tables, as they stand after the first step: pieces of parameters, then what each arena holds under which name. */
+static wn_status write_memory(const trainer *t) {
+  const wn_run *run = t->run;
+  char path[WN_PATH_BYTES];
+  if (wn_world_rank(run->world) != 0) return NULL;
+  WN_TRY(wn_path(path, "%s/memory.txt", run->job.run_dir));
+  FILE *out = fopen(path, "w");
+  if (!out) return WN_FAIL(WN_E_IO, "cannot write %s: %s", path, strerror(errno));
+  wn_store_print(run->store, out);
+  fputc('\n', out);
+  wn_arena_print(run->device->weights, out);
+  wn_arena_print(run->device->stash, out);
+  wn_arena_print(run->device->scratch, out);
+  if (fclose(out) != 0) return WN_FAIL(WN_E_IO, "cannot write %s: %s", path, strerror(errno));
+  return NULL;
+}
+
 static wn_status one_step(trainer *t, bool *stop) {
   wn_run *run = t->run;
   int64_t step = run->state.step;
@@ -246,7 +264,9 @@ static wn_status one_step(trainer *t, bool *stop) {
   WN_TRY(wn_step_run(run, step, with_stats, &t->sums));
   losses(t, &row);
   WN_TRY(update(t, step, &row));
-  WN_TRY(wn_world_agree(run->world, write_rows(t, &row, with_stats, wn_time_s() - start)));
+  wn_status written = write_rows(t, &row, with_stats, wn_time_s() - start);
+  if (step == t->started_step) WN_KEEP_FIRST(written, write_memory(t));
+  WN_TRY(wn_world_agree(run->world, written));
   if (run->state.skipped_in_a_row > job->training.max_skipped_in_a_row)
     return WN_FAIL_HINT(
         WN_E_TRAINING, "start another run_dir with the last good checkpoint as init and a lower learning rate",
@@ -278,6 +298,11 @@ static wn_status begin(trainer *t) {
   if (!local) local = wn_step_sums_create(&t->sums, &run->model->config);
   WN_TRY(wn_world_agree(run->world, local));
   WN_TRY(measure_peak(t));
+  if (run->recipe.selection != WN_SELECT_DENSE) {
+    int32_t keys = run->job.data.seq_len;
+    bool masked = wn_model_attention_form(&run->model->config, keys, run->model->config.index_topk) == WN_FORM_MASKED;
+    wn_info(run->log, "sparse attention in the %s form", masked ? "masked per-head" : "absorbed latent");
+  }
   t->last_saved = run->resumed ? run->state.step : -1;
   t->started_s = wn_time_s();
   t->started_step = run->state.step;

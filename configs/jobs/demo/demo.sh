@@ -44,3 +44,4 @@ evaluate control "$control" dense 0
 "$winnow" --quiet report "$out/adapt"
 say "results"
 sh "$here/summary.sh" "$out"
+say "done: $out/summary.csv, plots in $out/warmup/report and $out/adapt/report"
