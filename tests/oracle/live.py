@@ -39,7 +39,7 @@ def theirs(model_dir, tokens, documents, sparse, grads, has_kl):
     got |= {f"topk.{i}": hf.ascending(t, k) for i, t in enumerate(out.picked)}
     if has_kl or grads:
         w = {}
-        for file in sorted(pathlib.Path(model_dir).glob("*.safetensors")):
+        for file in sorted(pathlib.Path(model_dir).glob("model*.safetensors")):
             w |= load_torch(file)
         w = ref.with_dtype(w, torch.float64, requires_grad=True)
         own = ref.forward(config, w, tokens, documents, sparse)
