@@ -34,7 +34,7 @@ mkdir -p "$out/eval"
 evaluate() { # name, model, selections, sampled rows a window
   say "evaluate $1: $3"
   "$winnow" --quiet eval "$2" --data "$out/valid" --seq-len 512 --topk 32 --sample-rows "$4" --selection "$3" \
-    --csv "$out/eval/$1.csv" --sequences "$out/eval/$1.sequences.csv" >/dev/null
+    --seqs 256 --csv "$out/eval/$1.csv" --sequences "$out/eval/$1.sequences.csv" >/dev/null
 }
 evaluate base "$warm" dense,best,indexer,recent,sink,random 64
 evaluate adapted "$adapted" indexer 64
