@@ -1,7 +1,11 @@
 #include "train/run.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <unistd.h>
 
 #include "kernels/cpu/cpu.h"
 #include "train/checkpoint_dirs.h"
@@ -164,12 +168,25 @@ static wn_status check_resume(wn_run *run, const char *checkpoints) {
   return n > 0 && wn_path_exists(path) ? wn_job_check_resume(&run->job, path) : NULL;
 }
 
+/* One process at a time writes to a run directory. The kernel lets go of the lock when the process ends, however it ends. */
+static wn_status lock_run_dir(wn_run *run) {
+  char path[WN_PATH_BYTES];
+  WN_TRY(wn_path(path, "%s/lock", run->job.run_dir));
+  run->lock_fd = open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0666);
+  if (run->lock_fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
+  if (flock(run->lock_fd, LOCK_EX | LOCK_NB) == 0) return NULL;
+  if (errno != EWOULDBLOCK) return WN_FAIL(WN_E_IO, "cannot lock %s: %s", path, strerror(errno));
+  return WN_FAIL_HINT(WN_E_CONFIG, "wait for it, or give another run_dir", "%s is in use: another process is running a job in it",
+                      run->job.run_dir);
+}
+
 static wn_status prepare_run_dir(wn_run *run) {
   char path[WN_PATH_BYTES];
   WN_TRY(wn_path(path, "%s/metrics", run->job.run_dir));
   WN_TRY(wn_make_dirs(path));
   WN_TRY(wn_path(path, "%s/checkpoints", run->job.run_dir));
   WN_TRY(wn_make_dirs(path));
+  WN_TRY(lock_run_dir(run));
   return check_resume(run, path);
 }
 
@@ -210,7 +227,7 @@ wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_jo
   wn_model_config config;
   wn_run *run = calloc(1, sizeof *run);
   if (!run) return WN_FAIL(WN_E_MEMORY, "out of memory for the run");
-  *run = (wn_run){.log = log, .world = world, .recipe = recipe, .job = *job, .source = source};
+  *run = (wn_run){.log = log, .world = world, .recipe = recipe, .job = *job, .source = source, .lock_fd = -1};
   WN_TRY_GOTO(status, fail, check_world(job, world));
   WN_TRY_GOTO(status, fail, resolve_model(&config, &recipe, job));
   WN_TRY_GOTO(status, fail, check_stage(&recipe, job, &indexer_trained));
@@ -247,6 +264,7 @@ void wn_run_free(wn_run *run) {
   if (run->device) wn_cpu_free_f32(run->device);
   free(run->by_param);
   free(run->grads_by_param);
+  if (run->lock_fd >= 0) close(run->lock_fd);
   free(run);
 }
 

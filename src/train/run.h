@@ -20,6 +20,7 @@ typedef struct wn_run {
   wn_tensor *by_param, *grads_by_param; /* [table.n]: filled by the store, layer by layer */
   wn_state state;
   bool resumed;
+  int lock_fd; /* RUN_DIR/lock, held by rank 0 while the run lasts; -1 elsewhere */
 } wn_run;
 
 /* Everything that can be found wrong without training is found here, each in one sentence. Collective. */

@@ -246,6 +246,21 @@ static void a_signal_to_one_rank_stops_all(void **state) {
   expect_stops(state, 2, SIGTERM, 1, "term2", "term2-straight");
 }
 
+/* A second process in the same run directory is turned away, and the first does not notice. */
+static void one_process_at_a_time(void **state) {
+  job j = {state, 1, "warmup", "base", "metrics.layers_every=0 metrics.eval_every=0"};
+  char line[4096], table[WN_PATH_BYTES];
+  wn_program p;
+  start_line(&j, "locked", line, sizeof line);
+  OK(wn_path(table, "%s/locked/metrics/train.csv", (const char *)*state));
+  wn_running running = wn_winnow_start(1, "%s training.steps=1000000 checkpoint.interval=1", line);
+  wn_wait_for_lines(&running, table, 4);
+  wn_winnow_refuses(WN_E_CONFIG, "is in use", "%s training.steps=1000000 checkpoint.interval=1", line);
+  kill(running.pid, SIGTERM);
+  wn_winnow_wait(running, &p);
+  if (p.code != WN_E_INTERRUPTED) fail_msg("the first ended with %d: %s", p.code, p.err);
+}
+
 /* ---- a disk that is full ---- */
 
 /* A limit on the length of files stands in for it: the save fails with one sentence, what was saved before stays, and
@@ -413,6 +428,7 @@ int main(void) {
       cmocka_unit_test(another_number_of_ranks_goes_on),
       cmocka_unit_test(sigterm_finishes_the_step),
       cmocka_unit_test(sigint_too),
+      cmocka_unit_test(one_process_at_a_time),
       cmocka_unit_test(a_signal_to_one_rank_stops_all),
       cmocka_unit_test(a_save_that_fails_loses_nothing),
       cmocka_unit_test(a_damaged_checkpoint_is_passed_over),
