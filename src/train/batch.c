@@ -20,7 +20,7 @@ static wn_status upload_ints(wn_device *device, wn_tensor *out, const char *name
   return device->ops->upload(device, out, host);
 }
 
-static wn_status upload(wn_batch *batch, wn_device *device, const host_rows *host) {
+static wn_status upload(wn_batch *batch, wn_device *device, const host_rows *host, int32_t topk) {
   int64_t n = batch->n_rows;
   wn_tensor first, last, position;
   WN_TRY(upload_ints(device, &batch->tokens, "tokens", host->tokens, n));
@@ -37,6 +37,8 @@ static wn_status upload(wn_batch *batch, wn_device *device, const host_rows *hos
     batch->predicted += host->target[i] >= 0;
     batch->kl_rows += host->last_key[i] > host->first_key[i];
     batch->pairs += host->last_key[i] - host->first_key[i] + 1;
+    int32_t visible = host->last_key[i] - host->first_key[i] + 1;
+    batch->selected += visible < topk ? visible : topk;
   }
   WN_TRY(wn_device_tensor(device, &batch->weight, device->stash, "token weights", WN_STAT, 1, n, 0, 0, 0));
   if (device->dtype_of[WN_STAT] == WN_F32) return device->ops->upload(device, &batch->weight, w);
@@ -84,7 +86,7 @@ wn_status wn_batch_load(wn_batch *out, wn_device *device, const wn_dataset *data
     }
   }
   batch.scored = marks;
-  WN_TRY(upload(&batch, device, &host));
+  WN_TRY(upload(&batch, device, &host, settings.topk));
   wn_arena_release(device->scratch, mark);
   *out = batch;
   return NULL;
@@ -109,7 +111,7 @@ wn_status wn_batch_from_tokens(wn_batch *out, wn_device *device, const int32_t *
     host.position[i] = i;
   }
   batch.scored = scored.data;
-  WN_TRY(upload(&batch, device, &host));
+  WN_TRY(upload(&batch, device, &host, 0));
   wn_arena_release(device->scratch, mark);
   *out = batch;
   return NULL;

@@ -13,13 +13,15 @@ typedef struct wn_batch {
   wn_tensor weight;                /* [n] STAT: 1, or 0 where nothing is predicted */
   wn_rows rows;
   const uint8_t *scored; /* [n] host: 1 where the predicted token is scored apart */
-  int64_t predicted, scored_count, kl_rows,
-      pairs; /* kl_rows: rows that see two keys or more; pairs: visible (row, key) */
+  int64_t predicted, scored_count;
+  int64_t kl_rows;         /* rows that see two keys or more */
+  int64_t pairs, selected; /* (row, key) pairs: visible; and picked, at most topk a row */
 } wn_batch;
 
 typedef struct wn_batch_settings {
   int32_t seq_len;
   bool document_mask;
+  int32_t topk; /* for the count of selected pairs; 0: none are */
 } wn_batch_settings;
 
 /* Loads `windows[n_seqs]` as one micro-batch; memory from device->stash. */

@@ -78,23 +78,26 @@ static wn_status load_batches(work *w) {
   int32_t micro = job->training.micro_batch_seqs;
   int64_t windows = wn_dataset_windows(run->train, job->data.seq_len), chosen[256];
   WN_ASSERT(micro <= 256, "micro batch of %d", micro);
-  int64_t counts[4] = {0};
+  int64_t counts[5] = {0};
+  wn_batch_settings settings = {job->data.seq_len, job->data.document_mask, 0};
+  if (run->recipe.selection != WN_SELECT_DENSE) settings.topk = run->model->config.index_topk;
   for (int32_t m = 0; m < w->n_micro; m++) {
     for (int32_t s = 0; s < micro; s++)
       chosen[s] = wn_sampler_window(job->training.seed, windows, w->step, job->training.global_batch_seqs,
                                     w->first_sequence + (int64_t)m * micro + s);
-    wn_batch_settings settings = {job->data.seq_len, job->data.document_mask};
     WN_TRY(wn_batch_load(&w->batches[m], run->device, run->train, settings, chosen, micro));
     counts[0] += w->batches[m].predicted;
     counts[1] += w->batches[m].kl_rows;
     counts[2] += w->batches[m].pairs;
     counts[3] += w->batches[m].n_rows;
+    counts[4] += w->batches[m].selected;
   }
-  WN_TRY(wn_group_sum_i64(wn_world_all(run->world), counts, 4));
+  WN_TRY(wn_group_sum_i64(wn_world_all(run->world), counts, 5));
   w->sums->predicted = counts[0];
   w->sums->kl_rows = counts[1];
   w->sums->pairs = counts[2];
   w->sums->rows = counts[3];
+  w->sums->selected = counts[4];
   w->sums->sequences = job->training.global_batch_seqs;
   w->sums->data_s = wn_time_s() - start;
   return NULL;

@@ -6,7 +6,7 @@
 #include "train/run.h"
 
 typedef struct wn_step_sums {
-  int64_t sequences, rows, predicted, kl_rows, pairs; /* over the global batch */
+  int64_t sequences, rows, predicted, kl_rows, pairs, selected; /* over the global batch */
   double neg_logp;                                    /* -sum of log-probabilities, in sequence order */
   double balance;                                     /* sum over sequences and layers of sum_e f_e P_e */
   double *kl;                                         /* [L] sum over rows */

@@ -38,9 +38,9 @@ static double peak_memory_gib(void) {
   return (double)usage.ru_maxrss / (1 << 20);
 }
 
-/* FLOP/s of a 512^3 single-precision product on this rank's threads: what mfu_pct is a share of on a CPU. */
+/* FLOP/s of a 1024^3 single-precision product on this rank's threads: what mfu_pct is a share of on a CPU. */
 static wn_status measure_peak(trainer *t) {
-  enum { N = 512, REPEATS = 6 };
+  enum { N = 1024, REPEATS = 4 }; /* the first wakes threads and touches pages; the best counts */
   wn_device *device = t->run->device;
   size_t mark = wn_arena_mark(device->scratch);
   wn_tensor a, b, c;
@@ -65,14 +65,10 @@ static wn_status measure_peak(trainer *t) {
 static double step_flops(const trainer *t) {
   const wn_run *run = t->run;
   const wn_model_config *config = &run->model->config;
-  double rows = (double)t->sums.rows, visible = (double)t->sums.pairs;
-  double most = rows * config->index_topk; /* an upper bound: short rows select what they see */
   wn_flops_work work = {
-      .rows = rows,
-      .visible_pairs = visible,
-      .selected_pairs = run->recipe.selection == WN_SELECT_DENSE ? 0
-                        : most < visible                         ? most
-                                                                 : visible,
+      .rows = (double)t->sums.rows,
+      .visible_pairs = (double)t->sums.pairs,
+      .selected_pairs = (double)t->sums.selected,
       .backward_base = run->recipe.train_base,
       .indexer = run->recipe.train_indexer,
       .head = run->recipe.train_base,
@@ -81,11 +77,6 @@ static double step_flops(const trainer *t) {
 }
 
 /* ---- one step ---- */
-
-typedef struct outcome {
-  wn_train_row row;
-  bool stop;
-} outcome;
 
 static void losses(const trainer *t, wn_train_row *row) {
   const wn_run *run = t->run;

@@ -7,7 +7,7 @@
 #include "kernels/cpu/cpu.h"
 #include "support/temp.h"
 
-enum { T = 7, N_DOCUMENTS = 6, N_TOKENS = 38, N_SEQS = 2, N = T * N_SEQS };
+enum { T = 7, N_DOCUMENTS = 6, N_TOKENS = 38, N_SEQS = 2, N = T * N_SEQS, PICKS = 3 };
 
 /* Documents that end inside a window, at its end, and span several; one of a single token. */
 static const int32_t lengths[N_DOCUMENTS] = {3, 4, 1, 16, 2, 12};
@@ -45,7 +45,7 @@ static void expect(const char *what, int32_t row, int64_t got, int64_t want) {
 
 /* Row i of sequence s reads token `window * T + i`. */
 static void check(const corpus *c, const wn_batch *batch, const int64_t *windows, bool masked) {
-  int64_t predicted = 0, scored = 0, kl_rows = 0, pairs = 0;
+  int64_t predicted = 0, scored = 0, kl_rows = 0, pairs = 0, selected = 0;
   for (int32_t row = 0; row < N; row++) {
     int32_t base = row / T * T, i = row - base, first = (int32_t)windows[row / T] * T, at = first + i;
     int32_t begin = masked && c->begin[at] > first ? c->begin[at] - first : 0; /* row within the window */
@@ -61,6 +61,7 @@ static void check(const corpus *c, const wn_batch *batch, const int64_t *windows
     scored += !ends && c->mark[at + 1];
     kl_rows += i > begin;
     pairs += i - begin + 1;
+    selected += i - begin + 1 < PICKS ? i - begin + 1 : PICKS;
   }
   assert_int_equal(batch->rows.n_rows, N);
   assert_int_equal(batch->rows.n_keys, N);
@@ -68,6 +69,7 @@ static void check(const corpus *c, const wn_batch *batch, const int64_t *windows
   assert_int_equal(batch->scored_count, scored);
   assert_int_equal(batch->kl_rows, kl_rows);
   assert_int_equal(batch->pairs, pairs);
+  assert_int_equal(batch->selected, selected);
 }
 
 static void windows_become_rows(void **state) {
@@ -81,7 +83,7 @@ static void windows_become_rows(void **state) {
       int64_t windows[N_SEQS] = {w / 5, w % 5};
       wn_batch batch;
       size_t mark = wn_arena_mark(device->stash);
-      OK(wn_batch_load(&batch, device, c.dataset, (wn_batch_settings){T, masked}, windows, N_SEQS));
+      OK(wn_batch_load(&batch, device, c.dataset, (wn_batch_settings){T, masked, PICKS}, windows, N_SEQS));
       check(&c, &batch, windows, masked);
       wn_arena_release(device->stash, mark);
     }
