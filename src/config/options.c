@@ -111,7 +111,8 @@ static const wn_option options[] = {
      .help = "number format of the trained weights in model files; resuming is exact with either"},
 
     {"metrics.log_every", WN_INT64, AT(metrics.log_every), 0, MOST_STEPS, .fallback = "1", .may_change = true,
-     .unit = "steps", .help = "between rows of train.csv and speed.csv (the last step has one always); 0: only the last"},
+     .unit = "steps",
+     .help = "between rows of train.csv and speed.csv (the last step has one always); 0: only the last"},
     {"metrics.layers_every", WN_INT64, AT(metrics.layers_every), 0, MOST_STEPS, .fallback = "10", .may_change = true,
      .unit = "steps", .help = "between measurements of layers.csv; 0: never"},
     {"metrics.sample_rows", WN_INT32, AT(metrics.sample_rows), 1, 1 << 20, .fallback = "256", .may_change = true,

@@ -76,7 +76,8 @@ static wn_status one_window(evaluation *ev, int64_t window, bool counts, wn_eval
   int32_t last = s->model->config.num_hidden_layers, T = s->seq_len;
   double before[WN_N_STATS];
   memcpy(before, ev->sums, sizeof before);
-  WN_TRY(wn_batch_load(&batch, device, s->dataset, (wn_batch_settings){.seq_len = T, .document_mask = s->document_mask}, &window, 1));
+  WN_TRY(wn_batch_load(&batch, device, s->dataset, (wn_batch_settings){.seq_len = T, .document_mask = s->document_mask},
+                       &window, 1));
   for (int i = 0; i < 2; i++)
     WN_TRY(wn_device_tensor(device, &h[i], device->stash, "hidden states", WN_ACT, 2, T, s->model->config.hidden_size,
                             0, 0));

@@ -168,7 +168,8 @@ static wn_status check_resume(wn_run *run, const char *checkpoints) {
   return n > 0 && wn_path_exists(path) ? wn_job_check_resume(&run->job, path) : NULL;
 }
 
-/* One process at a time writes to a run directory. The kernel lets go of the lock when the process ends, however it ends. */
+/* One process at a time writes to a run directory. The kernel lets go of the lock when the process ends, however it
+ * ends. */
 static wn_status lock_run_dir(wn_run *run) {
   char path[WN_PATH_BYTES];
   WN_TRY(wn_path(path, "%s/lock", run->job.run_dir));
@@ -176,8 +177,8 @@ static wn_status lock_run_dir(wn_run *run) {
   if (run->lock_fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
   if (flock(run->lock_fd, LOCK_EX | LOCK_NB) == 0) return NULL;
   if (errno != EWOULDBLOCK) return WN_FAIL(WN_E_IO, "cannot lock %s: %s", path, strerror(errno));
-  return WN_FAIL_HINT(WN_E_CONFIG, "wait for it, or give another run_dir", "%s is in use: another process is running a job in it",
-                      run->job.run_dir);
+  return WN_FAIL_HINT(WN_E_CONFIG, "wait for it, or give another run_dir",
+                      "%s is in use: another process is running a job in it", run->job.run_dir);
 }
 
 static wn_status prepare_run_dir(wn_run *run) {

@@ -7,9 +7,9 @@
 
 typedef struct wn_step_sums {
   int64_t sequences, rows, predicted, kl_rows, pairs, selected; /* over the global batch */
-  double neg_logp;                                    /* -sum of log-probabilities, in sequence order */
-  double balance;                                     /* sum over sequences and layers of sum_e f_e P_e */
-  double *kl;                                         /* [L] sum over rows */
+  double neg_logp;                                              /* -sum of log-probabilities, in sequence order */
+  double balance;                                               /* sum over sequences and layers of sum_e f_e P_e */
+  double *kl;                                                   /* [L] sum over rows */
   double *stats; /* [L * WN_N_STATS] sums over the counted sampled rows; WN_STAT_COUNTED is their number */
   int64_t *load; /* [L * E] tokens an expert */
   double data_s; /* time this rank spent reading windows */

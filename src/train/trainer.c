@@ -38,9 +38,9 @@ static double peak_memory_gib(void) {
   return (double)usage.ru_maxrss / (1 << 20);
 }
 
-/* FLOP/s of a 1024^3 single-precision product on this rank's threads: what mfu_pct is a share of on a CPU. */
+/* FLOP/s of a 512^3 single-precision product on this rank's threads: what mfu_pct is a share of on a CPU. */
 static wn_status measure_peak(trainer *t) {
-  enum { N = 1024, REPEATS = 4 }; /* the first wakes threads and touches pages; the best counts */
+  enum { N = 512, REPEATS = 10 }; /* small, so that it is never what a run holds most of; the best counts */
   wn_device *device = t->run->device;
   size_t mark = wn_arena_mark(device->scratch);
   wn_tensor a, b, c;
@@ -226,7 +226,8 @@ static wn_status save(trainer *t) {
   return wn_world_agree(run->world, wn_metrics_event(t->metrics, run->state.step, 0, "checkpoint", detail));
 }
 
-/* RUN_DIR/memory.txt: rank 0's tables, as they stand after the first step: pieces of parameters, then what each arena holds under which name. */
+/* RUN_DIR/memory.txt: rank 0's tables, as they stand after the first step: pieces of parameters, then what each arena
+ * holds under which name. */
 static wn_status write_memory(const trainer *t) {
   const wn_run *run = t->run;
   char path[WN_PATH_BYTES];
@@ -255,7 +256,9 @@ static wn_status one_step(trainer *t, bool *stop) {
   WN_TRY(wn_step_run(run, step, with_stats, &t->sums));
   losses(t, &row);
   WN_TRY(update(t, step, &row));
-  wn_status written = write_rows(t, &row, with_stats, wn_time_s() - start);
+  double step_s = wn_time_s() - start;
+  if (step == t->started_step) WN_TRY(measure_peak(t)); /* by now the threads have found their cores */
+  wn_status written = write_rows(t, &row, with_stats, step_s);
   if (step == t->started_step) WN_KEEP_FIRST(written, write_memory(t));
   WN_TRY(wn_world_agree(run->world, written));
   if (run->state.skipped_in_a_row > job->training.max_skipped_in_a_row)
@@ -288,7 +291,6 @@ static wn_status begin(trainer *t) {
   }
   if (!local) local = wn_step_sums_create(&t->sums, &run->model->config);
   WN_TRY(wn_world_agree(run->world, local));
-  WN_TRY(measure_peak(t));
   if (run->recipe.selection != WN_SELECT_DENSE) {
     int32_t keys = run->job.data.seq_len;
     bool masked = wn_model_attention_form(&run->model->config, keys, run->model->config.index_topk) == WN_FORM_MASKED;
