@@ -24,25 +24,36 @@ awk -F, 'NR == 1 { printf "%-8s %-9s %8s %11s %9s %9s %9s %9s %11s\n", $1, $2, $
   function cell(x, w) { return x == "" ? sprintf("%*s", w, "-") : sprintf("%*.4f", w, x) }
   { printf "%-8s %-9s %s %s %s %s %s %s %s\n", $1, $2, cell($3, 8), cell($4, 11), cell($5, 9), cell($6, 9), cell($7, 9), cell($8, 9), cell($9, 11) }' "$out/summary.csv"
 
-# Standard errors are of the mean paired difference of loss_scored over windows.
+# Standard errors are of the mean paired difference of loss_scored over windows. A claim is about two figures, x and y, that must be numbers above 0:
+# what is missing counts as 0, and in mawk a NaN passes most comparisons.
 awk -F, '
-  function claim(holds, text) { printf "%s  %s\n", (holds ? "holds " : "FAILS "), text; if (!holds) failed = 1 }
-  FILENAME ~ /sequences/ { if ($1 != "selection" && $5 > 0) { s[$1, $2] = $6 / $5; if ($2 + 1 > n) n = $2 + 1 } next }
+  function figure(x) { return x ~ /^[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?$/ && x + 0 > 0 }
+  function claim(holds, x, y, text) {
+    holds = holds && figure(x) && figure(y)
+    printf "%s  %s\n", (holds ? "holds " : "FAILS "), text
+    if (!holds) failed = 1
+  }
+  FILENAME ~ /sequences\.csv$/ { if ($1 != "selection" && $5 > 0) { s[$1, $2] = $6 / $5; if ($2 + 1 > n) n = $2 + 1 } next }
   $1 != "model" { key = $1 " " $2; loss[key] = $3; scored[key] = $4; mass[key] = $7; best[key] = $8 }
   function z(other,   i, d, sum, sq, m, seen) {
     for (i = 0; i < n; i++) if ((other, i) in s) { d = s[other, i] - s["indexer", i]; sum += d; sq += d * d; seen++ }
+    if (seen < 2) return 0
     m = sum / seen
-    return m / sqrt((sq / seen - m * m) / (seen - 1))
+    sq = sq / seen - m * m
+    return sq > 0 ? m / sqrt(sq / (seen - 1)) : 0
   }
   END {
-    gap = scored["base recent"] - scored["base dense"]
-    claim(gap >= 0.05, sprintf("the text discriminates: the recent window costs %.4f nats of loss_scored over dense (at least 0.05)", gap))
-    ratio = mass["base indexer"] / best["base indexer"]
-    claim(ratio >= 0.9, sprintf("the trained indexer captures %.3f of the best possible attention mass (at least 0.9)", ratio))
-    claim(z("recent") > 3, sprintf("its loss_scored is below the window\047s by %.1f standard errors (more than 3)", z("recent")))
-    claim(z("sink") > 3, sprintf("and below window and sink\047s by %.1f (more than 3)", z("sink")))
-    d = loss["adapted indexer"] - loss["control dense"]; e = scored["adapted indexer"] - scored["control dense"]
-    claim(d <= 0.02, sprintf("adapted loss minus the dense control\047s: %+.4f nats (within 0.02)", d))
-    claim(e <= 0.02, sprintf("adapted loss_scored minus the dense control\047s: %+.4f nats (within 0.02)", e))
+    dense = scored["base dense"]; picked = scored["base indexer"]; recent = scored["base recent"]; sink = scored["base sink"]
+    claim(recent - dense >= 0.05, recent, dense, \
+          sprintf("the text discriminates: the recent window costs %.4f nats of loss_scored over dense (at least 0.05)", recent - dense))
+    held = mass["base indexer"]; most = best["base indexer"]
+    claim(held >= 0.9 * most, held, most, \
+          sprintf("the trained indexer captures %.3f of the best possible attention mass (at least 0.9)", most > 0 ? held / most : 0))
+    claim(z("recent") > 3, picked, recent, sprintf("its loss_scored is below the window\047s by %.1f standard errors (more than 3)", z("recent")))
+    claim(z("sink") > 3, picked, sink, sprintf("and below window and sink\047s by %.1f (more than 3)", z("sink")))
+    a = loss["adapted indexer"]; c = loss["control dense"]
+    claim(a - c <= 0.02, a, c, sprintf("adapted loss minus the dense control\047s: %+.4f nats (within 0.02)", a - c))
+    a = scored["adapted indexer"]; c = scored["control dense"]
+    claim(a - c <= 0.02, a, c, sprintf("adapted loss_scored minus the dense control\047s: %+.4f nats (within 0.02)", a - c))
     exit failed
   }' "$out/eval/base.sequences.csv" "$out/summary.csv"
