@@ -12,8 +12,8 @@ for program in "$@"; do
   "$program" >"$log" 2>&1
   code=$?
   p=$(grep -c '^\[       OK \]' "$log")
-  s=$(grep -c '^\[  SKIPPED \] [^0-9]' "$log")
-  # cmocka lists failed tests twice: once as they fail, once at the end
+  # cmocka lists skipped and failed tests twice: once as they end, once at the end of all
+  s=$(grep '^\[  SKIPPED \] [^0-9]' "$log" | sort -u | wc -l)
   f=$(grep '^\[  FAILED  \] [^0-9]' "$log" | sort -u | wc -l)
   [ "$code" != 0 ] && [ "$f" = 0 ] && f=1
   passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
