@@ -133,7 +133,8 @@ static double compare(const oracle *o, const wn_tensor *got, const wn_st_entry *
     double a = wn_test_get(got, i), b = (double)want[i];
     if (a == b) continue;
     double gap = size > 0 ? fabs(a - b) / size : INFINITY; /* an infinity against a number gives infinity */
-    if (!(gap <= worst)) {
+    if (isnan(gap)) gap = INFINITY;                        /* a NaN would be forgotten at the next element */
+    if (gap > worst) {
       worst = gap;
       bad = i;
     }

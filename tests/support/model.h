@@ -238,7 +238,11 @@ static inline bool wn_test_same_bits(const wn_tensor *a, const wn_tensor *b) {
 
 static inline double wn_test_largest(const wn_tensor *t) {
   double largest = 0;
-  for (int64_t i = 0; i < wn_tensor_count(t); i++) largest = fmax(largest, fabs(wn_test_get(t, i)));
+  for (int64_t i = 0; i < wn_tensor_count(t); i++) {
+    double size = fabs(wn_test_get(t, i));
+    if (isnan(size)) return size;
+    largest = fmax(largest, size);
+  }
   return largest;
 }
 

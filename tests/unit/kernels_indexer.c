@@ -317,7 +317,8 @@ static void kl_near_convergence_in_f32(void **state) {
   double total = 0, uniform = 0, worst = 0;
   for (int64_t i = 0; i < N; i++) {
     double expected = wn_test_get(&want.kl, i), gap = fabs(wn_test_get(&kl, i) - expected);
-    if (gap > worst) worst = gap;
+    if (!(gap < 2e-7)) fail_msg("row %lld: kl %.9g, expected %.9g", (long long)i, wn_test_get(&kl, i), expected);
+    worst = fmax(worst, gap);
     total += expected;
     for (int64_t j = 0; j < N; j++) {
       double p = wn_test_get(&dense.p_mean, i * N + j);
@@ -328,7 +329,6 @@ static void kl_near_convergence_in_f32(void **state) {
                 uniform / N, worst, wn_test_relative_norm(&dq, &want.dq), wn_test_relative_norm(&dk, &want.dk),
                 wn_test_relative_norm(&dw, &want.dw));
   assert_true(total < 0.05 * uniform);
-  assert_true(worst < 2e-7);
   assert_true(wn_test_relative_norm(&dq, &want.dq) < 3e-4);
   assert_true(wn_test_relative_norm(&dk, &want.dk) < 3e-4);
   free_bench(&b);
