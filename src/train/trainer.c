@@ -157,7 +157,7 @@ static void show_progress(const trainer *t, const wn_train_row *row, double step
               (int)(eta / 60), (int)eta % 60, row->skipped ? "  (skipped: non-finite)" : "");
 }
 
-static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats, double step_s) {
+static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats, double step_s, double wait_s) {
   const wn_run *run = t->run;
   const wn_job *job = &run->job;
   bool last = row->step == job->training.steps;
@@ -167,7 +167,7 @@ static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats
         .step = row->step,
         .step_ms = step_s * 1e3,
         .data_ms = t->sums.data_s * 1e3,
-        .comm_wait_ms = wn_world_take_wait_s(run->world) * 1e3,
+        .comm_wait_ms = wait_s * 1e3,
         .tokens_per_s = (double)t->sums.rows / step_s,
         .tflops = flops / step_s * 1e-12,
         .mfu_pct = 100 * flops / step_s / t->peak_flops,
@@ -256,9 +256,9 @@ static wn_status one_step(trainer *t, bool *stop) {
   WN_TRY(wn_step_run(run, step, with_stats, &t->sums));
   losses(t, &row);
   WN_TRY(update(t, step, &row));
-  double step_s = wn_time_s() - start;
+  double step_s = wn_time_s() - start, wait_s = wn_world_take_wait_s(run->world);
   if (step == t->started_step) WN_TRY(measure_peak(t)); /* by now the threads have found their cores */
-  wn_status written = write_rows(t, &row, with_stats, step_s);
+  wn_status written = write_rows(t, &row, with_stats, step_s, wait_s);
   if (step == t->started_step) WN_KEEP_FIRST(written, write_memory(t));
   WN_TRY(wn_world_agree(run->world, written));
   if (run->state.skipped_in_a_row > job->training.max_skipped_in_a_row)
