@@ -8,7 +8,7 @@ winnow=${WINNOW:-build/winnow}
 mkdir -p "$out"
 sh "$here/corpus.sh" "$out/text"
 [ -s "$out/tokenizer.json" ] ||
-  xargs "$winnow" --quiet data train-tokenizer --vocab 1024 --out "$out/tokenizer.json" <"$out/text/train.list"
+  "$winnow" --quiet data train-tokenizer --vocab 1024 --out "$out/tokenizer.json" --files-from "$out/text/train.list"
 sh "$here/data.sh" "$out" "$out/tokenizer.json"
 "$winnow" pretrain "$here/base.yaml" "run_dir=$out/base" "data.train=$out/train" "data.valid=$out/valid"
 last=$(find "$out/base/checkpoints" -maxdepth 1 -name 'step-*' | LC_ALL=C sort | tail -n 1)

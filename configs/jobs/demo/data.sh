@@ -6,9 +6,12 @@
 set -eu
 out=$1 tokenizer=$2
 winnow=${WINNOW:-build/winnow}
-[ -s "$out/valid.idx" ] && exit 0
+packed=$out/packed-with.json
+[ -s "$out/valid.idx" ] && cmp -s "$tokenizer" "$packed" && exit 0
+rm -f "$packed"
 copies="--copy-tokens 512 --copy-passage 96:160 --copy-distance 256:415 --copy-skip 8"
 # shellcheck disable=SC2086
 "$winnow" --quiet data pack --out "$out/train" --tokenizer "$tokenizer" --copies 0.7 $copies --seed 1 --files-from "$out/text/train.list"
 # shellcheck disable=SC2086
 "$winnow" --quiet data pack --out "$out/valid" --tokenizer "$tokenizer" --copies 1.0 $copies --seed 2 --files-from "$out/text/valid.list"
+cp "$tokenizer" "$packed"
