@@ -119,6 +119,7 @@ bench: deps
 	@WINNOW=$(BUILD)/winnow sh tests/bench.sh
 
 mutate: deps
+	@sh configs/deps.sh patch
 	@sh tests/faults/run.sh $(FAULTS)
 
 demo: deps

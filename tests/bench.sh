@@ -1,6 +1,6 @@
 #!/bin/sh
 # Tokens per second of each stage, and the share of this machine's own matrix-product rate: 30 steps of the demo's jobs, the median of the last 20.
-# Needs the demo's datasets (make demo makes them). Prints a CSV; docs/performance.md keeps what was measured.
+# Makes the demo's datasets where they are absent. Prints a CSV; docs/performance.md keeps what was measured.
 set -eu
 winnow=${WINNOW:-build/winnow}
 here=configs/jobs/demo

@@ -138,8 +138,8 @@ static void the_table_is_written(void **state) {
   resident_kib(state, "adapt", "sparse", 64);
   OK(wn_path(path, "%s/resident-adapt-64/memory.txt", dir));
   OK(wn_read_file(&text, NULL, path, 1 << 20));
-  assert_non_null(strstr(text, "indexer"));       /* the units */
-  assert_non_null(strstr(text, "layer inputs"));  /* the stash */
+  assert_non_null(strstr(text, "indexer"));      /* the units */
+  assert_non_null(strstr(text, "layer inputs")); /* the stash */
   const char *scratch = strstr(text, "scratch    (peak)");
   assert_non_null(scratch);
   assert_true(strtod(scratch + strlen("scratch    (peak)"), NULL) > 1000);
@@ -147,6 +147,7 @@ static void the_table_is_written(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(the_table_is_written), cmocka_unit_test(resident_memory_agrees), cmocka_unit_test(peaks_are_linear)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(the_table_is_written), cmocka_unit_test(resident_memory_agrees),
+                                     cmocka_unit_test(peaks_are_linear)};
   return cmocka_run_group_tests(tests, setup, wn_temp_teardown);
 }
