@@ -176,6 +176,11 @@ static wn_status lock_run_dir(wn_run *run) {
   run->lock_fd = open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0666);
   if (run->lock_fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
   if (flock(run->lock_fd, LOCK_EX | LOCK_NB) == 0) return NULL;
+  if (errno == ENOSYS || errno == EOPNOTSUPP || errno == ENOLCK) { /* a file system without locks */
+    wn_warn(run->log, "%s cannot be locked here (%s): see to it that one process at a time uses it", run->job.run_dir,
+            strerror(errno));
+    return NULL;
+  }
   if (errno != EWOULDBLOCK) return WN_FAIL(WN_E_IO, "cannot lock %s: %s", path, strerror(errno));
   return WN_FAIL_HINT(WN_E_CONFIG, "wait for it, or give another run_dir",
                       "%s is in use: another process is running a job in it", run->job.run_dir);
