@@ -5,7 +5,7 @@
 
 #include "support/test.h"
 
-#include "kernels/cpu/cpu.h"
+#include "support/bench.h"
 #include "support/plain_attention.h"
 
 typedef struct shape {
@@ -22,27 +22,6 @@ static const shape shapes[] = {
     {33, 33, 2, 8, 6, 4, PLAIN_ONE_KEY, 1},       {1, 200, 2, 12, 8, 32, PLAIN_CAUSAL, 1},
     {65, 65, 1, 8, 4, 64, PLAIN_CAUSAL, 1000},    {150, 150, 2, 12, 8, 9, PLAIN_DOCUMENTS, 1000},
 };
-
-typedef struct bench {
-  wn_device *device;
-  bool wide; /* FP64 */
-  double tolerance;
-} bench;
-
-static bench make_bench(bool wide, int32_t threads) {
-  bench b = {.wide = wide, .tolerance = wide ? 1e-11 : 2e-5};
-  wn_cpu_settings settings = {.threads = threads};
-  OK(wide ? wn_cpu_create_f64(&b.device, settings) : wn_cpu_create_f32(&b.device, settings));
-  return b;
-}
-
-static void free_bench(bench *b) {
-  assert_int_equal(wn_arena_used_bytes(b->device->scratch), 0);
-  if (b->wide)
-    wn_cpu_free_f64(b->device);
-  else
-    wn_cpu_free_f32(b->device);
-}
 
 /* FP32 logits of size L are off by about L eps, and the probabilities by as much. */
 static double tolerance_at(const bench *b, double logits) {

@@ -5,7 +5,7 @@
 
 #include "support/test.h"
 
-#include "kernels/cpu/cpu.h"
+#include "support/bench.h"
 #include "support/plain_attention.h"
 
 typedef struct shape {
@@ -25,27 +25,6 @@ static const shape shapes[] = {
     {1, 200, 4, 16, 32, 2, 12, true, PLAIN_CAUSAL, 1},    {150, 150, 4, 16, 9, 2, 8, false, PLAIN_DOCUMENTS, 300},
     {600, 603, 2, 4, 6, 1, 3, false, PLAIN_CAUSAL, 1}, /* more blocks of rows than groups that sum dk */
 };
-
-typedef struct bench {
-  wn_device *device;
-  bool wide;
-  double tolerance;
-} bench;
-
-static bench make_bench(bool wide, int32_t threads) {
-  bench b = {.wide = wide, .tolerance = wide ? 1e-11 : 2e-5};
-  wn_cpu_settings settings = {.threads = threads};
-  OK(wide ? wn_cpu_create_f64(&b.device, settings) : wn_cpu_create_f32(&b.device, settings));
-  return b;
-}
-
-static void free_bench(bench *b) {
-  assert_int_equal(wn_arena_used_bytes(b->device->scratch), 0);
-  if (b->wide)
-    wn_cpu_free_f64(b->device);
-  else
-    wn_cpu_free_f32(b->device);
-}
 
 static wn_tensor output(const bench *b, wn_role role, int32_t rank, int64_t d0, int64_t d1, int64_t d2) {
   wn_tensor t;
