@@ -15,6 +15,16 @@ ALL_CFLAGS = -std=c11 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=
 LDLIBS += $(shell pkg-config --libs $(PKGS) 2>/dev/null) -lopenblas -lxxhash -lm -lpthread
 TEST_LDLIBS = -lcmocka
 
+# the CUDA half, where nvcc is (NVCC= leaves it out): Hopper's machine code, for wgmma and the bulk copies
+NVCC ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+CUDA_HOME = $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+CUDA_ARCH ?= -gencode=arch=compute_90a,code=sm_90a
+NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(CUDA_ARCH) -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Wshadow,-Werror -ccbin g++
+ifneq ($(NVCC),)
+CPPFLAGS += -isystem $(CUDA_HOME)/include
+LDLIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublas -lcublasLt -lcudart_static -ldl -lrt -lstdc++
+endif
+
 # in link order: a module may use those to its right
 MODULES = cli stages train model dist data config io kernels base
 SRC_cli = $(filter-out src/cli/main.c,$(wildcard src/cli/*.c))
@@ -26,6 +36,7 @@ SRC_data = $(wildcard data/*.c)
 SRC_config = $(wildcard src/config/*.c)
 SRC_io = $(wildcard src/io/*.c)
 SRC_kernels = $(wildcard kernels/cpu/*.c)
+SRC_cuda = $(if $(NVCC),$(wildcard kernels/cuda/*.cu),kernels/cuda/absent.c)
 SRC_base = $(wildcard src/base/*.c)
 
 libs_from = $(foreach m,$(1),$(BUILD)/lib$(m).a)
@@ -44,6 +55,7 @@ define module_rules
 OBJ_$(1) = $(patsubst %.c,$(BUILD)/obj/%.o,$(SRC_$(1)))
 ifeq ($(1),kernels)
 OBJ_$(1) += $(patsubst %.c,$(BUILD)/obj64/%.o,$(SRC_$(1)))
+OBJ_$(1) += $(patsubst %,$(BUILD)/obj/%.o,$(basename $(SRC_cuda)))
 endif
 $(BUILD)/lib$(1).a: $$(OBJ_$(1))
 	@rm -f $$@
@@ -60,6 +72,10 @@ $(BUILD)/obj/%.o: %.c
 	@mkdir -p $(@D)
 	$(call say,CC,$<)
 	$(Q)$(CC) $(CPPFLAGS) $(ALL_CFLAGS) -c $< -o $@
+$(BUILD)/obj/%.o: %.cu
+	@mkdir -p $(@D)
+	$(call say,NVCC,$<)
+	$(Q)$(NVCC) -I. -Isrc $(NVCC_FLAGS) -MD -MP -MF $(@:.o=.d) -c $< -o $@
 $(BUILD)/obj64/%.o: %.c
 	@mkdir -p $(@D)
 	$(call say,CC,$<)
@@ -71,12 +87,12 @@ $(BUILD)/winnow: $(BUILD)/obj/src/cli/main.o $(ALL_LIBS)
 -include $(BUILD)/obj/src/cli/main.d
 
 .PHONY: cuda
-cuda:
-	@command -v nvcc >/dev/null 2>&1 && echo "CUDA: nvcc found; this version has no CUDA operations yet" \
-	  || echo "CUDA: nvcc is absent; the CUDA half is left out"
+cuda: $(if $(NVCC),$(TESTS_CUDA))
+	@echo $(if $(NVCC),"CUDA: built with $(NVCC)","CUDA: nvcc is absent; the CUDA half is left out")
 
 # ---- tests: tests/unit/<module>_*.c links <module> and what lies below it; the other folders link everything
 TESTS_SRC = $(wildcard tests/unit/*.c tests/gradient/*.c tests/parity/*.c tests/e2e/*.c)
+TESTS_CUDA = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/cuda/*.c))
 TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(TESTS_SRC))
 TEST_SUPPORT = $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/support/*.c))
 unit_module = $(firstword $(subst _, ,$(notdir $(1))))
@@ -102,7 +118,7 @@ $(BUILD)/obj/tests/%.o: tests/%.c
 # ---- what people call
 DEB_PACKAGES = gcc make pkg-config libopenmpi-dev openmpi-bin libyaml-dev libjansson-dev libopenblas-dev libpcre2-dev libxxhash-dev libcmocka-dev gnuplot-nox
 
-.PHONY: deps bench test test-build demo demo-base demo-data mutate install help
+.PHONY: deps bench test test-gpu test-build demo demo-base demo-data mutate install help
 deps:
 	@sh configs/deps.sh $(DEB_PACKAGES)
 
@@ -112,6 +128,11 @@ test-build: deps
 # every test program, and the count
 test: test-build
 	@BUILD=$(BUILD) sh tests/run.sh $(TESTS)
+
+# the tests that need a GPU; without one each says that it is skipped
+test-gpu: deps
+	@$(MAKE) --no-print-directory $(BUILD)/winnow $(TESTS_CUDA)
+	@BUILD=$(BUILD) sh tests/run.sh $(TESTS_CUDA)
 
 # tokens per second of each stage
 bench: deps
@@ -144,6 +165,7 @@ help:
 	@echo "make demo       warm-up, adapt and a dense control on real text, and a table of what came out"
 	@echo "make demo-base  train the demo's base model again (long)"
 	@echo "make test       unit, gradient, parity, trap and end-to-end tests; a count at the end"
+	@echo "make test-gpu   the tests of the CUDA half, on a machine with a GPU"
 	@echo "make mutate     apply each fault in tests/faults to a copy and show that a test catches it"
 	@echo "make bench      tokens per second of each stage, as a CSV"
 	@echo "make deps       install what is missing from Debian (root or sudo)"

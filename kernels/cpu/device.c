@@ -1,4 +1,4 @@
-/* The CPU device: three arenas, roles as dtypes, thread counts. One place sets both OpenMP and OpenBLAS, because
+/* The CPU device: four arenas, roles as dtypes, thread counts. One place sets both OpenMP and OpenBLAS, because
  * OpenBLAS's own threads would make the order of sums depend on their number. */
 #include "kernels/cpu/cpu.h"
 
@@ -7,6 +7,9 @@
 #include <unistd.h>
 
 #include "kernels/cpu/operations.h"
+
+/* Part of the arithmetic (sums over chunks), so it follows nothing at run time. */
+enum { CHUNK_ROWS = 256 };
 
 static size_t capacity(size_t wanted) {
   static const size_t unknown_machine_bytes = (size_t)64 << 30;
@@ -20,6 +23,7 @@ static void free_device(wn_device *device) {
   wn_arena_free(device->weights);
   wn_arena_free(device->stash);
   wn_arena_free(device->scratch);
+  wn_arena_free(device->host);
   free(device);
 }
 
@@ -31,10 +35,12 @@ static wn_status create(wn_device **out, wn_cpu_settings settings) {
   WN_TRY_GOTO(status, fail, wn_arena_create(&device->weights, "weights", capacity(settings.weights_bytes)));
   WN_TRY_GOTO(status, fail, wn_arena_create(&device->stash, "stash", capacity(settings.stash_bytes)));
   WN_TRY_GOTO(status, fail, wn_arena_create(&device->scratch, "scratch", capacity(settings.scratch_bytes)));
+  WN_TRY_GOTO(status, fail, wn_arena_create(&device->host, "host", capacity(0)));
   device->kind = WN_CPU;
   device->ops = &WN_CPU(ops);
   for (int32_t role = 0; role < WN_N_ROLES; role++) device->dtype_of[role] = WN_REAL_DTYPE;
   device->dtype_of[WN_INDEX] = WN_I32;
+  device->chunk_rows = CHUNK_ROWS;
   device->threads = settings.threads ? settings.threads : omp_get_num_procs();
   omp_set_num_threads(device->threads);
   openblas_set_num_threads(1);

@@ -21,31 +21,67 @@ struct wn_arena {
   const char *name;
   char *base;
   size_t capacity, used, peak;
+  size_t committed; /* bytes from the front that can be used; only with pages of another kind */
+  wn_memory memory; /* reserve NULL: this process's own */
   int32_t n_tags, n_live;
   tag tags[MAX_NAMES];
   live lives[MAX_LIVE]; /* what is allocated now, in order of offset */
 };
 
-wn_status wn_arena_create(wn_arena **out, const char *name, size_t capacity_bytes) {
+static wn_status reserve_own(void **base, const char *name, size_t bytes) {
+  *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (*base != MAP_FAILED) return NULL;
+  return WN_FAIL(WN_E_MEMORY, "cannot reserve %zu bytes of address space for the %s arena", bytes, name);
+}
+
+static wn_status create(wn_arena **out, const char *name, size_t capacity_bytes, const wn_memory *memory) {
   wn_arena *arena = calloc(1, sizeof *arena);
   if (!arena) return WN_FAIL(WN_E_MEMORY, "out of memory for the %s arena's table", name);
-  capacity_bytes = (capacity_bytes + WN_ARENA_ALIGN - 1) / WN_ARENA_ALIGN * WN_ARENA_ALIGN;
-  if (capacity_bytes == 0) capacity_bytes = WN_ARENA_ALIGN;
+  size_t unit = memory ? memory->page_bytes : WN_ARENA_ALIGN;
+  capacity_bytes = (capacity_bytes + unit - 1) / unit * unit;
+  if (capacity_bytes == 0) capacity_bytes = unit;
   arena->name = name;
   arena->capacity = capacity_bytes;
-  arena->base = mmap(NULL, capacity_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (arena->base == MAP_FAILED) {
+  if (memory) arena->memory = *memory;
+  void *base = NULL;
+  wn_status status =
+      memory ? memory->reserve(memory->context, &base, capacity_bytes) : reserve_own(&base, name, capacity_bytes);
+  if (status) {
     free(arena);
-    return WN_FAIL(WN_E_MEMORY, "cannot reserve %zu bytes of address space for the %s arena", capacity_bytes, name);
+    return status;
   }
+  arena->base = base;
   *out = arena;
   return NULL;
 }
 
+wn_status wn_arena_create(wn_arena **out, const char *name, size_t capacity_bytes) {
+  return create(out, name, capacity_bytes, NULL);
+}
+
+wn_status wn_arena_create_in(wn_arena **out, const char *name, size_t capacity_bytes, const wn_memory *memory) {
+  WN_ASSERT(memory->page_bytes % WN_ARENA_ALIGN == 0 && memory->page_bytes > 0, "pages of %zu bytes",
+            memory->page_bytes);
+  return create(out, name, capacity_bytes, memory);
+}
+
 void wn_arena_free(wn_arena *arena) {
   if (!arena) return;
-  munmap(arena->base, arena->capacity);
+  if (arena->memory.reserve)
+    arena->memory.release(arena->memory.context, arena->base, arena->capacity, arena->committed);
+  else
+    munmap(arena->base, arena->capacity);
   free(arena);
+}
+
+/* Pages of another kind are made usable as the arena grows into them, and stay. */
+static wn_status commit(wn_arena *arena, size_t bytes) {
+  size_t page = arena->memory.page_bytes;
+  if (!arena->memory.reserve || bytes <= arena->committed) return NULL;
+  size_t to = (bytes + page - 1) / page * page;
+  WN_TRY(arena->memory.commit(arena->memory.context, arena->name, arena->base, arena->committed, to));
+  arena->committed = to;
+  return NULL;
 }
 
 static int32_t tag_of(wn_arena *arena, const char *name) {
@@ -63,6 +99,7 @@ wn_status wn_arena_alloc(wn_arena *arena, void **out, const char *name, size_t b
                         arena->capacity - arena->used, arena->capacity);
   WN_ASSERT(arena->n_live < MAX_LIVE, "more than %d allocations in the %s arena", MAX_LIVE, arena->name);
   size_t padded = (bytes + WN_ARENA_ALIGN - 1) / WN_ARENA_ALIGN * WN_ARENA_ALIGN;
+  WN_TRY(commit(arena, arena->used + padded));
   int32_t index = tag_of(arena, name);
   arena->lives[arena->n_live++] = (live){arena->used, index};
   *out = arena->base + arena->used;

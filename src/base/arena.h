@@ -12,8 +12,21 @@ typedef struct wn_arena wn_arena;
 
 enum { WN_ARENA_ALIGN = 256 };
 
+/* Where an arena's pages come from, when not from this process's own memory. */
+typedef struct wn_memory {
+  void *context;
+  size_t page_bytes; /* what is committed grows by multiples of it */
+  wn_status (*reserve)(void *context, void **base, size_t bytes);
+  /* Makes bytes from .. to (multiples of page_bytes) of the reservation usable; `name` is the arena's. */
+  wn_status (*commit)(void *context, const char *name, void *base, size_t from, size_t to);
+  void (*release)(void *context, void *base, size_t reserved, size_t committed);
+} wn_memory;
+
 /* `name` must outlive the arena (a string literal). */
 WN_MUST_USE wn_status wn_arena_create(wn_arena **out, const char *name, size_t capacity_bytes);
+/* The same in memory of another kind; `memory` is copied, its context must outlive the arena. */
+WN_MUST_USE wn_status wn_arena_create_in(wn_arena **out, const char *name, size_t capacity_bytes,
+                                         const wn_memory *memory);
 void wn_arena_free(wn_arena *arena); /* NULL is fine */
 
 /* WN_ARENA_ALIGN-aligned, not zeroed. `name` (a string literal) tags the bytes in the table.

@@ -1,5 +1,6 @@
-/* What model code knows of the machine it runs on: which dtype plays which role, the operation table, and
- * three arenas. On the CPU queues and events do not exist: an operation has finished when it returns. */
+/* What model code knows of the machine it runs on: which dtype plays which role, the operation table, and its
+ * arenas. An operation enqueues its work and returns; operations run in the order they were asked for. On the CPU an
+ * operation has finished when it returns. Only download, and the few operations that say so, wait for the device. */
 #ifndef WN_BASE_DEVICE_H
 #define WN_BASE_DEVICE_H
 
@@ -22,11 +23,13 @@ typedef struct wn_ops wn_ops; /* kernels/kernels.h */
 typedef struct wn_device {
   wn_device_kind kind;
   const wn_ops *ops;
-  wn_dtype dtype_of[WN_N_ROLES];
-  wn_arena *weights; /* parameters and optimizer state: lives as long as the run */
-  wn_arena *stash;   /* what outlives a layer within a step: hidden states, replay */
-  wn_arena *scratch; /* stack of temporaries: mark on entry, release on exit */
-  int32_t threads;   /* CPU threads; no result depends on it */
+  wn_dtype dtype_of[WN_N_ROLES]; /* CPU: F32 (or F64) all; CUDA: ACT is BF16, the others F32 */
+  wn_arena *weights;             /* parameters and optimizer state: lives as long as the run */
+  wn_arena *stash;               /* what outlives a layer within a step: hidden states, replay */
+  wn_arena *scratch;             /* stack of temporaries: mark on entry, release on exit */
+  wn_arena *host;                /* a stack too, but of this process's memory on every device: tables, copies */
+  int32_t chunk_rows;            /* rows whose widest temporaries (absorbed queries, logits) exist at once */
+  int32_t threads;               /* CPU threads; no result depends on it */
 } wn_device;
 
 /* A tensor of the role's dtype from an arena of the device. Not zeroed. */

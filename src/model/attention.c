@@ -4,11 +4,9 @@
  *   absorbed       q'_h = [q_nope_h W_UK_h | q_pe_h]; every head reads the same kv = [c | k_pe]; o_h = o'_h W_UV_h^T
  *
  * kv_b is [H, nope + v, latent]: W_UK is its first nope rows of each head, W_UV the others. The absorbed form's q', o'
- * and their gradients are H * (latent + rope) wide, so they exist for CHUNK_ROWS rows at a time only: its backward runs
- * forward and backward chunk by chunk. */
+ * and their gradients are H * (latent + rope) wide, so they exist for device->chunk_rows rows at a time only: its
+ * backward runs forward and backward chunk by chunk. */
 #include "model/parts.h"
-
-enum { CHUNK_ROWS = 256 };
 
 static wn_tensor up_weights(const wn_call *c, const wn_tensor *kv_b) {
   const wn_model_config *f = c->config;
@@ -122,7 +120,7 @@ static wn_status absorbed_chunk_alloc(wn_call *c, absorbed_chunk *chunk, int64_t
   const wn_model_config *f = c->config;
   int64_t heads = f->num_attention_heads, left = c->n - from;
   chunk->from = from;
-  chunk->count = left < CHUNK_ROWS ? left : CHUNK_ROWS;
+  chunk->count = left < c->device->chunk_rows ? left : c->device->chunk_rows;
   chunk->rows = chunk_of(c->rows, from, chunk->count);
   WN_TRY(wn_scratch(c, &chunk->q, "absorbed q", WN_ACT, 3, chunk->count, heads, f->kv_lora_rank + f->qk_rope_head_dim));
   return wn_scratch(c, &chunk->o, "absorbed o", WN_ACT, 3, chunk->count, heads, f->kv_lora_rank);
@@ -152,7 +150,7 @@ static wn_status absorbed_chunk_forward(wn_call *c, absorbed_chunk *chunk, wn_at
 static wn_status absorbed_forward(wn_call *c, wn_attention *a, wn_tensor *p, const wn_mla *m,
                                   const wn_tensor *selection) {
   wn_attention_params params = constants(c);
-  for (int64_t from = 0; from < c->n; from += CHUNK_ROWS) {
+  for (int64_t from = 0; from < c->n; from += c->device->chunk_rows) {
     size_t mark = wn_arena_mark(c->device->scratch);
     absorbed_chunk chunk;
     WN_TRY(absorbed_chunk_alloc(c, &chunk, from));
@@ -218,7 +216,7 @@ static wn_status absorbed_backward(wn_call *c, wn_attention *a, wn_tensor *dq, w
   wn_tensor sum; /* over chunks, so in the gradients' precision */
   WN_TRY(wn_scratch(c, &sum, "dkv sum", WN_WGRAD, 2, c->n, dkv->dim[1], 0));
   WN_TRY(c->ops->zero(c->device, &sum));
-  for (int64_t from = 0; from < c->n; from += CHUNK_ROWS) {
+  for (int64_t from = 0; from < c->n; from += c->device->chunk_rows) {
     size_t mark = wn_arena_mark(c->device->scratch);
     WN_TRY(absorbed_chunk_backward(c, from, a, dq, &sum, p, d_o, m, selection));
     wn_arena_release(c->device->scratch, mark);

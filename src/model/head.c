@@ -1,9 +1,6 @@
 /* Both ends of the model: embedding; final norm and head. */
 #include "model/model.h"
 
-/* Rows whose logits exist at once. Part of the arithmetic (sums over chunks), so it follows nothing at run time. */
-enum { HEAD_CHUNK_ROWS = 256 };
-
 wn_status wn_model_embed(wn_model *model, const wn_layer_tensors *weights, wn_tensor *h, const wn_tensor *tokens) {
   return model->device->ops->embedding(model->device, h, tokens, &weights->slot[WN_P_EMBED]);
 }
@@ -28,7 +25,7 @@ static wn_status head(wn_model *model, const wn_layer_tensors *weights, wn_layer
                       wn_tensor *dh, const wn_tensor *h, const wn_tensor *target, const wn_tensor *weight) {
   wn_device *device = model->device;
   const wn_tensor *w = weights->slot;
-  wn_head_params params = {.chunk_rows = HEAD_CHUNK_ROWS};
+  wn_head_params params = {.chunk_rows = device->chunk_rows};
   wn_tensor x, inv, dx;
   WN_TRY(final_norm(model, weights, &x, &inv, h));
   if (!dh) return device->ops->head_loss(device, logp, NULL, NULL, &x, &w[WN_P_HEAD], target, NULL, &params);

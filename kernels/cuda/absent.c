@@ -1,0 +1,45 @@
+/* The CUDA device of a build without nvcc: it says so. */
+#include "kernels/cuda/cuda.h"
+
+static const char why_absent[] = "this build has no CUDA half: nvcc was not there when it was made";
+
+int32_t wn_cuda_count(const char **why) {
+  if (why) *why = why_absent;
+  return 0;
+}
+
+wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings) {
+  (void)out;
+  (void)settings;
+  return WN_FAIL_HINT(WN_E_DEVICE, "install the CUDA Toolkit and build again, or use device: cpu", "%s", why_absent);
+}
+
+void wn_cuda_free(wn_device *device) {
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+}
+
+const char *wn_cuda_name(const wn_device *device) {
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+  return "";
+}
+
+wn_status wn_cuda_memory(wn_device *device, size_t *total_used, size_t *arenas, size_t *other) {
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+  *total_used = *arenas = *other = 0;
+  return NULL;
+}
+
+wn_status wn_cuda_synchronize(wn_device *device) {
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+  return NULL;
+}
+
+void *wn_cuda_compute_queue(wn_device *device) {
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+  return NULL;
+}
+
+void *wn_cuda_comm_queue(wn_device *device) {
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+  return NULL;
+}

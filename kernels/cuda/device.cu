@@ -1,0 +1,243 @@
+/* The CUDA device: the GPU checked and named, two queues, arenas whose pages are mapped as they are first needed, and
+ * checked calls. The driver's own functions are asked for by name at run time, so that the program starts on machines
+ * without a driver. */
+#include <cuda.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "kernels/cuda/operations.cuh"
+
+enum { LEAST_MAJOR = 9, CHUNK_ROWS = 4096, BLAS_WORKSPACE_BYTES = 64 << 20 };
+static const size_t page_bytes = (size_t)32 << 20;
+
+wn_status wn_cuda_check(cudaError_t error, const char *call, const char *file, int line) {
+  if (error == cudaSuccess) return NULL;
+  return wn_fail_at(file, line, error == cudaErrorMemoryAllocation ? WN_E_MEMORY : WN_E_DEVICE, NULL,
+                    "the GPU failed: %s: %s", call, cudaGetErrorString(error));
+}
+
+wn_status wn_cublas_check(cublasStatus_t error, const char *call, const char *file, int line) {
+  if (error == CUBLAS_STATUS_SUCCESS) return NULL;
+  return wn_fail_at(file, line, WN_E_DEVICE, NULL, "cuBLAS failed: %s: %s", call, cublasGetStatusString(error));
+}
+
+/* ---- virtual memory ---- */
+
+typedef struct driver {
+  decltype(&cuMemAddressReserve) reserve;
+  decltype(&cuMemAddressFree) free_address;
+  decltype(&cuMemCreate) create;
+  decltype(&cuMemRelease) release;
+  decltype(&cuMemMap) map;
+  decltype(&cuMemUnmap) unmap;
+  decltype(&cuMemSetAccess) set_access;
+} driver;
+
+static wn_status entry_point(const char *name, void **out) {
+  cudaDriverEntryPointQueryResult found;
+  WN_CUDA_TRY(cudaGetDriverEntryPointByVersion(name, out, 12000, cudaEnableDefault, &found));
+  if (found == cudaDriverEntryPointSuccess) return NULL;
+  return WN_FAIL_HINT(WN_E_DEVICE, "install a newer driver", "the GPU's driver has no %s", name);
+}
+
+static wn_status load_driver(driver *d) {
+  WN_TRY(entry_point("cuMemAddressReserve", (void **)&d->reserve));
+  WN_TRY(entry_point("cuMemAddressFree", (void **)&d->free_address));
+  WN_TRY(entry_point("cuMemCreate", (void **)&d->create));
+  WN_TRY(entry_point("cuMemRelease", (void **)&d->release));
+  WN_TRY(entry_point("cuMemMap", (void **)&d->map));
+  WN_TRY(entry_point("cuMemUnmap", (void **)&d->unmap));
+  return entry_point("cuMemSetAccess", (void **)&d->set_access);
+}
+
+/* The device with what only this file needs. */
+typedef struct whole_device {
+  wn_cuda cuda; /* first */
+  driver driver;
+} whole_device;
+
+static wn_status reserve_pages(void *context, void **base, size_t bytes) {
+  whole_device *d = (whole_device *)context;
+  CUdeviceptr at = 0;
+  CUresult result = d->driver.reserve(&at, bytes, 0, 0, 0);
+  if (result != CUDA_SUCCESS)
+    return WN_FAIL(WN_E_MEMORY, "cannot reserve %zu bytes of the GPU's address space (error %d)", bytes, (int)result);
+  *base = (void *)at;
+  return NULL;
+}
+
+static CUmemAllocationProp page_kind(int ordinal) {
+  CUmemAllocationProp kind = {};
+  kind.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  kind.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  kind.location.id = ordinal;
+  return kind;
+}
+
+static wn_status commit_pages(void *context, const char *name, void *base, size_t from, size_t to) {
+  whole_device *d = (whole_device *)context;
+  CUmemAllocationProp kind = page_kind(d->cuda.ordinal);
+  CUdeviceptr at = (CUdeviceptr)base + from;
+  CUmemGenericAllocationHandle pages;
+  CUresult result = d->driver.create(&pages, to - from, &kind, 0);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+    size_t left = 0, total = 0;
+    WN_CUDA_TRY(cudaMemGetInfo(&left, &total));
+    return WN_FAIL_HINT(WN_E_MEMORY,
+                        "lower data.seq_len or training.micro_batch_seqs, use more GPUs, or see what else runs there",
+                        "%s is full: the %s arena wants %.2f GiB more, %.2f of %.2f GiB are left", d->cuda.name, name,
+                        (double)(to - from) / (1 << 30), (double)left / (1 << 30), (double)total / (1 << 30));
+  }
+  if (result == CUDA_SUCCESS) result = d->driver.map(at, to - from, 0, pages, 0);
+  if (result == CUDA_SUCCESS) {
+    CUmemAccessDesc access = {kind.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    result = d->driver.set_access(at, to - from, &access, 1);
+    d->driver.release(pages); /* the mapping keeps them */
+  }
+  if (result != CUDA_SUCCESS)
+    return WN_FAIL(WN_E_DEVICE, "mapping %zu bytes for the %s arena failed (error %d)", to - from, name, (int)result);
+  d->cuda.committed_bytes += to - from;
+  return NULL;
+}
+
+static void release_pages(void *context, void *base, size_t reserved, size_t committed) {
+  whole_device *d = (whole_device *)context;
+  if (committed) d->driver.unmap((CUdeviceptr)base, committed);
+  d->driver.free_address((CUdeviceptr)base, reserved);
+  d->cuda.committed_bytes -= committed;
+}
+
+/* ---- the device ---- */
+
+int32_t wn_cuda_count(const char **why) {
+  int n = 0;
+  cudaError_t error = cudaGetDeviceCount(&n);
+  if (why)
+    *why = error == cudaSuccess && n > 0 ? "" : error == cudaSuccess ? "there is no GPU" : cudaGetErrorString(error);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error == cudaSuccess ? n : 0;
+}
+
+static wn_status check_gpu(wn_cuda *c, int32_t ordinal) {
+  cudaDeviceProp p;
+  const char *why;
+  int32_t n = wn_cuda_count(&why);
+  if (n == 0) return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu", "no GPU can be used: %s", why);
+  if (ordinal < 0 || ordinal >= n)
+    return WN_FAIL_HINT(WN_E_DEVICE, "start one process per GPU",
+                        "GPU %d is wanted, but this process sees %d (numbered from 0)", ordinal, n);
+  WN_CUDA_TRY(cudaGetDeviceProperties(&p, ordinal));
+  snprintf(c->name, sizeof c->name, "%s, %d multiprocessors, %.1f GiB", p.name, p.multiProcessorCount,
+           (double)p.totalGlobalMem / (1 << 30));
+  if (p.major != LEAST_MAJOR || p.minor != 0) /* machine code for wgmma runs on 9.0 alone */
+    return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu, or a Hopper GPU (H100, H200, GH200)",
+                        "%s has compute capability %d.%d; this build needs 9.0", p.name, p.major, p.minor);
+  c->ordinal = ordinal;
+  c->n_sms = p.multiProcessorCount;
+  c->total_bytes = p.totalGlobalMem;
+  c->block_shared_bytes = p.sharedMemPerBlockOptin;
+  return NULL;
+}
+
+static wn_status make_arenas(whole_device *d, wn_cuda_settings settings) {
+  wn_cuda *c = &d->cuda;
+  wn_memory pages = {d, page_bytes, reserve_pages, commit_pages, release_pages};
+  const size_t all = c->total_bytes;
+  WN_TRY(
+      wn_arena_create_in(&c->device.weights, "weights", settings.weights_bytes ? settings.weights_bytes : all, &pages));
+  WN_TRY(wn_arena_create_in(&c->device.stash, "stash", settings.stash_bytes ? settings.stash_bytes : all, &pages));
+  WN_TRY(
+      wn_arena_create_in(&c->device.scratch, "scratch", settings.scratch_bytes ? settings.scratch_bytes : all, &pages));
+  return wn_arena_create(&c->device.host, "host", (size_t)1 << 38);
+}
+
+static wn_status start(whole_device *d, wn_cuda_settings settings) {
+  wn_cuda *c = &d->cuda;
+  WN_TRY(check_gpu(c, settings.ordinal));
+  WN_CUDA_TRY(cudaSetDevice(settings.ordinal));
+  WN_CUDA_TRY(cudaFree(NULL)); /* makes the context */
+  WN_TRY(load_driver(&d->driver));
+  WN_CUDA_TRY(cudaStreamCreateWithFlags(&c->compute, cudaStreamNonBlocking));
+  WN_CUDA_TRY(cudaStreamCreateWithFlags(&c->comm, cudaStreamNonBlocking));
+  for (int i = 0; i < 2; i++) {
+    WN_CUDA_TRY(cudaMallocHost(&c->pinned[i], WN_PINNED_BYTES));
+    WN_CUDA_TRY(cudaEventCreateWithFlags(&c->staged[i], cudaEventDisableTiming));
+  }
+  WN_TRY(make_arenas(d, settings));
+  void *workspace;
+  WN_TRY(wn_arena_alloc(c->device.weights, &workspace, "cuBLAS workspace", BLAS_WORKSPACE_BYTES));
+  WN_CUBLAS_TRY(cublasCreate(&c->blas));
+  WN_CUBLAS_TRY(cublasSetStream(c->blas, c->compute));
+  /* one queue and a workspace of our own: cuBLAS then repeats bit for bit */
+  WN_CUBLAS_TRY(cublasSetWorkspace(c->blas, workspace, BLAS_WORKSPACE_BYTES));
+  WN_CUBLAS_TRY(cublasSetMathMode(c->blas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
+  return NULL;
+}
+
+wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings) {
+  whole_device *d = (whole_device *)calloc(1, sizeof *d);
+  if (!d) return WN_FAIL(WN_E_MEMORY, "no memory for the device (%zu bytes)", sizeof *d);
+  wn_device *device = &d->cuda.device;
+  device->kind = WN_CUDA;
+  device->ops = &wn_cuda_ops;
+  for (int role = 0; role < WN_N_ROLES; role++) device->dtype_of[role] = WN_F32;
+  device->dtype_of[WN_ACT] = WN_BF16;
+  device->dtype_of[WN_INDEX] = WN_I32;
+  device->chunk_rows = CHUNK_ROWS;
+  device->threads = settings.threads > 0 ? settings.threads : 1;
+  wn_status status = start(d, settings);
+  if (status) {
+    wn_cuda_free(device);
+    return status;
+  }
+  *out = device;
+  return NULL;
+}
+
+void wn_cuda_free(wn_device *device) {
+  if (!device) return;
+  wn_cuda *c = wn_cuda_of(device);
+  if (c->compute) cudaStreamSynchronize(c->compute);
+  if (c->comm) cudaStreamSynchronize(c->comm);
+  if (c->blas) cublasDestroy(c->blas);
+  for (int i = 0; i < 2; i++) {
+    if (c->pinned[i]) cudaFreeHost(c->pinned[i]);
+    if (c->staged[i]) cudaEventDestroy(c->staged[i]);
+  }
+  if (c->compute) cudaStreamDestroy(c->compute);
+  if (c->comm) cudaStreamDestroy(c->comm);
+  wn_arena_free(device->weights);
+  wn_arena_free(device->stash);
+  wn_arena_free(device->scratch);
+  wn_arena_free(device->host);
+  free(c);
+}
+
+const char *wn_cuda_name(const wn_device *device) {
+  return ((const wn_cuda *)device)->name;
+}
+
+wn_status wn_cuda_memory(wn_device *device, size_t *total_used, size_t *arenas, size_t *other) {
+  wn_cuda *c = wn_cuda_of(device);
+  size_t left, total;
+  WN_CUDA_TRY(cudaMemGetInfo(&left, &total));
+  *total_used = total - left;
+  *arenas = c->committed_bytes;
+  *other = *total_used > *arenas ? *total_used - *arenas : 0;
+  return NULL;
+}
+
+wn_status wn_cuda_synchronize(wn_device *device) {
+  wn_cuda *c = wn_cuda_of(device);
+  WN_CUDA_TRY(cudaStreamSynchronize(c->compute));
+  WN_CUDA_TRY(cudaStreamSynchronize(c->comm));
+  return NULL;
+}
+
+void *wn_cuda_compute_queue(wn_device *device) {
+  return wn_cuda_of(device)->compute;
+}
+
+void *wn_cuda_comm_queue(wn_device *device) {
+  return wn_cuda_of(device)->comm;
+}
