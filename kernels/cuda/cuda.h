@@ -31,5 +31,10 @@ WN_MUST_USE wn_status wn_cuda_synchronize(wn_device *device);
 /* The two queues, as cudaStream_t: operations run on compute; collectives on comm. */
 void *wn_cuda_compute_queue(wn_device *device);
 void *wn_cuda_comm_queue(wn_device *device);
+/* piece[n] += the sum over ranks r of received[r * n + i], in the fixed order of a reduce-scatter on the CPU
+ * (src/dist/collective.c: ((0+1)+(2+3))+((4+5)+6)): the same bits. Enqueued on `queue` (a cudaStream_t); both arrays
+ * live on the GPU. */
+WN_MUST_USE wn_status wn_cuda_sum_pieces(wn_device *device, void *queue, float *piece, const float *received,
+                                         int32_t size, int64_t n);
 
 #endif
