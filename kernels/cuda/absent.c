@@ -34,6 +34,11 @@ wn_status wn_cuda_synchronize(wn_device *device) {
   return NULL;
 }
 
+void wn_cuda_set_watch(wn_device *device, wn_status (*watch)(void *context, double waited_s), void *context) {
+  (void)watch, (void)context;
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+}
+
 void *wn_cuda_compute_queue(wn_device *device) {
   WN_ASSERT(!device, "a CUDA device in a build without CUDA");
   return NULL;

@@ -28,6 +28,9 @@ const char *wn_cuda_name(const wn_device *device);
 WN_MUST_USE wn_status wn_cuda_memory(wn_device *device, size_t *total_used, size_t *arenas, size_t *other);
 /* Waits until all work asked for so far is done; work that failed shows here. */
 WN_MUST_USE wn_status wn_cuda_synchronize(wn_device *device);
+/* While the host waits for the device, `watch` (NULL: none) is called about every millisecond with the seconds waited so
+ * far; its error ends the wait. */
+void wn_cuda_set_watch(wn_device *device, wn_status (*watch)(void *context, double waited_s), void *context);
 /* The two queues, as cudaStream_t: operations run on compute; collectives on comm. */
 void *wn_cuda_compute_queue(wn_device *device);
 void *wn_cuda_comm_queue(wn_device *device);

@@ -4,8 +4,13 @@
 #include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "kernels/cuda/operations.cuh"
+
+extern "C" {
+#include "base/time.h"
+}
 
 enum { LEAST_MAJOR = 9, CHUNK_ROWS = 4096, BLAS_WORKSPACE_BYTES = 64 << 20 };
 static const size_t page_bytes = (size_t)32 << 20;
@@ -112,9 +117,12 @@ static void release_pages(void *context, void *base, size_t reserved, size_t com
 int32_t wn_cuda_count(const char **why) {
   int n = 0;
   cudaError_t error = cudaGetDeviceCount(&n);
-  if (why)
-    *why = error == cudaSuccess && n > 0 ? "" : error == cudaSuccess ? "there is no GPU" : cudaGetErrorString(error);
   if (error != cudaSuccess) (void)cudaGetLastError();
+  if (why) {
+    *why = cudaGetErrorString(error);
+    if (error == cudaSuccess) *why = "this machine has no GPU";
+    if (error == cudaErrorInsufficientDriver) *why = "this machine has no GPU driver, or one older than CUDA 13.0";
+  }
   return error == cudaSuccess ? n : 0;
 }
 
@@ -227,10 +235,36 @@ wn_status wn_cuda_memory(wn_device *device, size_t *total_used, size_t *arenas, 
   return NULL;
 }
 
+/* Spins at first, since most waits end within the time of a launch or two; then in naps, with a look at the watch. */
+wn_status wn_cuda_await(wn_device *device, cudaEvent_t event) {
+  enum { SPINS = 2000, NAP_NS = 20000, NAPS_A_LOOK = 50 };
+  wn_cuda *c = wn_cuda_of(device);
+  double start = wn_time_s();
+  for (int64_t i = 0;; i++) {
+    cudaError_t state = cudaEventQuery(event);
+    if (state == cudaSuccess) return NULL;
+    if (state != cudaErrorNotReady) WN_CUDA_TRY(state);
+    if (i < SPINS) continue;
+    const struct timespec nap = {0, NAP_NS};
+    nanosleep(&nap, NULL);
+    if (c->watch && i % NAPS_A_LOOK == 0) WN_TRY(c->watch(c->watch_context, wn_time_s() - start));
+  }
+}
+
+void wn_cuda_set_watch(wn_device *device, wn_status (*watch)(void *context, double waited_s), void *context) {
+  wn_cuda *c = wn_cuda_of(device);
+  c->watch = watch;
+  c->watch_context = context;
+}
+
 wn_status wn_cuda_synchronize(wn_device *device) {
   wn_cuda *c = wn_cuda_of(device);
-  WN_CUDA_TRY(cudaStreamSynchronize(c->compute));
-  WN_CUDA_TRY(cudaStreamSynchronize(c->comm));
+  cudaStream_t queues[2] = {c->compute, c->comm};
+  for (int i = 0; i < 2; i++) {
+    WN_TRY(wn_cuda_await(device, c->staged[i])); /* uploads on the way keep their buffers */
+    WN_CUDA_TRY(cudaEventRecord(c->staged[i], queues[i]));
+    WN_TRY(wn_cuda_await(device, c->staged[i]));
+  }
   return NULL;
 }
 

@@ -179,7 +179,7 @@ static wn_status upload_dense(wn_cuda *c, char *to, const char *from, size_t byt
     n = bytes - at < WN_PINNED_BYTES ? bytes - at : (size_t)WN_PINNED_BYTES;
     int32_t p = c->next_pinned;
     c->next_pinned = 1 - p;
-    WN_CUDA_TRY(cudaEventSynchronize(c->staged[p])); /* what was staged here before has left */
+    WN_TRY(wn_cuda_await(&c->device, c->staged[p])); /* what was staged here before has left */
     memcpy(c->pinned[p], from + at, n);
     WN_CUDA_TRY(cudaMemcpyAsync(to + at, c->pinned[p], n, cudaMemcpyHostToDevice, c->compute));
     WN_CUDA_TRY(cudaEventRecord(c->staged[p], c->compute));
@@ -190,7 +190,7 @@ static wn_status upload_dense(wn_cuda *c, char *to, const char *from, size_t byt
 /* One piece travels while the one before is copied out. */
 static wn_status download_dense(wn_cuda *c, char *to, const char *from, size_t bytes) {
   const size_t pieces = (bytes + WN_PINNED_BYTES - 1) / WN_PINNED_BYTES;
-  for (int p = 0; p < 2; p++) WN_CUDA_TRY(cudaEventSynchronize(c->staged[p])); /* uploads that are under way */
+  for (int p = 0; p < 2; p++) WN_TRY(wn_cuda_await(&c->device, c->staged[p])); /* uploads that are under way */
   for (size_t i = 0; i <= pieces; i++) {
     if (i < pieces) {
       const size_t at = i * WN_PINNED_BYTES, n = bytes - at < WN_PINNED_BYTES ? bytes - at : (size_t)WN_PINNED_BYTES;
@@ -200,7 +200,7 @@ static wn_status download_dense(wn_cuda *c, char *to, const char *from, size_t b
     if (i == 0) continue;
     const size_t at = (i - 1) * WN_PINNED_BYTES,
                  n = bytes - at < WN_PINNED_BYTES ? bytes - at : (size_t)WN_PINNED_BYTES;
-    WN_CUDA_TRY(cudaEventSynchronize(c->staged[(i - 1) & 1]));
+    WN_TRY(wn_cuda_await(&c->device, c->staged[(i - 1) & 1]));
     memcpy(to + at, c->pinned[(i - 1) & 1], n);
   }
   return NULL;

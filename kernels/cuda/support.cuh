@@ -29,6 +29,8 @@ typedef struct wn_cuda {
   void *pinned[2];     /* staging for upload and download, WN_PINNED_BYTES each */
   cudaEvent_t staged[2];
   int32_t next_pinned;
+  wn_status (*watch)(void *context, double waited_s); /* NULL: none */
+  void *watch_context;
   char name[320];
 } wn_cuda;
 
@@ -50,6 +52,9 @@ extern "C" WN_MUST_USE wn_status wn_cublas_check(cublasStatus_t error, const cha
 /* After a <<<>>> launch: `operation` (a literal) is named in the error. */
 #define WN_CUDA_LAUNCHED(operation)                                                                                    \
   WN_TRY(wn_cuda_check(cudaGetLastError(), "launching " operation, __FILE__, __LINE__))
+
+/* The one way for the host to wait: until `event` has happened, with the device's watch looked after. */
+extern "C" WN_MUST_USE wn_status wn_cuda_await(wn_device *device, cudaEvent_t event);
 
 /* Temporaries: mark on entry, release before returning success. On an error nobody goes on, so nothing is released. */
 static inline wn_status wn_cuda_scratch(wn_device *device, void **out, const char *name, int64_t bytes) {

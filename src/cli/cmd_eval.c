@@ -9,7 +9,7 @@
 #include "train/inference.h"
 
 typedef struct eval_flags {
-  const char *data, *selections, *csv, *sequences;
+  const char *data, *selections, *csv, *sequences, *device;
   int64_t topk, seq_len, seqs, sample_rows, seed, threads;
   bool no_document_mask;
 } eval_flags;
@@ -117,7 +117,7 @@ static wn_status run(const eval_flags *f, wn_inference *in, const wn_dataset *da
 }
 
 wn_status wn_cmd_eval(int argc, char **argv, wn_world *world, wn_log *log) {
-  eval_flags f = {.seq_len = 512, .sample_rows = 64, .seed = 1};
+  eval_flags f = {.device = "auto", .seq_len = 512, .sample_rows = 64, .seed = 1};
   const wn_flag flags[] = {
       {.name = "--data",
        .kind = WN_FLAG_TEXT,
@@ -164,6 +164,7 @@ wn_status wn_cmd_eval(int argc, char **argv, wn_world *world, wn_log *log) {
        .most = 9e15,
        .argument = "N",
        .help = "of the random selection and the sampled rows (default 1)"},
+      WN_FLAG_DEVICE(&f.device),
       {.name = "--threads",
        .kind = WN_FLAG_INT,
        .value = &f.threads,
@@ -190,12 +191,14 @@ wn_status wn_cmd_eval(int argc, char **argv, wn_world *world, wn_log *log) {
   WN_TRY(wn_flags_parse(argc, argv, flags, (int32_t)(sizeof flags / sizeof *flags), &help, &n, &helped));
   if (helped) return NULL;
   if (n != 1 || !f.data) return WN_FAIL_HINT(WN_E_USAGE, help.usage, "eval wants one model directory and --data");
+  wn_job_device device;
+  WN_TRY(wn_flag_device(&device, f.device));
   wn_status status = NULL;
   wn_inference in = {0};
   wn_dataset *dataset = NULL;
   wn_csv *csv = NULL, *sequences = NULL;
   WN_TRY_GOTO(status, done, wn_dataset_open(&dataset, f.data));
-  WN_TRY_GOTO(status, done, wn_inference_open(&in, argv[1], (int32_t)f.threads, false, world, log));
+  WN_TRY_GOTO(status, done, wn_inference_open(&in, argv[1], device, (int32_t)f.threads, false, world, log));
   WN_TRY_GOTO(status, done, wn_dataset_check_vocab(dataset, in.model->config.vocab_size));
   if (wn_dataset_windows(dataset, (int32_t)f.seq_len) < 1) {
     status = WN_FAIL(WN_E_INPUT, "%s holds too few tokens for one window of %lld", f.data, (long long)f.seq_len);

@@ -59,11 +59,11 @@ static wn_status check_documents(const int_list *documents, int32_t n_tokens) {
   return NULL;
 }
 
-static wn_status run(const char *dir, const wn_forward_settings *settings, const char *out, int32_t threads,
-                     wn_world *world, wn_log *log) {
+static wn_status run(const char *dir, const wn_forward_settings *settings, const char *out, wn_job_device device,
+                     int32_t threads, wn_world *world, wn_log *log) {
   wn_inference in = {0};
   wn_status status = NULL;
-  WN_TRY(wn_inference_open(&in, dir, threads, settings->base_grads || settings->indexer_grads, world, log));
+  WN_TRY(wn_inference_open(&in, dir, device, threads, settings->base_grads || settings->indexer_grads, world, log));
   const wn_model_config *config = &in.model->config;
   for (int32_t i = 0; i < settings->n && !status; i++)
     if (settings->tokens[i] >= config->vocab_size)
@@ -77,7 +77,7 @@ static wn_status run(const char *dir, const wn_forward_settings *settings, const
 }
 
 wn_status wn_cmd_forward(int argc, char **argv, wn_world *world, wn_log *log) {
-  const char *tokens = NULL, *out = NULL, *attention = "dense", *grads = NULL, *documents = "0";
+  const char *tokens = NULL, *out = NULL, *attention = "dense", *grads = NULL, *documents = "0", *device_name = "auto";
   int64_t threads = 0;
   const wn_flag flags[] = {
       {.name = "--tokens",
@@ -105,6 +105,7 @@ wn_status wn_cmd_forward(int argc, char **argv, wn_world *world, wn_log *log) {
        .value = &documents,
        .argument = "ROWS",
        .help = "first row of each packed document (default 0)"},
+      WN_FLAG_DEVICE(&device_name),
       {.name = "--threads",
        .kind = WN_FLAG_INT,
        .value = &threads,
@@ -128,6 +129,8 @@ wn_status wn_cmd_forward(int argc, char **argv, wn_world *world, wn_log *log) {
     return WN_FAIL(WN_E_USAGE, "--attention is dense or sparse, not '%s'", attention);
   bool base = grads && strcmp(grads, "base") == 0, indexer = grads && strcmp(grads, "indexer") == 0;
   if (grads && !base && !indexer) return WN_FAIL(WN_E_USAGE, "--grads is base or indexer, not '%s'", grads);
+  wn_job_device device;
+  WN_TRY(wn_flag_device(&device, device_name));
   int_list *ids = malloc(2 * sizeof *ids);
   if (!ids) return WN_FAIL(WN_E_MEMORY, "out of memory for the tokens");
   wn_status status = read_tokens(&ids[0], tokens);
@@ -135,7 +138,7 @@ wn_status wn_cmd_forward(int argc, char **argv, wn_world *world, wn_log *log) {
   if (!status) status = check_documents(&ids[1], ids[0].n);
   if (!status) {
     wn_forward_settings settings = {ids[0].values, ids[0].n, ids[1].values, ids[1].n, sparse, base, indexer};
-    status = run(argv[1], &settings, out, (int32_t)threads, world, log);
+    status = run(argv[1], &settings, out, device, (int32_t)threads, world, log);
   }
   free(ids);
   return status;

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "config/job.h"
 
 typedef enum wn_flag_kind {
   WN_FLAG_SWITCH, /* bool: present or not */
@@ -22,6 +23,14 @@ typedef struct wn_flag {
   double least, most;          /* INT, REAL and RANGE: allowed values, both included; equal: anything */
   const char *argument, *help; /* "PREFIX", "dataset to read" */
 } wn_flag;
+
+/* --device auto|cpu|cuda into a const char *, for wn_flag_device. */
+#define WN_FLAG_DEVICE(text)                                                                                           \
+  {                                                                                                                    \
+    .name = "--device", .kind = WN_FLAG_TEXT, .value = (text), .argument = "auto|cpu|cuda",                            \
+    .help = "where it runs (default auto: a GPU where there is one)"                                                   \
+  }
+WN_MUST_USE wn_status wn_flag_device(wn_job_device *out, const char *text);
 
 typedef struct wn_command_help {
   const char *usage, *about;

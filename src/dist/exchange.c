@@ -164,6 +164,15 @@ static bool peer_left(const wn_request *request, int32_t *who) {
   return false;
 }
 
+bool wn_world_rank_left(wn_world *world, int32_t *who) {
+  for (*who = 0; world->mpi && *who < world->size; ++*who) {
+    int left = 0;
+    if (*who == world->rank) continue;
+    if (MPI_Iprobe(*who, WN_EXIT_TAG, MPI_COMM_WORLD, &left, MPI_STATUS_IGNORE) == MPI_SUCCESS && left) return true;
+  }
+  return false;
+}
+
 static void idle(int64_t polls) {
   if (polls < YIELDS) {
     sched_yield();

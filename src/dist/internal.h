@@ -24,6 +24,9 @@ struct wn_world {
   wn_group groups[WN_MAX_GROUPS];
 };
 
+/* True when another rank is shutting down, and says so. */
+bool wn_world_rank_left(wn_world *world, int32_t *who);
+
 int32_t wn_group_world_rank(const wn_group *group, int32_t place);
 
 /* A set of messages among a group. `operation` (a literal) is named in errors. Messages longer than a chunk travel as

@@ -17,10 +17,9 @@ enum { N_SLOTS = 2, MAX_GROUPS = 4, ALIGN_BYTES = 256, NONE = -1 };
 typedef struct unit {
   wn_group *group;
   int64_t elements, piece_elements; /* elements = group size * piece_elements */
-  int64_t slot_offset, grad_offset; /* in a slot, for units of more than one rank */
-  int32_t first_segment;
-  bool trains, shared; /* shared: its group has more than one rank */
-  wn_request *gathering;
+  int64_t slot_bytes_at, grad_at;   /* in a slot, for units of more than one rank: bytes; elements */
+  bool trains, shared;              /* shared: its group has more than one rank */
+  wn_transfer *gathering;
 } unit;
 
 typedef struct layer_state {
@@ -31,8 +30,15 @@ typedef struct layer_state {
   bool acquired, trains;
 } layer_state;
 
+/* Gradients of a slot that are on their way: it can be used again when they have arrived. */
+typedef struct reducing {
+  wn_transfer **transfers; /* [most units of a layer] */
+  int32_t n;
+} reducing;
+
 struct wn_store {
   wn_device *device;
+  wn_comm *comm;
   wn_group *groups[MAX_GROUPS];
   int32_t n_groups;
   const wn_param *params;
@@ -44,9 +50,11 @@ struct wn_store {
   wn_piece *pieces; /* parallel to units */
   layer_state *layers;
   wn_segment *segments;
-  int64_t slot_elements, grad_slot_elements;
+  int64_t slot_bytes, grad_slot_elements, largest_reduced; /* elements of the largest unit that is summed */
+  int32_t most_units;                                      /* of one layer */
   wn_tensor weight_slots[N_SLOTS], grad_slots[N_SLOTS];
   bool weight_slot_taken[N_SLOTS], grad_slot_taken[N_SLOTS];
+  reducing reducing[N_SLOTS];
 };
 
 static int64_t round_up(int64_t n, int64_t multiple) {
@@ -81,6 +89,8 @@ static void check_params(const wn_store *store) {
     WN_ASSERT(p->group >= 0 && p->group < store->n_groups, "group %d of %s", p->group, p->hf_name);
     WN_ASSERT(p->rank >= 1 && p->rank <= 3 && wn_param_elements(p) > 0, "shape of %s", p->hf_name);
     WN_ASSERT((uint32_t)p->kind < WN_N_KINDS, "kind %d of %s", (int)p->kind, p->hf_name);
+    WN_ASSERT(p->role == WN_ACT || (p->role == WN_STAT && !wn_kind_trains(p->kind)), "role %d of %s", (int)p->role,
+              p->hf_name);
   }
 }
 
@@ -113,34 +123,44 @@ static wn_status check_same_table(const wn_store *store, int32_t group) {
 
 /* ---- layout ---------------------------------------------------------------------------------------------------- */
 
-static int32_t find_unit(const wn_store *store, const layer_state *layer, int32_t group, wn_kind kind) {
-  for (int32_t u = layer->first_unit; u < layer->first_unit + layer->n_units; u++)
-    if (store->pieces[u].group == group && store->pieces[u].kind == kind) return u;
-  return NONE;
+static bool belongs(const wn_param *p, const wn_piece *piece) {
+  return p->group == piece->group && p->kind == piece->kind && p->role == piece->role;
 }
 
-/* Units come by layer, then group, then kind; only those with parameters exist. */
+static int32_t find_unit(const wn_store *store, const layer_state *layer, const wn_param *p) {
+  for (int32_t u = layer->first_unit; u < layer->first_unit + layer->n_units; u++)
+    if (belongs(p, &store->pieces[u])) return u;
+  WN_ASSERT(false, "%s is in no unit", p->hf_name);
+}
+
+static void add_unit(wn_store *store, layer_state *layer, wn_piece piece) {
+  bool any = false;
+  for (int32_t i = layer->first_param; i < layer->first_param + layer->n_params && !any; i++)
+    any = belongs(&store->params[i], &piece);
+  if (!any) return;
+  wn_group *members = store->groups[piece.group];
+  store->pieces[store->n_units] = piece;
+  store->units[store->n_units] =
+      (unit){.group = members, .trains = wn_kind_trains(piece.kind), .shared = wn_group_size(members) > 1};
+  store->n_units++;
+  layer->n_units++;
+  layer->trains = layer->trains || wn_kind_trains(piece.kind);
+}
+
+/* Units come by layer, then group, then kind, then role; only those with parameters exist. */
 static void add_layer_units(wn_store *store, layer_state *layer) {
+  static const wn_role roles[] = {WN_ACT, WN_STAT};
   layer->first_unit = store->n_units;
   for (int32_t group = 0; group < store->n_groups; group++)
-    for (wn_kind kind = WN_BASE; kind < WN_N_KINDS; kind++) {
-      bool any = false;
-      for (int32_t i = layer->first_param; i < layer->first_param + layer->n_params && !any; i++)
-        any = store->params[i].group == group && store->params[i].kind == kind;
-      if (!any) continue;
-      wn_group *members = store->groups[group];
-      store->pieces[store->n_units] = (wn_piece){.layer = layer->layer, .group = group, .kind = kind};
-      store->units[store->n_units] =
-          (unit){.group = members, .trains = wn_kind_trains(kind), .shared = wn_group_size(members) > 1};
-      store->n_units++;
-      layer->n_units++;
-      layer->trains = layer->trains || wn_kind_trains(kind);
-    }
+    for (wn_kind kind = WN_BASE; kind < WN_N_KINDS; kind++)
+      for (size_t r = 0; r < sizeof roles / sizeof *roles; r++)
+        add_unit(store, layer, (wn_piece){.layer = layer->layer, .group = group, .kind = kind, .role = roles[r]});
+  if (layer->n_units > store->most_units) store->most_units = layer->n_units;
 }
 
 static void place_params(wn_store *store, const layer_state *layer, int64_t align) {
   for (int32_t i = layer->first_param; i < layer->first_param + layer->n_params; i++) {
-    int32_t u = find_unit(store, layer, store->params[i].group, store->params[i].kind);
+    int32_t u = find_unit(store, layer, &store->params[i]);
     store->unit_of[i] = u;
     store->param_offset[i] = store->units[u].elements;
     store->units[u].elements += round_up(wn_param_elements(&store->params[i]), align);
@@ -155,13 +175,14 @@ static void finish_units(wn_store *store, const layer_state *layer, int64_t alig
     at->elements = round_up(at->elements, align * wn_group_size(at->group));
     at->piece_elements = at->elements / wn_group_size(at->group);
     if (!at->shared) continue;
-    at->slot_offset = weights;
-    weights += at->elements;
+    at->slot_bytes_at = weights;
+    weights += at->elements * wn_dtype_bytes(store->device->dtype_of[store->pieces[u].role]);
     if (!at->trains) continue;
-    at->grad_offset = grads;
+    at->grad_at = grads;
     grads += at->elements;
+    if (at->elements > store->largest_reduced) store->largest_reduced = at->elements;
   }
-  if (weights > store->slot_elements) store->slot_elements = weights;
+  if (weights > store->slot_bytes) store->slot_bytes = weights;
   if (grads > store->grad_slot_elements) store->grad_slot_elements = grads;
 }
 
@@ -211,19 +232,27 @@ static wn_status zeroed(wn_store *store, wn_tensor *out, const char *name, wn_ro
   return store->device->ops->zero(store->device, out);
 }
 
-static wn_status allocate_pieces(wn_store *store) {
-  for (int32_t u = 0; u < store->n_units; u++) {
-    wn_piece *piece = &store->pieces[u];
-    int64_t n = store->units[u].piece_elements;
-    WN_TRY(zeroed(store, &piece->master, "masters", WN_MASTER, n));
-    if (!store->units[u].trains) continue;
-    WN_TRY(zeroed(store, &piece->m, "first moments", WN_MASTER, n));
-    WN_TRY(zeroed(store, &piece->v, "second moments", WN_MASTER, n));
-    WN_TRY(zeroed(store, &piece->grad, "gradients", WN_WGRAD, n));
-  }
+static wn_status allocate_piece(wn_store *store, int32_t u) {
+  const wn_device *device = store->device;
+  wn_piece *piece = &store->pieces[u];
+  int64_t n = store->units[u].piece_elements;
+  /* a frozen piece has nothing but what operations take */
+  WN_TRY(zeroed(store, &piece->master, "masters", piece->kind == WN_FROZEN ? piece->role : WN_MASTER, n));
+  piece->weight = piece->master;
+  if (piece->master.dtype != device->dtype_of[piece->role])
+    WN_TRY(zeroed(store, &piece->weight, "weights", piece->role, n));
+  if (!store->units[u].trains) return NULL;
+  WN_TRY(zeroed(store, &piece->m, "first moments", WN_MASTER, n));
+  WN_TRY(zeroed(store, &piece->v, "second moments", WN_MASTER, n));
+  return zeroed(store, &piece->grad, "gradients", WN_WGRAD, n);
+}
+
+static wn_status allocate_memory(wn_store *store) {
+  for (int32_t u = 0; u < store->n_units; u++) WN_TRY(allocate_piece(store, u));
   for (int32_t s = 0; s < N_SLOTS; s++) {
-    if (store->slot_elements > 0)
-      WN_TRY(zeroed(store, &store->weight_slots[s], "weight slots", WN_ACT, store->slot_elements));
+    if (store->slot_bytes > 0)
+      WN_TRY(wn_tensor_alloc(&store->weight_slots[s], store->device->weights, "weight slots", WN_U8, 1,
+                             store->slot_bytes, 0, 0, 0));
     if (store->grad_slot_elements > 0)
       WN_TRY(zeroed(store, &store->grad_slots[s], "gradient slots", WN_WGRAD, store->grad_slot_elements));
   }
@@ -239,7 +268,9 @@ static wn_status allocate_tables(wn_store *store) {
   store->pieces = calloc(n, sizeof *store->pieces);
   store->layers = calloc(n, sizeof *store->layers);
   store->segments = calloc(n, sizeof *store->segments);
-  if (!store->unit_of || !store->param_offset || !store->units || !store->pieces || !store->layers || !store->segments)
+  for (int32_t s = 0; s < N_SLOTS; s++) store->reducing[s].transfers = calloc(n, sizeof(wn_transfer *));
+  if (!store->unit_of || !store->param_offset || !store->units || !store->pieces || !store->layers ||
+      !store->segments || !store->reducing[0].transfers || !store->reducing[1].transfers)
     return WN_FAIL(WN_E_MEMORY, "out of memory for the tables of %d parameters", store->n_params);
   return NULL;
 }
@@ -247,9 +278,6 @@ static wn_status allocate_tables(wn_store *store) {
 wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
                           const wn_param *params, int32_t n_params) {
   WN_ASSERT(n_params > 0 && n_groups > 0 && n_groups <= MAX_GROUPS, "%d parameters, %d groups", n_params, n_groups);
-  WN_ASSERT(device->dtype_of[WN_MASTER] == device->dtype_of[WN_ACT],
-            "masters are %s, weights %s: a gather does not convert", wn_dtype_name(device->dtype_of[WN_MASTER]),
-            wn_dtype_name(device->dtype_of[WN_ACT]));
   wn_store *store = calloc(1, sizeof *store);
   if (!store) return WN_FAIL(WN_E_MEMORY, "out of memory for the parameter store");
   *store = (wn_store){.device = device, .n_groups = n_groups, .params = params, .n_params = n_params};
@@ -261,9 +289,10 @@ wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn
   if (!status) status = allocate_tables(store);
   if (!status) {
     lay_out(store);
-    status = allocate_pieces(store);
+    status = allocate_memory(store);
   }
   WN_TRY_GOTO(status, fail, wn_world_agree(world, status));
+  WN_TRY_GOTO(status, fail, wn_comm_create(&store->comm, device, world, groups, n_groups, store->largest_reduced));
   *out = store;
   return NULL;
 fail:
@@ -273,6 +302,8 @@ fail:
 
 void wn_store_free(wn_store *store) {
   if (!store) return;
+  wn_comm_free(store->comm);
+  for (int32_t s = 0; s < N_SLOTS; s++) free(store->reducing[s].transfers);
   free(store->unit_of);
   free(store->param_offset);
   free(store->units);
@@ -301,14 +332,15 @@ static int32_t take_slot(bool *taken, const char *what, int32_t layer) {
 
 static wn_tensor weights_of(const wn_store *store, const layer_state *layer, int32_t u) {
   const unit *at = &store->units[u];
-  if (!at->shared) return store->pieces[u].master;
-  return wn_tensor_slice(store->weight_slots[layer->weight_slot], 0, at->slot_offset, at->elements);
+  if (!at->shared) return store->pieces[u].weight;
+  return wn_tensor_of((char *)store->weight_slots[layer->weight_slot].data + at->slot_bytes_at,
+                      store->pieces[u].weight.dtype, 1, at->elements, 0, 0, 0);
 }
 
 static wn_tensor grads_of(const wn_store *store, const layer_state *layer, int32_t u) {
   const unit *at = &store->units[u];
   if (!at->shared) return store->pieces[u].grad;
-  return wn_tensor_slice(store->grad_slots[layer->grad_slot], 0, at->grad_offset, at->elements);
+  return wn_tensor_slice(store->grad_slots[layer->grad_slot], 0, at->grad_at, at->elements);
 }
 
 static wn_tensor param_view(const wn_store *store, int32_t i, wn_tensor whole) {
@@ -324,19 +356,27 @@ static wn_status hold(wn_store *store, layer_state *layer) {
   for (int32_t u = layer->first_unit; u < layer->first_unit + layer->n_units; u++) {
     if (!store->units[u].shared) continue;
     wn_tensor whole = weights_of(store, layer, u);
-    const wn_tensor *piece = &store->pieces[u].master;
-    WN_TRY(wn_group_gather_begin(store->units[u].group, &store->units[u].gathering, whole.data, piece->data,
-                                 (size_t)wn_tensor_bytes(piece)));
+    WN_TRY(wn_comm_gather(store->comm, store->units[u].group, &store->units[u].gathering, &whole,
+                          &store->pieces[u].weight));
   }
   return NULL;
 }
 
 static wn_status await(wn_store *store, const layer_state *layer) {
   for (int32_t u = layer->first_unit; u < layer->first_unit + layer->n_units; u++) {
-    wn_request *request = store->units[u].gathering;
+    wn_transfer *transfer = store->units[u].gathering;
     store->units[u].gathering = NULL;
-    wn_status status = wn_request_wait(request);
+    wn_status status = wn_comm_finish(store->comm, transfer);
     if (status) return wn_status_prefix(status, "gathering the weights of layer %d", layer->layer);
+  }
+  return NULL;
+}
+
+wn_status wn_store_publish(wn_store *store) {
+  for (int32_t u = 0; u < store->n_units; u++) {
+    wn_piece *piece = &store->pieces[u];
+    if (piece->weight.data != piece->master.data)
+      WN_TRY(store->device->ops->cast(store->device, &piece->weight, &piece->master));
   }
   return NULL;
 }
@@ -368,28 +408,34 @@ wn_status wn_store_release(wn_store *store, int32_t layer_number) {
 
 /* ---- gradients ------------------------------------------------------------------------------------------------- */
 
+/* What was sent from a slot has been added where it belongs, and the slot is zero again. */
+static wn_status arrive(wn_store *store, int32_t slot) {
+  reducing *r = &store->reducing[slot];
+  for (int32_t i = 0; i < r->n; i++) {
+    wn_status status = wn_comm_finish(store->comm, r->transfers[i]);
+    if (status) return wn_status_prefix(status, "summing gradients");
+  }
+  r->n = 0;
+  return NULL;
+}
+
+wn_status wn_store_settle(wn_store *store) {
+  for (int32_t s = 0; s < N_SLOTS; s++) WN_TRY(arrive(store, s));
+  return NULL;
+}
+
 wn_status wn_store_grads(wn_store *store, int32_t layer_number, wn_tensor *by_param) {
   layer_state *layer = find_layer(store, layer_number);
   WN_ASSERT(layer->grad_slot == NONE, "the gradients of layer %d are open already", layer_number);
-  if (layer->trains) layer->grad_slot = take_slot(store->grad_slot_taken, "gradients", layer_number);
+  if (layer->trains) {
+    layer->grad_slot = take_slot(store->grad_slot_taken, "gradients", layer_number);
+    WN_TRY(arrive(store, layer->grad_slot));
+  }
   for (int32_t i = layer->first_param; i < layer->first_param + layer->n_params; i++) {
     int32_t u = store->unit_of[i];
     by_param[i] = store->units[u].trains ? param_view(store, i, grads_of(store, layer, u)) : (wn_tensor){0};
   }
   return NULL;
-}
-
-static wn_status reduce_unit(wn_store *store, const layer_state *layer, int32_t u) {
-  unit *at = &store->units[u];
-  wn_device *device = store->device;
-  wn_tensor whole = grads_of(store, layer, u), received;
-  size_t mark = wn_arena_mark(device->scratch);
-  WN_TRY(wn_device_tensor(device, &received, device->scratch, "gradients of other ranks", WN_WGRAD, 1, at->elements, 0,
-                          0, 0));
-  WN_TRY(wn_group_reduce_scatter(at->group, store->pieces[u].grad.data, whole.data, (size_t)at->piece_elements,
-                                 (int32_t)wn_dtype_bytes(whole.dtype), received.data));
-  wn_arena_release(device->scratch, mark);
-  return device->ops->zero(device, &whole);
 }
 
 wn_status wn_store_reduce(wn_store *store, int32_t layer_number) {
@@ -398,7 +444,11 @@ wn_status wn_store_reduce(wn_store *store, int32_t layer_number) {
   WN_ASSERT(layer->grad_slot != NONE, "the gradients of layer %d are not open", layer_number);
   for (int32_t u = layer->first_unit; u < layer->first_unit + layer->n_units; u++) {
     if (!store->units[u].shared || !store->units[u].trains) continue;
-    wn_status status = reduce_unit(store, layer, u);
+    wn_tensor whole = grads_of(store, layer, u);
+    reducing *r = &store->reducing[layer->grad_slot];
+    wn_status status =
+        wn_comm_reduce_scatter(store->comm, store->units[u].group, &r->transfers[r->n], &store->pieces[u].grad, &whole);
+    r->n++;
     if (status) return wn_status_prefix(status, "summing the gradients of layer %d", layer_number);
   }
   store->grad_slot_taken[layer->grad_slot] = false;
@@ -422,6 +472,10 @@ const wn_param *wn_store_params(const wn_store *store, int32_t *n) {
   return store->params;
 }
 
+wn_status wn_store_take_wait_s(wn_store *store, double *seconds) {
+  return wn_comm_take_wait_s(store->comm, seconds);
+}
+
 wn_group *wn_store_group(const wn_store *store, int32_t group) {
   WN_ASSERT(group >= 0 && group < store->n_groups, "group %d of %d", group, store->n_groups);
   return store->groups[group];
@@ -434,6 +488,7 @@ void wn_store_print(const wn_store *store, FILE *out) {
   for (int32_t u = 0; u < store->n_units; u++) {
     const wn_piece *piece = &store->pieces[u];
     int64_t unit_bytes = wn_tensor_bytes(&piece->master);
+    if (piece->weight.data != piece->master.data) unit_bytes += wn_tensor_bytes(&piece->weight);
     if (store->units[u].trains)
       unit_bytes += wn_tensor_bytes(&piece->m) + wn_tensor_bytes(&piece->v) + wn_tensor_bytes(&piece->grad);
     fprintf(out, "%5d %5d %-8s %14lld %18lld\n", piece->layer, piece->group, kind_names[piece->kind],
@@ -443,8 +498,7 @@ void wn_store_print(const wn_store *store, FILE *out) {
   }
   int64_t slot_bytes = 0;
   for (int32_t s = 0; s < N_SLOTS; s++)
-    slot_bytes += store->slot_elements * wn_dtype_bytes(store->device->dtype_of[WN_ACT]) +
-                  store->grad_slot_elements * wn_dtype_bytes(store->device->dtype_of[WN_WGRAD]);
+    slot_bytes += store->slot_bytes + store->grad_slot_elements * wn_dtype_bytes(store->device->dtype_of[WN_WGRAD]);
   fprintf(out, "%5s %5s %-8s %14s %18lld\n", "", "", "slots", "", (long long)slot_bytes);
   fprintf(out, "%5s %5s %-8s %14lld %18lld\n", "", "", "total", (long long)elements, (long long)(bytes + slot_bytes));
 }

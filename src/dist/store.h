@@ -1,15 +1,16 @@
 /* The parameter store: who holds which piece of which parameter.
  *
- * A unit is (layer, group, kind): one flat buffer with its tensors at 256-byte offsets, padded to a multiple of the
- * group's size; rank r of the group holds piece r, contiguous. A piece has the FP32 master, and, where it trains (BASE,
- * INDEXER), two moments and an FP32 gradient. A layer's weights are gathered when it needs them, a layer ahead; its
- * gradients are summed over the group and cut as soon as it is done. In a world of one the gathered weights and
- * gradients ARE the pieces: nothing is copied. */
+ * A unit is (layer, group, kind, role): one flat buffer with its tensors at 256-byte offsets, padded to a multiple of
+ * the group's size; rank r of the group holds piece r, contiguous. A piece that trains (BASE, INDEXER) has the FP32
+ * master, two moments and an FP32 gradient, and a copy in the dtype that operations want where that is not the
+ * master's; a frozen one is stored in that dtype alone. A layer's weights are gathered when it needs them, a layer
+ * ahead; its gradients are summed over the group and cut as soon as it is done. In a world of one the gathered weights
+ * and gradients ARE the pieces: nothing is copied. */
 #ifndef WN_DIST_STORE_H
 #define WN_DIST_STORE_H
 
 #include "base/device.h"
-#include "dist/world.h"
+#include "dist/comm.h"
 
 typedef enum wn_kind {
   WN_BASE,    /* trained by the token loss */
@@ -26,6 +27,7 @@ typedef struct wn_param {
   int32_t layer;               /* -1 embedding; 0 .. L-1; L: final norm and head */
   int32_t slot, expert;        /* which weight of the layer (model/params.h); expert -1: not one */
   wn_kind kind;
+  wn_role role;  /* what operations take it as: WN_ACT, or WN_STAT where precision is wanted (the router's bias) */
   int32_t group; /* index into the store's groups: 0 all ranks, 1 expert group */
   int32_t rank;
   int64_t dim[3];
@@ -45,7 +47,9 @@ typedef struct wn_segment {
 typedef struct wn_piece {
   int32_t layer, group;
   wn_kind kind;
+  wn_role role;
   wn_tensor master, m, v, grad; /* flat [piece elements]; m, v, grad absent (data NULL) for FROZEN and BUFFER */
+  wn_tensor weight;             /* what is gathered: the role's dtype; the master itself where that is its dtype */
   const wn_segment *segments;
   int32_t n_segments;
 } wn_piece;
@@ -55,10 +59,18 @@ typedef struct wn_store wn_store;
 /* params must be sorted by layer and outlive the store, as must the groups; groups[0] is all ranks. A group's members
  * pass the same parameters of it, in the same order (else WN_E_WORLD on all of them); the parameters of other groups
  * may differ from rank to rank. Zeroed masters, moments, gradients. All memory from device->weights, but a layer's
- * worth of scratch during reduce. MASTER and ACT are of one dtype (asserted). Collective. */
+ * worth of scratch during reduce on the CPU. A master is MASTER; that of a FROZEN piece is of the role's dtype: it is
+ * all there is. Collective. */
 WN_MUST_USE wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn_group *const *groups,
                                       int32_t n_groups, const wn_param *params, int32_t n_params);
 void wn_store_free(wn_store *store);
+
+/* Rounds the masters into the weights, where these are copies: after masters were written by anything but adamw. */
+WN_MUST_USE wn_status wn_store_publish(wn_store *store);
+/* After the last reduce of a step, before the pieces' gradients are used. */
+WN_MUST_USE wn_status wn_store_settle(wn_store *store);
+/* As wn_comm_take_wait_s. */
+WN_MUST_USE wn_status wn_store_take_wait_s(wn_store *store, double *seconds);
 
 /* Starts gathering a layer's weights; acquire without it is fine, and waits. At most two layers are held (prefetched or
  * acquired) at once, asserted. Pieces are not written while a layer is held; all ranks ask in the same order. */

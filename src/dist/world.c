@@ -99,6 +99,19 @@ int32_t wn_world_rank(const wn_world *world) {
 int32_t wn_world_size(const wn_world *world) {
   return world->size;
 }
+
+int32_t wn_world_local_rank(const wn_world *world) {
+  static const char *const places[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"};
+  if (world->size == 1) return 0;
+  for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+    const char *text = getenv(places[i]);
+    char *end = NULL;
+    long place = text && *text ? strtol(text, &end, 10) : -1;
+    if (place >= 0 && place < world->size && !*end) return (int32_t)place;
+  }
+  return world->rank;
+}
+
 wn_group *wn_world_all(wn_world *world) {
   return &world->groups[0];
 }

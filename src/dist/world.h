@@ -26,6 +26,8 @@ WN_MUST_USE wn_status wn_world_create(wn_world **out, int32_t timeout_s);
 void wn_world_free(wn_world *world);
 int32_t wn_world_rank(const wn_world *world);
 int32_t wn_world_size(const wn_world *world);
+/* This process's place among those of its host, as the launcher says; its rank where the launcher does not. */
+int32_t wn_world_local_rank(const wn_world *world);
 void wn_world_set_timeout(wn_world *world, int32_t timeout_s);
 
 /* All ranks; or, for expert groups, the ranks with rank mod n_classes equal to this rank's (WN_E_CONFIG when n_classes

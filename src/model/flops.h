@@ -6,6 +6,9 @@
 
 #include "config/model_config.h"
 
+/* Dense BF16, of H100 and H200 (NVIDIA's datasheet, SXM): what a GPU's mfu_pct is a share of. */
+#define WN_HOPPER_BF16_FLOPS 989.5e12
+
 typedef struct wn_flops_work {
   double rows;           /* tokens through the layers */
   double visible_pairs;  /* (row, key) pairs that dense attention covers */

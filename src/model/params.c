@@ -159,6 +159,7 @@ wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *conf
                         .slot = slot,
                         .expert = is_expert(slot) ? i : -1,
                         .kind = kind_of(slot, settings),
+                        .role = slot == WN_P_ROUTER_BIAS ? WN_STAT : WN_ACT,
                         .group = is_expert(slot) ? settings.expert_group : 0,
                         .file_dtype = always_f32(slot) ? WN_F32 : settings.file_dtype};
         set_shape(p, config);

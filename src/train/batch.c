@@ -6,11 +6,10 @@ typedef struct host_rows {
   int32_t *tokens, *target, *first_key, *last_key, *position;
 } host_rows;
 
-/* Host staging lives in the scratch arena for the length of the load; what the device keeps is uploaded to the stash.
- */
+/* Staging lives in the host arena for the length of the load; what the device keeps is uploaded to the stash. */
 static wn_status host_ints(wn_device *device, int32_t **out, int64_t n) {
   wn_tensor t;
-  WN_TRY(wn_tensor_alloc(&t, device->scratch, "batch staging", WN_I32, 1, n, 0, 0, 0));
+  WN_TRY(wn_tensor_alloc(&t, device->host, "batch staging", WN_I32, 1, n, 0, 0, 0));
   *out = t.data;
   return NULL;
 }
@@ -30,7 +29,7 @@ static wn_status upload(wn_batch *batch, wn_device *device, const host_rows *hos
   WN_TRY(upload_ints(device, &position, "rows", host->position, n));
   batch->rows = (wn_rows){(int32_t)n, (int32_t)n, first.data, last.data, position.data};
   wn_tensor weight;
-  WN_TRY(wn_tensor_alloc(&weight, device->scratch, "batch staging", WN_F32, 1, n, 0, 0, 0));
+  WN_TRY(wn_tensor_alloc(&weight, device->host, "batch staging", WN_F32, 1, n, 0, 0, 0));
   float *w = weight.data;
   for (int64_t i = 0; i < n; i++) {
     w[i] = host->target[i] >= 0 ? 1.0f : 0.0f;
@@ -56,18 +55,18 @@ static wn_status stage_rows(wn_device *device, host_rows *host, int64_t n) {
 
 wn_status wn_batch_load(wn_batch *out, wn_device *device, const wn_dataset *dataset, wn_batch_settings settings,
                         const int64_t *windows, int32_t n_seqs) {
-  size_t mark = wn_arena_mark(device->scratch);
   int32_t T = settings.seq_len;
   int64_t n = (int64_t)T * n_seqs;
+  wn_tensor flags, scored;
+  WN_TRY(wn_tensor_alloc(&scored, device->host, "scored marks", WN_U8, 1, n, 0, 0, 0));
+  size_t mark = wn_arena_mark(device->host);
   host_rows host;
   wn_batch batch = {.n_seqs = n_seqs, .seq_len = T, .n_rows = (int32_t)n};
   wn_window window;
   WN_TRY(stage_rows(device, &host, n));
   WN_TRY(host_ints(device, &window.tokens, T + 1));
   WN_TRY(host_ints(device, &window.document_start, T));
-  wn_tensor flags, scored;
-  WN_TRY(wn_tensor_alloc(&flags, device->scratch, "batch staging", WN_U8, 2, 2, T, 0, 0));
-  WN_TRY(wn_tensor_alloc(&scored, device->stash, "scored marks", WN_U8, 1, n, 0, 0, 0));
+  WN_TRY(wn_tensor_alloc(&flags, device->host, "batch staging", WN_U8, 2, 2, T, 0, 0));
   window.predicted = flags.data;
   window.scored = (uint8_t *)flags.data + T;
   uint8_t *marks = scored.data;
@@ -87,21 +86,21 @@ wn_status wn_batch_load(wn_batch *out, wn_device *device, const wn_dataset *data
   }
   batch.scored = marks;
   WN_TRY(upload(&batch, device, &host, settings.topk));
-  wn_arena_release(device->scratch, mark);
+  wn_arena_release(device->host, mark);
   *out = batch;
   return NULL;
 }
 
 wn_status wn_batch_from_tokens(wn_batch *out, wn_device *device, const int32_t *tokens, int32_t n,
                                const int32_t *document_first, int32_t n_documents) {
-  size_t mark = wn_arena_mark(device->scratch);
   host_rows host;
   wn_batch batch = {.n_seqs = 1, .seq_len = n, .n_rows = n};
   WN_ASSERT(n > 0 && n_documents > 0 && document_first[0] == 0, "%d tokens, %d documents", n, n_documents);
-  WN_TRY(stage_rows(device, &host, n));
   wn_tensor scored;
-  WN_TRY(wn_tensor_alloc(&scored, device->stash, "scored marks", WN_U8, 1, n, 0, 0, 0));
+  WN_TRY(wn_tensor_alloc(&scored, device->host, "scored marks", WN_U8, 1, n, 0, 0, 0));
   memset(scored.data, 0, (size_t)n);
+  size_t mark = wn_arena_mark(device->host);
+  WN_TRY(stage_rows(device, &host, n));
   for (int32_t i = 0, document = 0; i < n; i++) {
     while (document + 1 < n_documents && document_first[document + 1] <= i) document++;
     host.tokens[i] = tokens[i];
@@ -112,7 +111,7 @@ wn_status wn_batch_from_tokens(wn_batch *out, wn_device *device, const int32_t *
   }
   batch.scored = scored.data;
   WN_TRY(upload(&batch, device, &host, 0));
-  wn_arena_release(device->scratch, mark);
+  wn_arena_release(device->host, mark);
   *out = batch;
   return NULL;
 }

@@ -24,7 +24,7 @@ typedef struct wn_batch_settings {
   int32_t topk; /* for the count of selected pairs; 0: none are */
 } wn_batch_settings;
 
-/* Loads `windows[n_seqs]` as one micro-batch; memory from device->stash. */
+/* Loads `windows[n_seqs]` as one micro-batch; memory from device->stash and device->host. */
 WN_MUST_USE wn_status wn_batch_load(wn_batch *out, wn_device *device, const wn_dataset *dataset,
                                     wn_batch_settings settings, const int64_t *windows, int32_t n_seqs);
 /* The same for tokens given by hand: one sequence of n tokens whose documents begin at document_first[0 ..

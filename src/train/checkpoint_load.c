@@ -141,6 +141,7 @@ static wn_status load_local(load *l, const wn_checkpoint_plan *plan, const char 
 wn_status wn_checkpoint_load(const wn_checkpoint_plan *plan, const char *path, wn_state *state) {
   load l;
   wn_status status = load_local(&l, plan, path, state);
+  if (!status) status = wn_store_publish(plan->store);
   close_all(&l);
   return wn_world_agree(plan->world, status);
 }

@@ -12,8 +12,8 @@ wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params) {
   if (!parts) return WN_FAIL(WN_E_MEMORY, "out of memory for the places of %d parameters", n_params);
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
     wn_piece *piece = wn_store_piece(store, i);
-    WN_ASSERT(piece->master.dtype == WN_F32, "masters are %s; checkpoints hold FP32",
-              wn_dtype_name(piece->master.dtype));
+    WN_ASSERT(piece->master.dtype == WN_F32 || (piece->kind == WN_FROZEN && piece->master.dtype == WN_BF16),
+              "masters are %s; checkpoints hold FP32", wn_dtype_name(piece->master.dtype));
     for (int32_t s = 0; s < piece->n_segments; s++) {
       wn_segment at = piece->segments[s];
       WN_ASSERT(!parts[at.param].piece, "parameter %d lies in two pieces of one rank", at.param);
@@ -21,6 +21,29 @@ wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params) {
     }
   }
   *out = parts;
+  return NULL;
+}
+
+wn_status wn_floats_upload(wn_device *device, wn_tensor *place, float *values) {
+  if (place->dtype == WN_F32) return device->ops->upload(device, place, values);
+  uint16_t *narrow = (uint16_t *)(void *)values;
+  for (int64_t i = 0; i < wn_tensor_count(place); i++) {
+    float value;
+    memcpy(&value, values + i, sizeof value);
+    uint16_t rounded = wn_bf16_from_f32(value);
+    memcpy(narrow + i, &rounded, sizeof rounded);
+  }
+  return device->ops->upload(device, place, narrow);
+}
+
+wn_status wn_floats_download(wn_device *device, float *values, const wn_tensor *place) {
+  WN_TRY(device->ops->download(device, values, place));
+  if (place->dtype == WN_F32) return NULL;
+  for (int64_t i = wn_tensor_count(place) - 1; i >= 0; i--) {
+    uint16_t narrow;
+    memcpy(&narrow, (const char *)values + (size_t)i * sizeof narrow, sizeof narrow);
+    values[i] = wn_f32_from_bf16(narrow);
+  }
   return NULL;
 }
 
@@ -37,7 +60,7 @@ wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, c
     n = chunk_at(part, done);
     wn_tensor place = wn_tensor_slice(*flat, 0, part->offset + done, n);
     WN_TRY(wn_hf_read(buffer, WN_F32, entry, part->first + done, n));
-    WN_TRY(device->ops->upload(device, &place, buffer));
+    WN_TRY(wn_floats_upload(device, &place, buffer));
   }
   return NULL;
 }
@@ -50,7 +73,7 @@ wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, 
   for (int64_t done = 0, n; done < part->count; done += n) {
     n = chunk_at(part, done);
     wn_tensor from = wn_tensor_slice(*flat, 0, part->offset + done, n);
-    WN_TRY(device->ops->download(device, buffer, &from));
+    WN_TRY(wn_floats_download(device, buffer, &from));
     if (dtype == WN_BF16)
       for (int64_t i = 0; i < n; i++) scratch[i] = wn_bf16_from_f32(buffer[i]);
     WN_TRY(wn_write_at(fd, path, dtype == WN_BF16 ? (const void *)scratch : buffer, (size_t)(n * width),

@@ -90,7 +90,8 @@ static wn_status check_source_unchanged(const save *s) {
     int64_t n = part->count < COMPARED ? part->count : COMPARED;
     wn_tensor own = wn_tensor_slice(part->piece->master, 0, part->offset, n);
     WN_TRY(wn_hf_read(theirs, WN_F32, entry, part->first, n));
-    WN_TRY(device->ops->download(device, ours, &own));
+    WN_TRY(wn_floats_download(device, ours, &own));
+    for (int64_t i = 0; own.dtype == WN_BF16 && i < n; i++) theirs[i] = wn_f32_from_bf16(wn_bf16_from_f32(theirs[i]));
     if (memcmp(theirs, ours, (size_t)n * sizeof *ours) != 0)
       return WN_FAIL_HINT(WN_E_INPUT, "put the model back that the run started from",
                           "%s: tensor %s is not what it was when this run started", s->at.source, s->params[p].hf_name);

@@ -69,7 +69,7 @@ static wn_status layers_forward(evaluation *ev, const wn_batch *batch, wn_tensor
 static wn_status one_window(evaluation *ev, int64_t window, bool counts, wn_eval_sequence *out) {
   const wn_eval_settings *s = ev->settings;
   wn_device *device = s->device;
-  size_t mark = wn_arena_mark(device->stash);
+  size_t mark = wn_arena_mark(device->stash), host_mark = wn_arena_mark(device->host);
   wn_batch batch;
   wn_layer_tensors weights;
   wn_tensor h[2], logp, rows;
@@ -103,6 +103,7 @@ static wn_status one_window(evaluation *ev, int64_t window, bool counts, wn_eval
     memcpy(ev->sums, before, sizeof before);
   }
   wn_arena_release(device->stash, mark);
+  wn_arena_release(device->host, host_mark);
   return NULL;
 }
 

@@ -23,12 +23,20 @@ static wn_status dump_grow(dump *d) {
   return specs && data ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the dump");
 }
 
+/* BF16 to FP32 where it lies, from the end, since the result is twice as long. */
+static void widen(void *data, int64_t n) {
+  for (int64_t i = n - 1; i >= 0; i--) {
+    float wide = wn_f32_from_bf16(((const uint16_t *)data)[i]);
+    memcpy((float *)data + i, &wide, sizeof wide);
+  }
+}
+
 /* Adds a host copy of `t` under "prefix" + name, or, with a number >= 0, "prefix" + number. */
 static wn_status dump_add(dump *d, wn_device *device, const wn_tensor *t, const char *prefix, const char *name,
                           int32_t number) {
   WN_TRY(dump_grow(d));
   char *full = malloc(WN_NAME_BYTES + 32);
-  void *host = malloc((size_t)wn_tensor_bytes(t) + 1);
+  void *host = malloc((size_t)wn_tensor_count(t) * (size_t)wn_dtype_bytes(t->dtype == WN_BF16 ? WN_F32 : t->dtype) + 1);
   if (!full || !host) {
     free(full);
     free(host);
@@ -38,12 +46,14 @@ static wn_status dump_add(dump *d, wn_device *device, const wn_tensor *t, const 
     snprintf(full, WN_NAME_BYTES + 32, "%s%d", prefix, number);
   else
     snprintf(full, WN_NAME_BYTES + 32, "%s%s", prefix, name);
-  wn_st_spec spec = {.name = full, .dtype = t->dtype, .rank = t->rank};
+  wn_st_spec spec = {.name = full, .dtype = t->dtype == WN_BF16 ? WN_F32 : t->dtype, .rank = t->rank};
   memcpy(spec.dim, t->dim, sizeof spec.dim);
   d->specs[d->n] = spec;
   d->data[d->n] = host;
   d->n++;
-  return device->ops->download(device, host, t);
+  WN_TRY(device->ops->download(device, host, t));
+  if (t->dtype == WN_BF16) widen(host, wn_tensor_count(t));
+  return NULL;
 }
 
 static void dump_free(dump *d) {
@@ -87,15 +97,17 @@ static wn_status release(job *j, int32_t layer, bool reduce) {
 
 static wn_status dump_kl(job *j, int32_t layer, const wn_tensor *rows) {
   wn_device *device = j->in->device;
-  size_t mark = wn_arena_mark(device->scratch);
+  size_t mark = wn_arena_mark(device->scratch), host_mark = wn_arena_mark(device->host);
   wn_tensor host, mean;
   double sum = 0;
-  WN_TRY(wn_tensor_alloc(&host, device->scratch, "host copy", WN_F32, 1, j->settings->n, 0, 0, 0));
-  WN_TRY(wn_tensor_alloc(&mean, device->scratch, "host copy", WN_F32, 1, 1, 0, 0, 0));
+  WN_TRY(wn_tensor_alloc(&host, device->host, "host copy", WN_F32, 1, j->settings->n, 0, 0, 0));
+  WN_TRY(wn_tensor_alloc(&mean, device->scratch, "mean", WN_F32, 1, 1, 0, 0, 0));
   WN_TRY(device->ops->download(device, host.data, rows));
   for (int32_t i = 0; i < j->settings->n; i++) sum += (double)((float *)host.data)[i];
-  *(float *)mean.data = (float)(sum / (double)(j->batch.kl_rows ? j->batch.kl_rows : 1));
+  float divided = (float)(sum / (double)(j->batch.kl_rows ? j->batch.kl_rows : 1));
+  WN_TRY(device->ops->upload(device, &mean, &divided));
   WN_TRY(dump_add(&j->out, device, &mean, "kl.", NULL, layer));
+  wn_arena_release(device->host, host_mark);
   wn_arena_release(device->scratch, mark);
   return NULL;
 }
@@ -249,10 +261,11 @@ static wn_status run(job *j, const char *path) {
 
 wn_status wn_forward_dump(wn_inference *inference, const wn_forward_settings *settings, const char *path) {
   job j = {.in = inference, .settings = settings};
-  size_t mark = wn_arena_mark(inference->device->stash);
+  size_t mark = wn_arena_mark(inference->device->stash), host_mark = wn_arena_mark(inference->device->host);
   WN_ASSERT(wn_world_size(inference->world) == 1, "a dump on %d ranks", wn_world_size(inference->world));
   wn_status status = run(&j, path);
   wn_arena_release(inference->device->stash, mark);
+  wn_arena_release(inference->device->host, host_mark);
   free(j.by_param);
   free(j.grads_by_param);
   free(j.h);

@@ -1,16 +1,16 @@
 #include "train/inference.h"
 
-#include "kernels/cpu/cpu.h"
 #include "train/checkpoint.h"
+#include "train/device.h"
 
-wn_status wn_inference_open(wn_inference *out, const char *dir, int32_t threads, bool with_grads, wn_world *world,
-                            wn_log *log) {
+wn_status wn_inference_open(wn_inference *out, const char *dir, wn_job_device device, int32_t threads, bool with_grads,
+                            wn_world *world, wn_log *log) {
   wn_inference inference = {.world = world};
   wn_status status = NULL;
   wn_model_config config;
   wn_group *all = wn_world_all(world);
   WN_TRY_GOTO(status, fail, wn_model_config_load(&config, dir));
-  WN_TRY_GOTO(status, fail, wn_cpu_create_f32(&inference.device, (wn_cpu_settings){.threads = threads}));
+  WN_TRY_GOTO(status, fail, wn_open_device(&inference.device, device, threads, world, log));
   WN_TRY_GOTO(status, fail,
               wn_model_create(
                   &inference.model, inference.device, &config,
@@ -31,6 +31,6 @@ fail:
 void wn_inference_close(wn_inference *inference) {
   wn_store_free(inference->store);
   wn_model_free(inference->model);
-  if (inference->device) wn_cpu_free_f32(inference->device);
+  wn_close_device(inference->device);
   *inference = (wn_inference){0};
 }

@@ -4,6 +4,7 @@
 
 #include "base/log.h"
 #include "dist/world.h"
+#include "config/job.h"
 #include "model/model.h"
 
 typedef struct wn_inference {
@@ -14,8 +15,8 @@ typedef struct wn_inference {
 } wn_inference;
 
 /* with_grads: gradients of every parameter can be made (for `winnow forward --grads`). Collective. */
-WN_MUST_USE wn_status wn_inference_open(wn_inference *out, const char *dir, int32_t threads, bool with_grads,
-                                        wn_world *world, wn_log *log);
+WN_MUST_USE wn_status wn_inference_open(wn_inference *out, const char *dir, wn_job_device device, int32_t threads,
+                                        bool with_grads, wn_world *world, wn_log *log);
 void wn_inference_close(wn_inference *inference);
 
 typedef struct wn_forward_settings {

@@ -49,7 +49,7 @@ static wn_status draw(const init *in, int32_t p) {
 #pragma omp parallel for num_threads(device->threads) schedule(static)
     for (int64_t i = 0; i < n; i++) buffer[i] = (float)(gain * wn_param_initial(param, config, seed, first + i));
     wn_tensor place = wn_tensor_slice(part->piece->master, 0, part->offset + done, n);
-    WN_TRY(device->ops->upload(device, &place, buffer));
+    WN_TRY(wn_floats_upload(device, &place, buffer));
   }
   return NULL;
 }
@@ -94,6 +94,7 @@ static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char
 wn_status wn_init_load(const wn_checkpoint_plan *plan, const char *dir, bool allow_new_indexer) {
   init in;
   wn_status status = load_local(&in, plan, dir, allow_new_indexer);
+  if (!status) status = wn_store_publish(plan->store);
   init_close(&in);
   return wn_world_agree(plan->world, status);
 }
@@ -102,6 +103,7 @@ wn_status wn_init_random(const wn_checkpoint_plan *plan) {
   init in;
   wn_status status = init_open(&in, plan);
   for (int32_t p = 0; !status && p < in.n_params; p++) status = draw(&in, p);
+  if (!status) status = wn_store_publish(plan->store);
   init_close(&in);
   return wn_world_agree(plan->world, status);
 }

@@ -31,6 +31,18 @@ static double clip_scale(double norm, double clip, double divisor) {
   return (clip > 0 && norm > clip ? clip / norm : 1.0) / divisor;
 }
 
+/* Elements from .. to - 1 of a piece. Between parameters lies padding whose gradients, moments and masters are 0, and
+ * stay 0. */
+static wn_status update_run(wn_device *device, wn_piece *piece, int64_t from, int64_t to,
+                            const wn_adamw_params *adamw) {
+  wn_tensor master = wn_tensor_slice(piece->master, 0, from, to - from);
+  wn_tensor m = wn_tensor_slice(piece->m, 0, from, to - from), v = wn_tensor_slice(piece->v, 0, from, to - from);
+  wn_tensor grad = wn_tensor_slice(piece->grad, 0, from, to - from);
+  wn_tensor weight = wn_tensor_slice(piece->weight, 0, from, to - from);
+  bool copy = piece->weight.data != piece->master.data;
+  return device->ops->adamw(device, &master, &m, &v, copy ? &weight : NULL, &grad, adamw);
+}
+
 wn_status wn_optimizer_update(wn_device *device, wn_store *store, const wn_job *job, const wn_update *update) {
   const wn_param *params = wn_store_params(store, &(int32_t){0});
   double clip = job->optimizer.clip_grad;
@@ -47,14 +59,12 @@ wn_status wn_optimizer_update(wn_device *device, wn_store *store, const wn_job *
                               : clip_scale(update->norms.base, clip, update->base_divisor),
         .step = indexer ? update->adam_indexer : update->adam_base,
     };
-    for (int32_t s = 0; s < piece->n_segments; s++) {
-      wn_segment at = piece->segments[s];
-      adamw.weight_decay = params[at.param].decay ? job->optimizer.weight_decay : 0;
-      wn_tensor master = wn_tensor_slice(piece->master, 0, at.offset, at.count);
-      wn_tensor m = wn_tensor_slice(piece->m, 0, at.offset, at.count);
-      wn_tensor v = wn_tensor_slice(piece->v, 0, at.offset, at.count);
-      wn_tensor grad = wn_tensor_slice(piece->grad, 0, at.offset, at.count);
-      WN_TRY(device->ops->adamw(device, &master, &m, &v, NULL, &grad, &adamw));
+    for (int32_t s = 0, next; s < piece->n_segments; s = next) {
+      bool decay = params[piece->segments[s].param].decay;
+      for (next = s + 1; next < piece->n_segments && params[piece->segments[next].param].decay == decay;) next++;
+      const wn_segment *last = &piece->segments[next - 1];
+      adamw.weight_decay = decay ? job->optimizer.weight_decay : 0;
+      WN_TRY(update_run(device, piece, piece->segments[s].offset, last->offset + last->count, &adamw));
     }
   }
   return NULL;
@@ -68,6 +78,24 @@ wn_status wn_optimizer_zero_grads(wn_device *device, wn_store *store) {
   return NULL;
 }
 
+/* Up for an expert below the mean load, down for one above it. */
+static wn_status move_biases(wn_device *device, wn_piece *piece, const wn_segment *at, double speed,
+                             const int64_t *load, int32_t n_experts, int64_t total) {
+  size_t mark = wn_arena_mark(device->host);
+  wn_tensor on_device = wn_tensor_slice(piece->master, 0, at->offset, at->count), host;
+  WN_ASSERT(piece->master.dtype == WN_F32, "router bias master is %s", wn_dtype_name(piece->master.dtype));
+  WN_TRY(wn_tensor_alloc(&host, device->host, "router biases", WN_F32, 1, at->count, 0, 0, 0));
+  float *bias = host.data;
+  WN_TRY(device->ops->download(device, bias, &on_device));
+  for (int64_t j = 0; j < at->count; j++) {
+    int64_t scaled = load[at->first + j] * n_experts;
+    if (scaled != total) bias[j] += (float)(scaled > total ? -speed : speed);
+  }
+  WN_TRY(device->ops->upload(device, &on_device, bias));
+  wn_arena_release(device->host, mark);
+  return NULL;
+}
+
 wn_status wn_optimizer_router_bias(wn_device *device, wn_store *store, double speed, const int64_t *load,
                                    int32_t n_experts) {
   const wn_param *params = wn_store_params(store, &(int32_t){0});
@@ -78,18 +106,8 @@ wn_status wn_optimizer_router_bias(wn_device *device, wn_store *store, double sp
     int64_t total = 0;
     for (int32_t e = 0; e < n_experts; e++) total += layer_load[e];
     for (int32_t s = 0; s < piece->n_segments; s++) {
-      wn_segment at = piece->segments[s];
-      if (params[at.param].slot != WN_P_ROUTER_BIAS) continue;
-      for (int64_t j = 0; j < at.count; j++) { /* a few dozen scalars a layer: read, changed and written one by one */
-        wn_tensor one = wn_tensor_slice(piece->master, 0, at.offset + j, 1);
-        int64_t scaled = layer_load[at.first + j] * n_experts;
-        if (scaled == total) continue;
-        float bias;
-        WN_ASSERT(piece->master.dtype == WN_F32, "router bias master is %s", wn_dtype_name(piece->master.dtype));
-        WN_TRY(device->ops->download(device, &bias, &one));
-        bias += (float)(scaled > total ? -speed : speed);
-        WN_TRY(device->ops->upload(device, &one, &bias));
-      }
+      if (params[piece->segments[s].param].slot != WN_P_ROUTER_BIAS) continue;
+      WN_TRY(move_biases(device, piece, &piece->segments[s], speed, layer_load, n_experts, total));
     }
   }
   return NULL;

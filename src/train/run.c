@@ -7,8 +7,8 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-#include "kernels/cpu/cpu.h"
 #include "train/checkpoint_dirs.h"
+#include "train/device.h"
 
 enum { SHARD_BYTES_LOG2 = 32 };
 
@@ -129,15 +129,6 @@ static wn_param_settings param_settings(const wn_recipe *recipe, const wn_job *j
   };
 }
 
-static wn_status make_device(wn_device **out, const wn_job *job, wn_log *log) {
-  if (job->device == WN_JOB_CUDA)
-    return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu or device: auto",
-                        "device is cuda, but this build has no CUDA operations");
-  WN_TRY(wn_cpu_create_f32(out, (wn_cpu_settings){.threads = job->threads}));
-  wn_info(log, "device: cpu, %d thread%s", (*out)->threads, (*out)->threads == 1 ? "" : "s");
-  return NULL;
-}
-
 /* ---- creation ---- */
 
 wn_checkpoint_plan wn_run_checkpoint_plan(const wn_run *run) {
@@ -241,7 +232,7 @@ wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_jo
   if (job->data.valid[0])
     WN_TRY_GOTO(status, fail, open_data(&run->valid, job->data.valid, "data.valid", &config, job->data.seq_len));
   WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? prepare_run_dir(run) : NULL));
-  WN_TRY_GOTO(status, fail, make_device(&run->device, job, log));
+  WN_TRY_GOTO(status, fail, wn_open_device(&run->device, job->device, job->threads, world, log));
   WN_TRY_GOTO(status, fail, wn_model_create(&run->model, run->device, &config, param_settings(&recipe, job)));
   wn_group *all = wn_world_all(world);
   WN_TRY_GOTO(status, fail,
@@ -267,7 +258,7 @@ void wn_run_free(wn_run *run) {
   wn_dataset_close(run->valid);
   wn_store_free(run->store);
   wn_model_free(run->model);
-  if (run->device) wn_cpu_free_f32(run->device);
+  wn_close_device(run->device);
   free(run->by_param);
   free(run->grads_by_param);
   if (run->lock_fd >= 0) close(run->lock_fd);

@@ -39,33 +39,49 @@ typedef struct work {
   wn_batch *batches;                   /* [n_micro] */
   int64_t first_sequence;              /* of this rank, within the global batch */
   double *sequence_logp, *sequence_kl; /* [B], [B * L] */
-  double *host;                        /* download buffer */
+  /* Measures stay on the device until the step's end, so that the host waits once. One row a micro-batch and layer,
+   * m * L + l; data NULL: not measured. */
+  wn_tensor logp;           /* [n_micro, n] STAT */
+  wn_tensor kl;             /* [n_micro * L, n] STAT */
+  wn_tensor stats, balance; /* [n_micro * L, s * WN_N_STATS], [n_micro * L, 1] STAT */
+  wn_tensor load;           /* [L, E] INDEX, over the micro-batches */
   wn_step_sums *sums;
 } work;
 
-static void *scratch_array(wn_device *device, const char *name, int64_t bytes, wn_status *status) {
+static void *host_array(wn_device *device, const char *name, int64_t bytes, wn_status *status) {
   void *out = NULL;
-  if (!*status) *status = wn_arena_alloc(device->stash, &out, name, (size_t)bytes);
+  if (!*status) *status = wn_arena_alloc(device->host, &out, name, (size_t)bytes);
   if (!*status) memset(out, 0, (size_t)bytes);
   return out;
 }
 
-/* Host copy of a STAT or INDEX tensor of any width as doubles. */
-static wn_status read_doubles(wn_device *device, double *out, const wn_tensor *t) {
-  size_t mark = wn_arena_mark(device->scratch);
+static wn_status zeroed(wn_device *device, wn_tensor *out, const char *name, wn_role role, int64_t rows,
+                        int64_t width) {
+  WN_TRY(wn_device_tensor(device, out, device->stash, name, role, 2, rows, width, 0, 0));
+  return device->ops->zero(device, out);
+}
+
+static wn_tensor row_of(wn_tensor t, int64_t row) {
+  return wn_tensor_view(wn_tensor_slice(t, 0, row, 1), 1, t.dim[1], 0, 0, 0);
+}
+
+/* Host copy of a STAT or INDEX tensor as doubles; in the host arena, above the caller's mark. */
+static wn_status read_doubles(wn_device *device, double **out, const wn_tensor *t) {
   int64_t n = wn_tensor_count(t);
-  wn_tensor host;
-  WN_TRY(wn_tensor_alloc(&host, device->scratch, "host copy", t->dtype, 1, n, 0, 0, 0));
-  WN_TRY(device->ops->download(device, host.data, t));
+  wn_status status = NULL;
+  wn_tensor raw;
+  *out = host_array(device, "host copies", n * (int64_t)sizeof **out, &status);
+  WN_TRY(status);
+  WN_TRY(wn_tensor_alloc(&raw, device->host, "host copies", t->dtype, 1, n, 0, 0, 0));
+  WN_TRY(device->ops->download(device, raw.data, t));
   for (int64_t i = 0; i < n; i++) {
     if (t->dtype == WN_F32)
-      out[i] = (double)((const float *)host.data)[i];
+      (*out)[i] = (double)((const float *)raw.data)[i];
     else if (t->dtype == WN_F64)
-      out[i] = ((const double *)host.data)[i];
+      (*out)[i] = ((const double *)raw.data)[i];
     else
-      out[i] = ((const int32_t *)host.data)[i];
+      (*out)[i] = ((const int32_t *)raw.data)[i];
   }
-  wn_arena_release(device->scratch, mark);
   return NULL;
 }
 
@@ -103,12 +119,7 @@ static wn_status load_batches(work *w) {
   return NULL;
 }
 
-/* ---- measures of one layer and micro-batch ---- */
-
-typedef struct layer_work {
-  wn_layer_measures measures;
-  size_t stash_mark;
-} layer_work;
+/* ---- measures ---- */
 
 static int compare_ints(const void *a, const void *b) {
   int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
@@ -121,7 +132,7 @@ static wn_status sample_rows(work *w, wn_tensor *out, int32_t m) {
   wn_device *device = w->run->device;
   int32_t s = w->sample_rows, n = s * batch->n_seqs;
   wn_status status = NULL;
-  int32_t *rows = scratch_array(device, "sampled rows", (int64_t)n * 4, &status);
+  int32_t *rows = host_array(device, "sampled rows", (int64_t)n * 4, &status);
   WN_TRY(status);
   for (int32_t q = 0; q < batch->n_seqs; q++) {
     uint64_t sequence = (uint64_t)(w->first_sequence + (int64_t)m * batch->n_seqs + q);
@@ -135,67 +146,82 @@ static wn_status sample_rows(work *w, wn_tensor *out, int32_t m) {
   return device->ops->upload(device, out, rows);
 }
 
-static wn_status begin_measures(work *w, layer_work *lw, int32_t layer, int32_t m, bool kl, const wn_tensor *sample,
-                                wn_tensor picks[2]) {
-  wn_device *device = w->run->device;
+static wn_status allocate_measures(work *w) {
+  const wn_run *run = w->run;
+  wn_device *device = run->device;
+  const wn_model_config *config = &run->model->config;
+  int64_t n = (int64_t)run->job.training.micro_batch_seqs * run->job.data.seq_len, layers = config->num_hidden_layers;
+  int64_t rows = w->n_micro * layers,
+          sampled = (int64_t)w->sample_rows * run->job.training.micro_batch_seqs * WN_N_STATS;
+  if (run->recipe.train_base) WN_TRY(zeroed(device, &w->logp, "token log-probabilities", WN_STAT, w->n_micro, n));
+  if (w->pass.indexer_kl) WN_TRY(zeroed(device, &w->kl, "kl", WN_STAT, rows, n));
+  if (w->with_stats) WN_TRY(zeroed(device, &w->stats, "selection stats", WN_STAT, rows, sampled));
+  if (config->n_routed_experts == 0) return NULL;
+  WN_TRY(zeroed(device, &w->balance, "balance", WN_STAT, rows, 1));
+  return zeroed(device, &w->load, "expert load", WN_INDEX, layers, config->n_routed_experts);
+}
+
+/* What the forward of a layer measures of a micro-batch. */
+static wn_layer_measures forward_measures(const work *w, int32_t layer, int32_t m, const wn_tensor *sample,
+                                          wn_tensor picks[2]) {
   const wn_model_config *config = &w->run->model->config;
-  int64_t n = w->batches[m].n_rows;
-  *lw = (layer_work){.stash_mark = wn_arena_mark(device->stash)};
-  wn_layer_measures *ms = &lw->measures;
-  if (kl && config->has_indexer) {
-    WN_TRY(wn_device_tensor(device, &ms->kl, device->stash, "kl", WN_STAT, 1, n, 0, 0, 0));
-    WN_TRY(device->ops->zero(device, &ms->kl));
-  }
+  int64_t row = (int64_t)m * config->num_hidden_layers + layer;
+  wn_layer_measures measures = {0};
   if (wn_model_config_is_moe(config, layer)) {
-    WN_TRY(wn_device_tensor(device, &ms->load, device->stash, "expert load", WN_INDEX, 1, config->n_routed_experts, 0,
-                            0, 0));
-    WN_TRY(device->ops->zero(device, &ms->load));
-    WN_TRY(wn_device_tensor(device, &ms->balance, device->stash, "balance", WN_STAT, 1, 1, 0, 0, 0));
-    WN_TRY(device->ops->zero(device, &ms->balance));
+    measures.load = row_of(w->load, layer);
+    measures.balance = row_of(w->balance, row);
   }
-  if (sample && sample->data) {
-    ms->sample = *sample;
-    WN_TRY(wn_device_tensor(device, &ms->stats, device->stash, "selection stats", WN_STAT, 2, sample->dim[0],
-                            WN_N_STATS, 0, 0));
-    ms->picks = picks[layer & 1];
-    if (layer > 0) ms->picks_prev = picks[(layer + 1) & 1];
-  }
-  return NULL;
+  if (!sample->data) return measures;
+  measures.sample = *sample;
+  measures.stats = wn_tensor_split_last(row_of(w->stats, row), sample->dim[0], WN_N_STATS);
+  measures.picks = picks[layer & 1];
+  if (layer > 0) measures.picks_prev = picks[(layer + 1) & 1];
+  return measures;
 }
 
-static wn_status add_kl(work *w, int32_t layer, int32_t m, const wn_tensor *kl) {
+static wn_tensor kl_of(const work *w, int32_t layer, int32_t m) {
+  if (!w->kl.data) return (wn_tensor){0};
+  return row_of(w->kl, (int64_t)m * w->run->model->config.num_hidden_layers + layer);
+}
+
+/* Sums of one row of `values` [n_micro ..., n] by sequence: into[sequence * stride]. */
+static void add_by_sequence(const work *w, int32_t m, const double *values, double *into, int64_t stride) {
   const wn_batch *batch = &w->batches[m];
-  int32_t layers = w->run->model->config.num_hidden_layers;
-  WN_TRY(read_doubles(w->run->device, w->host, kl));
-  for (int32_t i = 0; i < batch->n_rows; i++) {
-    int64_t sequence = w->first_sequence + (int64_t)m * batch->n_seqs + i / batch->seq_len;
-    w->sequence_kl[sequence * layers + layer] += w->host[i];
-  }
-  return NULL;
+  for (int32_t i = 0; i < batch->n_rows; i++)
+    into[(w->first_sequence + (int64_t)m * batch->n_seqs + i / batch->seq_len) * stride] += values[i];
 }
 
-static wn_status end_measures(work *w, layer_work *lw, int32_t layer, int32_t m, bool routed) {
-  wn_run *run = w->run;
-  wn_layer_measures *ms = &lw->measures;
-  int32_t experts = run->model->config.n_routed_experts;
-  if (ms->kl.data) WN_TRY(add_kl(w, layer, m, &ms->kl));
-  if (ms->load.data && routed) {
-    WN_TRY(read_doubles(run->device, w->host, &ms->load));
-    for (int32_t e = 0; e < experts; e++) w->sums->load[(int64_t)layer * experts + e] += (int64_t)w->host[e];
-    WN_TRY(read_doubles(run->device, w->host, &ms->balance));
-    w->sums->balance += w->host[0];
+static void add_stats(const work *w, int32_t layer, const double *rows, int64_t n) {
+  double *sums = w->sums->stats + (int64_t)layer * WN_N_STATS;
+  for (int64_t i = 0; i < n; i++) {
+    const double *row = rows + i * WN_N_STATS;
+    if (row[WN_STAT_COUNTED] != 1) continue;
+    for (int32_t c = 0; c < WN_N_STATS; c++)
+      if (c != WN_STAT_IOU_PREV || layer > 0) sums[c] += row[c];
   }
-  if (ms->stats.data) {
-    WN_TRY(read_doubles(run->device, w->host, &ms->stats));
-    double *sums = w->sums->stats + (int64_t)layer * WN_N_STATS;
-    for (int64_t i = 0; i < ms->stats.dim[0]; i++) {
-      const double *row = w->host + i * WN_N_STATS;
-      if (row[WN_STAT_COUNTED] != 1) continue;
-      for (int32_t c = 0; c < WN_N_STATS; c++)
-        if (c != WN_STAT_IOU_PREV || layer > 0) sums[c] += row[c];
+}
+
+/* The one time a step that the host waits for the device, but for the experts' loads inside the layers. */
+static wn_status read_measures(work *w) {
+  wn_device *device = w->run->device;
+  int32_t layers = w->run->model->config.num_hidden_layers;
+  double *logp = NULL, *kl = NULL, *stats = NULL, *balance = NULL, *load = NULL;
+  if (w->logp.data) WN_TRY(read_doubles(device, &logp, &w->logp));
+  if (w->kl.data) WN_TRY(read_doubles(device, &kl, &w->kl));
+  if (w->stats.data) WN_TRY(read_doubles(device, &stats, &w->stats));
+  if (w->balance.data) WN_TRY(read_doubles(device, &balance, &w->balance));
+  if (w->load.data) WN_TRY(read_doubles(device, &load, &w->load));
+  for (int32_t m = 0; m < w->n_micro; m++) {
+    int64_t n = w->batches[m].n_rows;
+    if (logp) add_by_sequence(w, m, logp + m * n, w->sequence_logp, 1);
+    for (int32_t l = 0; l < layers; l++) {
+      int64_t row = (int64_t)m * layers + l;
+      if (kl) add_by_sequence(w, m, kl + row * n, w->sequence_kl + l, layers);
+      if (stats) add_stats(w, l, stats + row * w->stats.dim[1], w->stats.dim[1] / WN_N_STATS);
+      if (balance) w->sums->balance += balance[row];
     }
   }
-  wn_arena_release(run->device->stash, lw->stash_mark);
+  for (int64_t i = 0; load && i < wn_tensor_count(&w->load); i++) w->sums->load[i] += (int64_t)load[i];
   return NULL;
 }
 
@@ -242,10 +268,9 @@ static wn_status layer_major(work *w) {
   wn_device *device = run->device;
   int32_t layers = run->model->config.num_hidden_layers;
   wn_status status = NULL;
-  wn_tensor *h = scratch_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * w->n_micro, &status), spare;
-  wn_tensor *sample = scratch_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * w->n_micro, &status);
-  wn_tensor(*picks)[2] =
-      scratch_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * 2 * w->n_micro, &status);
+  wn_tensor *h = host_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * w->n_micro, &status), spare;
+  wn_tensor *sample = host_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * w->n_micro, &status);
+  wn_tensor(*picks)[2] = host_array(device, "hidden state table", (int64_t)sizeof(wn_tensor) * 2 * w->n_micro, &status);
   WN_TRY(status);
   WN_TRY(hidden(w, &spare, "hidden states", 0));
   wn_layer_tensors weights, grads;
@@ -262,11 +287,10 @@ static wn_status layer_major(work *w) {
     if (l + 1 < layers) WN_TRY(prefetch(run, l + 1));
     WN_TRY(take_grads(run, l, &grads));
     for (int32_t m = 0; m < w->n_micro; m++) {
-      layer_work lw;
-      WN_TRY(begin_measures(w, &lw, l, m, true, &sample[m], picks[m]));
+      wn_layer_measures measures = forward_measures(w, l, m, &sample[m], picks[m]);
+      measures.kl = kl_of(w, l, m);
       WN_TRY(wn_layer_forward(run->model, l, &weights, &grads, &w->pass, &w->batches[m].rows, &spare, NULL, &h[m], NULL,
-                              &lw.measures));
-      WN_TRY(end_measures(w, &lw, l, m, true));
+                              &measures));
       wn_tensor swap = h[m];
       h[m] = spare;
       spare = swap;
@@ -314,13 +338,11 @@ static wn_status forward(work *w, int32_t m, kept *layers_kept) {
   WN_TRY(wn_model_embed(run->model, &weights, &layers_kept[0].h, &w->batches[m].tokens));
   WN_TRY(wn_store_release(run->store, -1));
   for (int32_t l = 0; l < layers; l++) {
-    layer_work lw;
+    wn_layer_measures measures = forward_measures(w, l, m, &sample, picks);
     WN_TRY(acquire(run, l, &weights));
     WN_TRY(prefetch(run, l + 1));
-    WN_TRY(begin_measures(w, &lw, l, m, false, &sample, picks));
     WN_TRY(wn_layer_forward(run->model, l, &weights, NULL, &pass, &w->batches[m].rows, &layers_kept[l + 1].h,
-                            &layers_kept[l].mid, &layers_kept[l].h, &layers_kept[l].replay, &lw.measures));
-    WN_TRY(end_measures(w, &lw, l, m, true));
+                            &layers_kept[l].mid, &layers_kept[l].h, &layers_kept[l].replay, &measures));
     WN_TRY(wn_store_release(run->store, l));
   }
   return NULL;
@@ -328,39 +350,31 @@ static wn_status forward(work *w, int32_t m, kept *layers_kept) {
 
 static wn_status head(work *w, int32_t m, const wn_tensor *h, wn_tensor *dh) {
   wn_run *run = w->run;
-  wn_device *device = run->device;
   const wn_batch *batch = &w->batches[m];
   int32_t last = run->model->config.num_hidden_layers;
   wn_layer_tensors weights, grads;
-  wn_tensor logp;
-  WN_TRY(wn_device_tensor(device, &logp, device->stash, "token log-probabilities", WN_STAT, 1, batch->n_rows, 0, 0, 0));
+  wn_tensor logp = row_of(w->logp, m);
   WN_TRY(acquire(run, last, &weights));
   WN_TRY(prefetch(run, last - 1));
   WN_TRY(take_grads(run, last, &grads));
   WN_TRY(wn_model_head(run->model, &weights, &grads, &logp, dh, h, &batch->target, &batch->weight));
   WN_TRY(wn_store_release(run->store, last));
-  WN_TRY(wn_store_reduce(run->store, last));
-  WN_TRY(read_doubles(device, w->host, &logp));
-  for (int32_t i = 0; i < batch->n_rows; i++)
-    w->sequence_logp[w->first_sequence + (int64_t)m * batch->n_seqs + i / batch->seq_len] += w->host[i];
-  return NULL;
+  return wn_store_reduce(run->store, last);
 }
 
 static wn_status backward(work *w, int32_t m, kept *layers_kept, wn_tensor *dh) {
   wn_run *run = w->run;
   wn_layer_tensors weights, grads;
   for (int32_t l = run->model->config.num_hidden_layers - 1; l >= 0; l--) {
-    layer_work lw;
+    wn_layer_measures measures = {.kl = kl_of(w, l, m)};
     wn_replay *replay = &layers_kept[l].replay;
     replay->force_expert = replay->expert.data != NULL;
     replay->force_selection = replay->selection.data != NULL;
     WN_TRY(acquire(run, l, &weights));
     WN_TRY(prefetch(run, l - 1));
     WN_TRY(take_grads(run, l, &grads));
-    WN_TRY(begin_measures(w, &lw, l, m, w->pass.indexer_kl, NULL, NULL));
     WN_TRY(wn_layer_backward(run->model, l, &weights, &grads, &w->pass, &w->batches[m].rows, dh, &layers_kept[l].h,
-                             &layers_kept[l].mid, replay, &lw.measures));
-    WN_TRY(end_measures(w, &lw, l, m, false));
+                             &layers_kept[l].mid, replay, &measures));
     WN_TRY(wn_store_release(run->store, l));
     WN_TRY(wn_store_reduce(run->store, l));
   }
@@ -375,10 +389,10 @@ static wn_status sequence_major(work *w) {
   wn_device *device = w->run->device;
   int32_t layers = w->run->model->config.num_hidden_layers;
   for (int32_t m = 0; m < w->n_micro; m++) {
-    size_t mark = wn_arena_mark(device->stash);
+    size_t mark = wn_arena_mark(device->stash), host_mark = wn_arena_mark(device->host);
     wn_status status = NULL;
     wn_tensor dh;
-    kept *layers_kept = scratch_array(device, "hidden state table", (int64_t)sizeof(kept) * (layers + 1), &status);
+    kept *layers_kept = host_array(device, "hidden state table", (int64_t)sizeof(kept) * (layers + 1), &status);
     WN_TRY(status);
     for (int32_t l = 0; l <= layers; l++) WN_TRY(keep_layer(w, l, m, &layers_kept[l]));
     WN_TRY(hidden(w, &dh, "hidden gradient", m));
@@ -386,6 +400,7 @@ static wn_status sequence_major(work *w) {
     WN_TRY(head(w, m, &layers_kept[layers].h, &dh));
     WN_TRY(backward(w, m, layers_kept, &dh));
     wn_arena_release(device->stash, mark);
+    wn_arena_release(device->host, host_mark);
   }
   return NULL;
 }
@@ -404,13 +419,10 @@ static wn_status prepare(work *w) {
   w->first_sequence = (int64_t)wn_world_rank(run->world) * (B / ranks);
   w->sample_rows = job->metrics.sample_rows < job->data.seq_len ? job->metrics.sample_rows : job->data.seq_len;
   w->with_stats = w->with_stats && config->has_indexer && w->sample_rows > 0;
-  int64_t host = (int64_t)micro * job->data.seq_len, widest = w->with_stats ? WN_N_STATS : 1;
-  if (host * widest < config->n_routed_experts) host = config->n_routed_experts;
-  w->batches = scratch_array(device, "batches", (int64_t)sizeof(wn_batch) * w->n_micro, &status);
-  w->sequence_logp = scratch_array(device, "per-sequence sums", (int64_t)sizeof(double) * B, &status);
+  w->batches = host_array(device, "batches", (int64_t)sizeof(wn_batch) * w->n_micro, &status);
+  w->sequence_logp = host_array(device, "per-sequence sums", (int64_t)sizeof(double) * B, &status);
   w->sequence_kl =
-      scratch_array(device, "per-sequence sums", (int64_t)sizeof(double) * B * config->num_hidden_layers, &status);
-  w->host = scratch_array(device, "host copies", (int64_t)sizeof(double) * host * widest, &status);
+      host_array(device, "per-sequence sums", (int64_t)sizeof(double) * B * config->num_hidden_layers, &status);
   WN_TRY(status);
   WN_TRY(load_batches(w));
   w->pass = (wn_pass){
@@ -428,7 +440,7 @@ static wn_status prepare(work *w) {
       .seed = job->training.seed,
   };
   if (w->pass.topk > job->data.seq_len) w->pass.topk = job->data.seq_len;
-  return NULL;
+  return allocate_measures(w);
 }
 
 static wn_status add_up(work *w) {
@@ -451,6 +463,7 @@ static wn_status add_up(work *w) {
 wn_status wn_step_run(wn_run *run, int64_t step, bool with_stats, wn_step_sums *sums) {
   const wn_model_config *config = &run->model->config;
   size_t layers = (size_t)config->num_hidden_layers, mark = wn_arena_mark(run->device->stash);
+  size_t host_mark = wn_arena_mark(run->device->host);
   work w = {.run = run, .step = step, .with_stats = with_stats, .sums = sums};
   memset(sums->kl, 0, layers * sizeof *sums->kl);
   memset(sums->stats, 0, layers * WN_N_STATS * sizeof *sums->stats);
@@ -458,7 +471,10 @@ wn_status wn_step_run(wn_run *run, int64_t step, bool with_stats, wn_step_sums *
   sums->neg_logp = sums->balance = 0;
   WN_TRY(prepare(&w));
   WN_TRY(run->recipe.layer_major ? layer_major(&w) : sequence_major(&w));
+  WN_TRY(wn_store_settle(run->store));
+  WN_TRY(read_measures(&w));
   WN_TRY(add_up(&w));
   wn_arena_release(run->device->stash, mark);
+  wn_arena_release(run->device->host, host_mark);
   return NULL;
 }

@@ -5,10 +5,11 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 
+#include "base/rng.h"
 #include "base/time.h"
 #include "model/flops.h"
+#include "train/device.h"
 #include "train/metrics.h"
 #include "train/optimizer.h"
 #include "train/schedule.h"
@@ -25,40 +26,58 @@ typedef struct trainer {
   wn_run *run;
   wn_metrics *metrics; /* rank 0 */
   wn_step_sums sums;
-  double peak_flops; /* this machine's own matrix-product rate, all ranks */
+  double peak_flops; /* what mfu_pct is a share of, all ranks */
   double started_s;
   int64_t started_step, last_saved;
 } trainer;
 
 /* ---- measurements ---- */
 
-static double peak_memory_gib(void) {
-  struct rusage usage;
-  getrusage(RUSAGE_SELF, &usage);
-  return (double)usage.ru_maxrss / (1 << 20);
-}
-
-/* FLOP/s of a 512^3 single-precision product on this rank's threads: what mfu_pct is a share of on a CPU. */
-static wn_status measure_peak(trainer *t) {
-  enum { N = 512, REPEATS = 10 }; /* small, so that it is never what a run holds most of; the best counts */
-  wn_device *device = t->run->device;
-  size_t mark = wn_arena_mark(device->scratch);
-  wn_tensor a, b, c;
-  WN_TRY(wn_device_tensor(device, &a, device->scratch, "rate probe", WN_ACT, 2, N, N, 0, 0));
-  WN_TRY(wn_device_tensor(device, &b, device->scratch, "rate probe", WN_ACT, 2, N, N, 0, 0));
-  WN_TRY(wn_device_tensor(device, &c, device->scratch, "rate probe", WN_ACT, 2, N, N, 0, 0));
-  for (int64_t i = 0; i < (int64_t)N * N; i++) ((float *)a.data)[i] = ((float *)b.data)[i] = (float)(i % 7) - 3.0f;
+/* FLOP/s of an N^3 product on this rank: what mfu_pct is a share of on a CPU, and what stands beside it in the log on a
+ * GPU, whose share is of the published rate. */
+static wn_status product_rate(wn_device *device, int64_t n, double *flops_a_s) {
+  enum { REPEATS = 10 }; /* the best counts */
+  size_t mark = wn_arena_mark(device->scratch), host_mark = wn_arena_mark(device->host);
+  wn_tensor a, b, c, values, ends[1];
+  WN_TRY(wn_device_tensor(device, &a, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
+  WN_TRY(wn_device_tensor(device, &b, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
+  WN_TRY(wn_device_tensor(device, &c, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
+  WN_TRY(wn_device_tensor(device, &values, device->scratch, "rate probe", WN_STAT, 2, n, n, 0, 0));
+  void *host, *seen;
+  WN_TRY(wn_arena_alloc(device->host, &host, "rate probe", (size_t)(n * n) * sizeof(float)));
+  WN_TRY(wn_arena_alloc(device->host, &seen, "rate probe", (size_t)wn_dtype_bytes(c.dtype)));
+  for (int64_t i = 0; i < n * n; i++) ((float *)host)[i] = (float)wn_rng_normal(1, WN_RNG_TEST, (uint64_t)i);
+  WN_TRY(device->ops->upload(device, &values, host));
+  WN_TRY(device->ops->cast(device, &a, &values));
+  WN_TRY(device->ops->cast(device, &b, &values));
+  ends[0] = wn_tensor_slice(wn_tensor_slice(c, 0, 0, 1), 1, 0, 1);
   double best = 1e30;
   for (int r = 0; r < REPEATS; r++) {
     double start = wn_time_s();
     WN_TRY(device->ops->linear(device, &c, &a, &b, &(wn_accumulate){false}));
+    WN_TRY(device->ops->download(device, seen, &ends[0])); /* waits for the product */
     double seconds = wn_time_s() - start;
     if (seconds < best) best = seconds;
   }
   wn_arena_release(device->scratch, mark);
-  t->peak_flops = 2.0 * N * N * N / best;
-  WN_TRY(wn_group_sum_f64(wn_world_all(t->run->world), &t->peak_flops, 1));
-  wn_info(t->run->log, "matrix products here: %.1f GFLOP/s in FP32, all ranks together", t->peak_flops * 1e-9);
+  wn_arena_release(device->host, host_mark);
+  *flops_a_s = 2.0 * (double)n * (double)n * (double)n / best;
+  return NULL;
+}
+
+static wn_status measure_peak(trainer *t) {
+  enum { CPU_N = 512, GPU_N = 4096 }; /* small, so that it is never what a run holds most of */
+  const wn_run *run = t->run;
+  bool gpu = run->device->kind == WN_CUDA;
+  double rate;
+  WN_TRY(product_rate(run->device, gpu ? GPU_N : CPU_N, &rate));
+  WN_TRY(wn_group_sum_f64(wn_world_all(run->world), &rate, 1));
+  t->peak_flops = gpu ? WN_HOPPER_BF16_FLOPS * wn_world_size(run->world) : rate;
+  if (gpu)
+    wn_info(run->log, "matrix products here: %.1f TFLOP/s in BF16, all ranks together; mfu_pct is of %.1f",
+            rate * 1e-12, t->peak_flops * 1e-12);
+  else
+    wn_info(run->log, "matrix products here: %.1f GFLOP/s in FP32, all ranks together", rate * 1e-9);
   return NULL;
 }
 
@@ -162,7 +181,8 @@ static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats
   const wn_job *job = &run->job;
   bool last = row->step == job->training.steps;
   if (due(job->metrics.log_every, row->step) || last) {
-    double flops = step_flops(t);
+    double flops = step_flops(t), peak_gib;
+    WN_TRY(wn_device_peak_gib(run->device, &peak_gib));
     wn_speed_row speed = {
         .step = row->step,
         .step_ms = step_s * 1e3,
@@ -171,7 +191,7 @@ static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats
         .tokens_per_s = (double)t->sums.rows / step_s,
         .tflops = flops / step_s * 1e-12,
         .mfu_pct = 100 * flops / step_s / t->peak_flops,
-        .mem_peak_gib = peak_memory_gib(),
+        .mem_peak_gib = peak_gib,
     };
     WN_TRY(wn_metrics_train(t->metrics, row));
     WN_TRY(wn_metrics_speed(t->metrics, &speed));
@@ -240,6 +260,7 @@ static wn_status write_memory(const trainer *t) {
   wn_arena_print(run->device->weights, out);
   wn_arena_print(run->device->stash, out);
   wn_arena_print(run->device->scratch, out);
+  wn_arena_print(run->device->host, out);
   if (fclose(out) != 0) return WN_FAIL(WN_E_IO, "cannot write %s: %s", path, strerror(errno));
   return NULL;
 }
@@ -256,7 +277,9 @@ static wn_status one_step(trainer *t, bool *stop) {
   WN_TRY(wn_step_run(run, step, with_stats, &t->sums));
   losses(t, &row);
   WN_TRY(update(t, step, &row));
-  double step_s = wn_time_s() - start, wait_s = wn_world_take_wait_s(run->world);
+  double step_s = wn_time_s() - start, wait_s = wn_world_take_wait_s(run->world), gpu_wait_s;
+  WN_TRY(wn_store_take_wait_s(run->store, &gpu_wait_s));
+  wait_s += gpu_wait_s;
   if (step == t->started_step) WN_TRY(measure_peak(t)); /* by now the threads have found their cores */
   wn_status written = write_rows(t, &row, with_stats, step_s, wait_s);
   if (step == t->started_step) WN_KEEP_FIRST(written, write_memory(t));

@@ -87,7 +87,7 @@ static wn_eval_result dense_eval(void **state, const char *model, int32_t topk) 
   wn_dataset *dataset;
   wn_eval_result result;
   OK(wn_world_create(&world, 10));
-  OK(wn_inference_open(&in, model, 1, false, world, NULL));
+  OK(wn_inference_open(&in, model, WN_JOB_CPU, 1, false, world, NULL));
   OK(wn_dataset_open(&dataset, wn_temp(state, "valid").text));
   wn_eval_settings settings = {.world = world,
                                .device = in.device,

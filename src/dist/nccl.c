@@ -1,0 +1,307 @@
+/* NCCL's side of the collectives. Pieces travel; sums are our own, in rank order, so that results do not depend on the
+ * library's algorithm. Communicators are made non-blocking, and every wait of the host for the device looks after them,
+ * because a collective that a rank never joins would otherwise hold the GPU for ever. */
+#include "dist/nccl.h"
+
+#include <cuda_runtime_api.h>
+#include <nccl.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "base/time.h"
+#include "dist/internal.h"
+#include "kernels/cuda/cuda.h"
+
+static const double leave_grace_s = 2;
+
+struct wn_transfer {
+  cudaEvent_t done;
+  const char *operation;
+  wn_transfer *next; /* among those under way, oldest first; or among the spare ones */
+};
+
+/* What one wait of the compute queue for a transfer took. */
+typedef struct waited {
+  cudaEvent_t before, after;
+} waited;
+
+struct wn_nccl {
+  wn_device *device;
+  wn_world *world;
+  cudaStream_t compute, comm;
+  int32_t n_groups;
+  wn_group *groups[WN_MAX_GROUPS];
+  ncclComm_t comms[WN_MAX_GROUPS]; /* NULL: a group of one */
+  float *received;                 /* contributions of every rank to the piece being summed */
+  cudaEvent_t begun;
+  wn_transfer *under_way, **last, *spare;
+  waited *waits;
+  int32_t n_waits, waits_made; /* used since the last take; made in all */
+  double left_since_s;
+};
+
+/* ---- failures ---- */
+
+static wn_status cuda_ok(cudaError_t error, const char *what) {
+  if (error == cudaSuccess) return NULL;
+  return WN_FAIL(WN_E_DEVICE, "the GPU failed in %s: %s", what, cudaGetErrorString(error));
+}
+
+static wn_status break_world(wn_nccl *n, wn_status why) {
+  n->world->broken = true;
+  for (int32_t g = 0; g < n->n_groups; g++) {
+    if (n->comms[g]) ncclCommAbort(n->comms[g]);
+    n->comms[g] = NULL;
+  }
+  return why;
+}
+
+static wn_status nccl_failed(wn_nccl *n, const char *operation, ncclResult_t result) {
+  return break_world(n, WN_FAIL_HINT(WN_E_WORLD, "see the other ranks' messages: usually one of them failed first",
+                                     "rank %d: %s failed in NCCL: %s", n->world->rank, operation,
+                                     ncclGetErrorString(result)));
+}
+
+/* A non-blocking call goes on in the background: waits until it has been taken up. */
+static wn_status taken_up(wn_nccl *n, ncclComm_t comm, const char *operation, ncclResult_t result) {
+  double start = wn_time_s();
+  while (result == ncclInProgress) {
+    ncclResult_t asked = ncclCommGetAsyncError(comm, &result);
+    if (asked != ncclSuccess) return nccl_failed(n, operation, asked);
+    if (result != ncclInProgress) break;
+    if (wn_time_s() - start > n->world->timeout_s)
+      return break_world(n, WN_FAIL(WN_E_WORLD, "rank %d waited %d s in %s: not all ranks have come", n->world->rank,
+                                    n->world->timeout_s, operation));
+    nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+  }
+  return result == ncclSuccess ? NULL : nccl_failed(n, operation, result);
+}
+
+static const char *oldest_operation(const wn_nccl *n) {
+  for (const wn_transfer *t = n->under_way; t; t = t->next)
+    if (cudaEventQuery(t->done) == cudaErrorNotReady) return t->operation;
+  return NULL;
+}
+
+/* Looked at about every millisecond while the host waits for the device. */
+static wn_status watch(void *context, double waited_s) {
+  wn_nccl *n = context;
+  const char *operation = oldest_operation(n);
+  int32_t who;
+  if (!operation) return NULL; /* what is waited for is this GPU's own work */
+  for (int32_t g = 0; g < n->n_groups; g++) {
+    ncclResult_t result = ncclSuccess;
+    if (!n->comms[g]) continue;
+    ncclResult_t asked = ncclCommGetAsyncError(n->comms[g], &result);
+    if (asked != ncclSuccess || (result != ncclSuccess && result != ncclInProgress))
+      return nccl_failed(n, operation, asked != ncclSuccess ? asked : result);
+  }
+  if (wn_world_rank_left(n->world, &who)) {
+    if (n->left_since_s == 0) n->left_since_s = wn_time_s();
+    if (wn_time_s() - n->left_since_s > leave_grace_s)
+      return break_world(
+          n, WN_FAIL(WN_E_WORLD, "rank %d was left alone in %s: rank %d has ended", n->world->rank, operation, who));
+  }
+  if (waited_s > n->world->timeout_s)
+    return break_world(
+        n, WN_FAIL_HINT(WN_E_WORLD, "look at the other ranks' messages; raise the timeout if they are slow",
+                        "rank %d waited %.0f s in %s: not all ranks have come", n->world->rank, waited_s, operation));
+  return NULL;
+}
+
+/* ---- creation ---- */
+
+static wn_status join(wn_nccl *n, int32_t g) {
+  wn_group *group = n->groups[g];
+  ncclUniqueId id;
+  wn_status local = NULL;
+  if (wn_group_size(group) == 1) return NULL;
+  if (wn_group_rank(group) == 0 && ncclGetUniqueId(&id) != ncclSuccess)
+    local = WN_FAIL(WN_E_WORLD, "NCCL did not start: %s", ncclGetLastError(NULL));
+  WN_TRY(wn_world_agree(n->world, local));
+  WN_TRY(wn_group_broadcast(group, &id, sizeof id, 0));
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;
+  ncclResult_t result = ncclCommInitRankConfig(&n->comms[g], wn_group_size(group), id, wn_group_rank(group), &config);
+  return taken_up(n, n->comms[g], "joining the GPUs", result);
+}
+
+static wn_status start(wn_nccl *n, int64_t largest_reduced) {
+  void *received;
+  WN_TRY(cuda_ok(cudaEventCreateWithFlags(&n->begun, cudaEventDisableTiming), "making an event"));
+  WN_TRY(wn_arena_alloc(n->device->weights, &received, "gradients of other ranks",
+                        (size_t)largest_reduced * sizeof *n->received));
+  n->received = received;
+  return NULL;
+}
+
+wn_status wn_nccl_create(wn_nccl **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
+                         int64_t largest_reduced) {
+  WN_ASSERT(n_groups <= WN_MAX_GROUPS, "%d groups", n_groups);
+  wn_nccl *n = calloc(1, sizeof *n);
+  WN_TRY(wn_world_agree(world, n ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the collectives")));
+  n->device = device;
+  n->world = world;
+  n->compute = wn_cuda_compute_queue(device);
+  n->comm = wn_cuda_comm_queue(device);
+  n->n_groups = n_groups;
+  n->last = &n->under_way;
+  for (int32_t g = 0; g < n_groups; g++) n->groups[g] = groups[g];
+  wn_status status = wn_world_agree(world, start(n, largest_reduced));
+  for (int32_t g = 0; g < n_groups && !status; g++) status = join(n, g);
+  if (status) {
+    wn_nccl_free(n);
+    return status;
+  }
+  wn_cuda_set_watch(device, watch, n);
+  *out = n;
+  return NULL;
+}
+
+static void free_transfers(wn_transfer *t) {
+  while (t) {
+    wn_transfer *next = t->next;
+    cudaEventDestroy(t->done);
+    free(t);
+    t = next;
+  }
+}
+
+void wn_nccl_free(wn_nccl *n) {
+  if (!n) return;
+  wn_cuda_set_watch(n->device, NULL, NULL);
+  for (int32_t g = 0; g < n->n_groups; g++)
+    if (n->comms[g]) ncclCommAbort(n->comms[g]); /* not Destroy: that waits for the other ranks without a limit */
+  free_transfers(n->under_way);
+  free_transfers(n->spare);
+  for (int32_t i = 0; i < n->waits_made; i++) {
+    cudaEventDestroy(n->waits[i].before);
+    cudaEventDestroy(n->waits[i].after);
+  }
+  if (n->begun) cudaEventDestroy(n->begun);
+  free(n->waits);
+  free(n);
+}
+
+/* ---- transfers ---- */
+
+static int32_t group_index(const wn_nccl *n, const wn_group *group) {
+  for (int32_t g = 0; g < n->n_groups; g++)
+    if (n->groups[g] == group) return g;
+  WN_ASSERT(false, "a group that the collectives were not made for");
+}
+
+/* The communication queue goes on when what was asked of the compute queue so far is done. */
+static wn_status begin(wn_nccl *n, const char *operation) {
+  if (n->world->broken)
+    return WN_FAIL(WN_E_WORLD, "rank %d cannot do %s: an earlier collective failed", n->world->rank, operation);
+  WN_TRY(cuda_ok(cudaEventRecord(n->begun, n->compute), operation));
+  return cuda_ok(cudaStreamWaitEvent(n->comm, n->begun, 0), operation);
+}
+
+static wn_status end(wn_nccl *n, wn_transfer **out, const char *operation) {
+  wn_transfer *t = n->spare;
+  if (t) {
+    n->spare = t->next;
+  } else {
+    t = calloc(1, sizeof *t);
+    if (!t) return WN_FAIL(WN_E_MEMORY, "out of memory for %s", operation);
+    WN_TRY(cuda_ok(cudaEventCreateWithFlags(&t->done, cudaEventDisableTiming), operation));
+  }
+  t->operation = operation;
+  t->next = NULL;
+  WN_TRY(cuda_ok(cudaEventRecord(t->done, n->comm), operation));
+  *n->last = t;
+  n->last = &t->next;
+  *out = t;
+  return NULL;
+}
+
+wn_status wn_nccl_gather(wn_nccl *n, wn_group *group, wn_transfer **out, void *all, const void *piece, size_t bytes) {
+  static const char operation[] = "gathering weights";
+  int32_t g = group_index(n, group);
+  WN_TRY(begin(n, operation));
+  ncclResult_t result = ncclAllGather(piece, all, bytes, ncclUint8, n->comms[g], n->comm);
+  WN_TRY(taken_up(n, n->comms[g], operation, result));
+  return end(n, out, operation);
+}
+
+static wn_status exchange(wn_nccl *n, int32_t g, const char *operation, const float *full, size_t count) {
+  int32_t size = wn_group_size(n->groups[g]), own = wn_group_rank(n->groups[g]);
+  ncclComm_t comm = n->comms[g];
+  ncclResult_t result = ncclGroupStart();
+  for (int32_t k = 1; k < size && result == ncclSuccess; k++) {
+    int32_t to = (own + k) % size, from = (own + size - k) % size;
+    result = ncclSend(full + (size_t)to * count, count, ncclFloat32, to, comm, n->comm);
+    if (result == ncclSuccess || result == ncclInProgress)
+      result = ncclRecv(n->received + (size_t)from * count, count, ncclFloat32, from, comm, n->comm);
+    if (result == ncclInProgress) result = ncclSuccess; /* queued within the group */
+  }
+  if (result != ncclSuccess) return nccl_failed(n, operation, result);
+  return taken_up(n, comm, operation, ncclGroupEnd());
+}
+
+wn_status wn_nccl_reduce_scatter(wn_nccl *n, wn_group *group, wn_transfer **out, wn_tensor *piece, wn_tensor *full) {
+  static const char operation[] = "summing gradients";
+  int32_t g = group_index(n, group), size = wn_group_size(group), own = wn_group_rank(group);
+  WN_ASSERT(full->dtype == WN_F32, "sums of %s on a GPU", wn_dtype_name(full->dtype));
+  size_t count = (size_t)wn_tensor_count(piece), bytes = count * sizeof(float);
+  WN_TRY(begin(n, operation));
+  WN_TRY(exchange(n, g, operation, full->data, count));
+  WN_TRY(cuda_ok(cudaMemcpyAsync(n->received + (size_t)own * count, (float *)full->data + (size_t)own * count, bytes,
+                                 cudaMemcpyDeviceToDevice, n->comm),
+                 operation));
+  WN_TRY(wn_cuda_sum_pieces(n->device, n->comm, piece->data, n->received, size, (int64_t)count));
+  WN_TRY(cuda_ok(cudaMemsetAsync(full->data, 0, bytes * (size_t)size, n->comm), operation));
+  return end(n, out, operation);
+}
+
+static wn_status next_wait(wn_nccl *n, waited **out) {
+  if (n->n_waits == n->waits_made) {
+    waited *grown = realloc(n->waits, (size_t)(n->waits_made + 1) * sizeof *grown);
+    if (!grown) return WN_FAIL(WN_E_MEMORY, "out of memory for the collectives' times");
+    n->waits = grown;
+    waited *w = &n->waits[n->waits_made];
+    WN_TRY(cuda_ok(cudaEventCreate(&w->before), "making an event"));
+    WN_TRY(cuda_ok(cudaEventCreate(&w->after), "making an event"));
+    n->waits_made++;
+  }
+  *out = &n->waits[n->n_waits++];
+  return NULL;
+}
+
+static void retire(wn_nccl *n, wn_transfer *transfer) {
+  wn_transfer **at = &n->under_way;
+  while (*at != transfer) {
+    WN_ASSERT(*at, "a transfer that is not under way");
+    at = &(*at)->next;
+  }
+  *at = transfer->next;
+  if (n->last == &transfer->next) n->last = at;
+  transfer->next = n->spare;
+  n->spare = transfer;
+}
+
+/* The compute queue waits; the host goes on. The transfer's event may be recorded anew only after this wait was asked
+ * for, which is what the order of calls gives. */
+wn_status wn_nccl_finish(wn_nccl *n, wn_transfer *transfer) {
+  waited *w = NULL;
+  WN_TRY(next_wait(n, &w));
+  WN_TRY(cuda_ok(cudaEventRecord(w->before, n->compute), transfer->operation));
+  WN_TRY(cuda_ok(cudaStreamWaitEvent(n->compute, transfer->done, 0), transfer->operation));
+  WN_TRY(cuda_ok(cudaEventRecord(w->after, n->compute), transfer->operation));
+  retire(n, transfer);
+  return NULL;
+}
+
+wn_status wn_nccl_take_wait_s(wn_nccl *n, double *seconds) {
+  double milliseconds = 0;
+  for (int32_t i = 0; i < n->n_waits; i++) {
+    float ms = 0;
+    WN_TRY(cuda_ok(cudaEventElapsedTime(&ms, n->waits[i].before, n->waits[i].after), "timing the collectives"));
+    milliseconds += (double)ms;
+  }
+  n->n_waits = 0;
+  *seconds = milliseconds * 1e-3;
+  return NULL;
+}

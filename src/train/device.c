@@ -1,0 +1,58 @@
+#include "train/device.h"
+
+#include <sys/resource.h>
+
+#include "kernels/cpu/cpu.h"
+#include "kernels/cuda/cuda.h"
+
+static wn_status open_gpu(wn_device **out, int32_t threads, wn_world *world) {
+  const char *why;
+  int32_t gpus = wn_cuda_count(&why), place = wn_world_local_rank(world);
+  if (gpus == 0) return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu or device: auto", "device is cuda, but %s", why);
+  if (place >= gpus)
+    return WN_FAIL_HINT(WN_E_DEVICE, "start one process per GPU",
+                        "rank %d is process %d of its host, which shows it %d GPU%s", wn_world_rank(world), place, gpus,
+                        gpus == 1 ? "" : "s");
+  return wn_cuda_create(out, (wn_cuda_settings){.ordinal = place, .threads = threads});
+}
+
+static wn_status open_local(wn_device **out, wn_job_device choice, int32_t threads, wn_world *world, wn_log *log) {
+  if (choice == WN_JOB_CUDA || (choice == WN_JOB_AUTO && wn_cuda_count(NULL) > 0)) {
+    WN_TRY(open_gpu(out, threads, world));
+    wn_info(log, "device: %s", wn_cuda_name(*out));
+    return NULL;
+  }
+  WN_TRY(wn_cpu_create_f32(out, (wn_cpu_settings){.threads = threads}));
+  wn_info(log, "device: cpu, %d thread%s", (*out)->threads, (*out)->threads == 1 ? "" : "s");
+  return NULL;
+}
+
+wn_status wn_open_device(wn_device **out, wn_job_device choice, int32_t threads, wn_world *world, wn_log *log) {
+  wn_device *device = NULL;
+  wn_status status = wn_world_agree(world, open_local(&device, choice, threads, world, log));
+  if (status) wn_close_device(device);
+  if (!status) *out = device;
+  return status;
+}
+
+void wn_close_device(wn_device *device) {
+  if (!device) return;
+  if (device->kind == WN_CUDA)
+    wn_cuda_free(device);
+  else
+    wn_cpu_free_f32(device);
+}
+
+wn_status wn_device_peak_gib(wn_device *device, double *gib) {
+  static const double bytes_a_gib = 1024.0 * 1024 * 1024, kib_a_gib = 1024.0 * 1024;
+  struct rusage usage;
+  size_t used, arenas, other;
+  if (device->kind == WN_CUDA) {
+    WN_TRY(wn_cuda_memory(device, &used, &arenas, &other));
+    *gib = (double)used / bytes_a_gib;
+    return NULL;
+  }
+  getrusage(RUSAGE_SELF, &usage);
+  *gib = (double)usage.ru_maxrss / kib_a_gib;
+  return NULL;
+}

@@ -1,0 +1,18 @@
+/* The device that a job or a command runs on. */
+#ifndef WN_TRAIN_DEVICE_H
+#define WN_TRAIN_DEVICE_H
+
+#include "base/device.h"
+#include "base/log.h"
+#include "config/job.h"
+#include "dist/world.h"
+
+/* auto: a GPU where this process sees one and the build has CUDA, else the CPU. With several processes on a host each
+ * takes the GPU of its place there. Collective: the ranks agree on a failure. */
+WN_MUST_USE wn_status wn_open_device(wn_device **out, wn_job_device choice, int32_t threads, wn_world *world,
+                                     wn_log *log);
+void wn_close_device(wn_device *device); /* NULL is fine */
+/* GiB in use at most so far: of the GPU as its driver counts them, or of this process. */
+WN_MUST_USE wn_status wn_device_peak_gib(wn_device *device, double *gib);
+
+#endif
