@@ -36,8 +36,8 @@ static wn_status forward(const char *name, const char *dump, const char *grads) 
   list_text(tokens, sizeof tokens, json_object_get(root, "tokens"));
   list_text(documents, sizeof documents, json_object_get(root, "documents"));
   const char *attention = json_string_value(json_object_get(root, "attention"));
-  const char *argv[] = {"forward", model,         "--tokens", tokens,      "--dump", dump,      "--attention",
-                        attention, "--documents", documents,  "--threads", "2",      "--grads", grads};
+  const char *argv[] = {"forward",     model,     "--tokens",  tokens, "--dump",   dump,  "--attention", attention,
+                        "--documents", documents, "--threads", "2",    "--device", "cpu", "--grads",     grads};
   int argc = (int)(sizeof argv / sizeof *argv) - (grads ? 0 : 2);
   OK(wn_world_create(&world, 10));
   wn_status status = wn_cmd_forward(argc, (char **)(uintptr_t)argv, world, NULL);

@@ -8,7 +8,8 @@
 static wn_status eval(void **state, const char *selection) {
   wn_world *world;
   wn_temp_path data = wn_temp(state, "data");
-  const char *argv[] = {"eval", MODEL, "--data", data.text, "--seq-len", "8", "--selection", selection};
+  const char *argv[] = {"eval", MODEL,      "--data", data.text,     "--seq-len",
+                        "8",    "--device", "cpu",    "--selection", selection};
   OK(wn_world_create(&world, 10));
   wn_status status = wn_cmd_eval((int)(sizeof argv / sizeof *argv), (char **)(uintptr_t)argv, world, NULL);
   wn_world_free(world);

@@ -1,0 +1,183 @@
+/* Whole jobs on a GPU: every stage, evaluation and dumps, against the CPU's; repeated and resumed byte for byte. */
+#include "io/safetensors.h"
+#include "kernels/cuda/cuda.h"
+#include "support/tiny.h"
+
+static void needs_a_gpu(void) {
+  const char *why;
+  if (wn_cuda_count(&why) > 0) return;
+  print_message("skipped: %s\n", why);
+  skip();
+}
+
+static void run_job(void **state, const char *stage, const char *device, const char *init, const char *run,
+                    int64_t steps, const char *options) {
+  const char *dir = *state;
+  wn_winnow_ends(0, 1, "%s %s/job.yaml device=%s init=%s/%s run_dir=%s/%s training.steps=%lld %s", stage, dir, device,
+                 dir, init, dir, run, (long long)steps, options);
+}
+
+/* Same data, same weights, same arithmetic but for BF16: the first steps' losses agree to its rounding. */
+static void expect_near(void **state, const char *run, const char *other, const char *column, double bar) {
+  int64_t rows;
+  double worst = 0;
+  tiny_cell(state, run, "train", 0, column, &rows);
+  for (int64_t row = 0; row < rows; row++) {
+    double a = tiny_cell(state, run, "train", row, column, NULL),
+           b = tiny_cell(state, other, "train", row, column, NULL), error = fabs(a - b) / fabs(b);
+    if (!(error <= bar))
+      fail_msg("step %lld: %s is %.6g on the GPU, %.6g on the CPU", (long long)row + 1, column, a, b);
+    worst = fmax(worst, error);
+  }
+  print_message("  %-18s %-8s differs from the CPU's by %.2g at most in %lld steps\n", column, run, worst,
+                (long long)rows);
+}
+
+static void stages_agree_with_the_cpu(void **state) {
+  needs_a_gpu();
+  for (int gpu = 0; gpu < 2; gpu++) {
+    const char *device = gpu ? "cuda" : "cpu";
+    run_job(state, "pretrain", device, "base", gpu ? "pre-gpu" : "pre-cpu", 6, "");
+    run_job(state, "warmup", device, "base", gpu ? "warm-gpu" : "warm-cpu", 6, "");
+    run_job(state, "adapt", device, "warm-cpu/checkpoints/step-000006", gpu ? "adapt-gpu" : "adapt-cpu", 6, "");
+  }
+  expect_near(state, "pre-gpu", "pre-cpu", "lm_loss", 1e-2);
+  expect_near(state, "pre-gpu", "pre-cpu", "grad_norm", 5e-2);
+  expect_near(state, "warm-gpu", "warm-cpu", "indexer_kl", 3e-2);
+  expect_near(state, "warm-gpu", "warm-cpu", "indexer_grad_norm", 5e-2);
+  expect_near(state, "adapt-gpu", "adapt-cpu", "lm_loss", 1e-2);
+  expect_near(state, "adapt-gpu", "adapt-cpu", "grad_norm", 8e-2);
+  expect_near(state, "adapt-gpu", "adapt-cpu", "indexer_kl", 8e-2);
+}
+
+static void expect_same_run(void **state, const char *run, const char *other, int64_t steps) {
+  tiny_expect_same_tree(tiny_step(state, run, steps).text, tiny_step(state, other, steps).text);
+  tiny_expect_same_tables(state, run, other);
+}
+
+static void expect_repeats_and_resumes(void **state, const char *stage, const char *init) {
+  char run[3][32];
+  static const char letters[] = "abc";
+  for (int i = 0; i < 3; i++) snprintf(run[i], sizeof run[i], "%s-%c", stage, letters[i]);
+  run_job(state, stage, "cuda", init, run[0], 9, "");
+  run_job(state, stage, "cuda", init, run[1], 9, "");
+  expect_same_run(state, run[0], run[1], 9);
+  run_job(state, stage, "cuda", init, run[2], 4, "");
+  run_job(state, stage, "cuda", init, run[2], 9, "");
+  tiny_expect_same_tree(tiny_step(state, run[0], 9).text, tiny_step(state, run[2], 9).text);
+}
+
+static void pretrain_repeats_and_resumes(void **state) {
+  needs_a_gpu();
+  expect_repeats_and_resumes(state, "pretrain", "base");
+}
+
+static void warmup_repeats_and_resumes(void **state) {
+  needs_a_gpu();
+  expect_repeats_and_resumes(state, "warmup", "base");
+}
+
+static void adapt_repeats_and_resumes(void **state) {
+  needs_a_gpu();
+  expect_repeats_and_resumes(state, "adapt", "warmup-a/checkpoints/step-000009");
+}
+
+/* The same with BF16 checkpoints, whose masters stand beside. */
+static void bf16_checkpoints_resume(void **state) {
+  needs_a_gpu();
+  run_job(state, "pretrain", "cuda", "base", "half-a", 8, "checkpoint.dtype=bf16");
+  run_job(state, "pretrain", "cuda", "base", "half-b", 3, "checkpoint.dtype=bf16");
+  run_job(state, "pretrain", "cuda", "base", "half-b", 8, "checkpoint.dtype=bf16");
+  tiny_expect_same_tree(tiny_step(state, "half-a", 8).text, tiny_step(state, "half-b", 8).text);
+}
+
+static void every_selection_evaluates(void **state) {
+  needs_a_gpu();
+  static const char *const selections[] = {"dense", "indexer", "best", "recent", "sink", "random"};
+  const char *dir = *state;
+  for (int gpu = 0; gpu < 2; gpu++)
+    for (size_t i = 0; i < sizeof selections / sizeof *selections; i++)
+      wn_winnow_ends(0, 1,
+                     "eval %s/warm-cpu/checkpoints/step-000006 --data %s/valid --seq-len 32 --selection %s "
+                     "--device %s --csv %s/eval-%s.csv",
+                     dir, dir, selections[i], gpu ? "cuda" : "cpu", dir, gpu ? "cuda" : "cpu");
+  char path[WN_PATH_BYTES];
+  for (int gpu = 0; gpu < 2; gpu++) { /* where tiny_cell looks */
+    char to[WN_PATH_BYTES];
+    OK(wn_path(path, "%s/evals-%s/metrics", dir, gpu ? "cuda" : "cpu"));
+    OK(wn_make_dirs(path));
+    OK(wn_path(path, "%s/eval-%s.csv", dir, gpu ? "cuda" : "cpu"));
+    OK(wn_path(to, "%s/evals-%s/metrics/eval.csv", dir, gpu ? "cuda" : "cpu"));
+    OK(wn_copy_file(path, to));
+  }
+  for (int64_t row = 0; row < (int64_t)(sizeof selections / sizeof *selections); row++) {
+    double a = tiny_cell(state, "evals-cuda", "eval", row, "loss", NULL),
+           b = tiny_cell(state, "evals-cpu", "eval", row, "loss", NULL);
+    print_message("  %-8s loss %.5f on the GPU, %.5f on the CPU\n", selections[row], a, b);
+    assert_true(fabs(a - b) <= 1e-2 * b);
+  }
+}
+
+static double cosine(const wn_st_entry *a, const wn_st_entry *b) {
+  double ab = 0, aa = 0, bb = 0;
+  for (size_t i = 0; i < a->bytes / sizeof(float); i++) {
+    double x = (double)((const float *)a->data)[i], y = (double)((const float *)b->data)[i];
+    if (!isfinite(y)) {
+      assert_true(x == y);
+      continue;
+    }
+    ab += x * y;
+    aa += x * x;
+    bb += y * y;
+  }
+  return aa == 0 && bb == 0 ? 1 : ab / sqrt(aa * bb);
+}
+
+/* Every tensor of a dump: same names and shapes, in FP32, pointing the same way; what must be zero is. */
+static void expect_same_dump(void **state, const char *model, const char *attention, const char *grads) {
+  const char *dir = *state;
+  wn_safetensors *dump[2];
+  char path[2][WN_PATH_BYTES];
+  double worst = 1;
+  for (int gpu = 0; gpu < 2; gpu++) {
+    OK(wn_path(path[gpu], "%s/dump-%d.safetensors", dir, gpu));
+    wn_winnow_ends(0, 1,
+                   "forward %s/%s --tokens 3,1,4,1,5,9,2,6,5,3,5,8,9,7,9,3,2,3,8,4 --documents 0,9 --dump %s "
+                   "--attention %s --device %s --grads %s",
+                   dir, model, path[gpu], attention, gpu ? "cuda" : "cpu", grads);
+    OK(wn_safetensors_open(&dump[gpu], path[gpu]));
+  }
+  assert_int_equal(wn_safetensors_count(dump[0]), wn_safetensors_count(dump[1]));
+  for (int64_t i = 0; i < wn_safetensors_count(dump[0]); i++) {
+    const wn_st_entry *cpu = wn_safetensors_at(dump[0], i), *gpu = wn_safetensors_find(dump[1], cpu->name);
+    assert_non_null(gpu);
+    assert_true(gpu->dtype == cpu->dtype && gpu->bytes == cpu->bytes);
+    if (cpu->dtype != WN_F32) continue; /* picks near the threshold may differ */
+    double c = cosine(gpu, cpu);
+    bool exact = strcmp(cpu->name, "logits") == 0 || strncmp(cpu->name, "hidden.", 7) == 0;
+    if (!(c > (exact ? 0.9999 : 0.99))) fail_msg("%s of the GPU has cosine %.6f to the CPU's", cpu->name, c);
+    worst = fmin(worst, c);
+  }
+  print_message("  %s, gradients of %s: smallest cosine of a tensor %.6f\n", attention, grads, worst);
+  wn_safetensors_close(dump[0]);
+  wn_safetensors_close(dump[1]);
+}
+
+static void dumps_agree_with_the_cpu(void **state) {
+  needs_a_gpu();
+  static const char model[] = "warm-cpu/checkpoints/step-000006";
+  expect_same_dump(state, model, "dense", "base");
+  expect_same_dump(state, model, "dense", "indexer");
+  expect_same_dump(state, model, "sparse", "base");
+  expect_same_dump(state, model, "sparse", "indexer");
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(stages_agree_with_the_cpu),  cmocka_unit_test(pretrain_repeats_and_resumes),
+      cmocka_unit_test(warmup_repeats_and_resumes), cmocka_unit_test(adapt_repeats_and_resumes),
+      cmocka_unit_test(bf16_checkpoints_resume),    cmocka_unit_test(every_selection_evaluates),
+      cmocka_unit_test(dumps_agree_with_the_cpu),
+  };
+  return cmocka_run_group_tests(tests, tiny_setup, wn_temp_teardown);
+}

@@ -1,0 +1,107 @@
+/* One GPU and two compute the same, and each holds half. */
+#include "kernels/cuda/cuda.h"
+#include "support/ranks.h"
+
+static void needs_two_gpus(void) {
+  const char *why;
+  if (wn_cuda_count(&why) >= 2) return;
+  print_message("skipped: two GPUs are needed (%s)\n", *why ? why : "there is one");
+  skip();
+}
+
+static void pretrain_is_the_same(void **state) {
+  needs_two_gpus();
+  expect_same_gradients(state, "pretrain", wn_temp(state, "base").text, 65);
+  expect_same_losses(state, "pretrain", wn_temp(state, "base").text, "lm_loss");
+}
+
+static void warmup_is_the_same(void **state) {
+  needs_two_gpus();
+  expect_same_gradients(state, "warmup", wn_temp(state, "base").text, 15);
+  expect_same_losses(state, "warmup", wn_temp(state, "base").text, "indexer_kl");
+}
+
+static void adapt_is_the_same(void **state) {
+  needs_two_gpus();
+  wn_temp_path warm = wn_temp(state, "loss-warmup-1/checkpoints/step-000020");
+  expect_same_gradients(state, "adapt", warm.text, 80);
+  expect_same_losses(state, "adapt", warm.text, "loss");
+}
+
+static void run_to(void **state, const char *run, int32_t ranks, int64_t steps) {
+  const shared *at = *state;
+  wn_winnow_ends(0, ranks,
+                 "pretrain %s/job.yaml init=%s/base run_dir=%s/%s training.steps=%lld training.micro_batch_seqs=1 %s",
+                 at->dir, at->dir, at->dir, run, (long long)steps, at->options);
+}
+
+static void expect_same(void **state, const char *run, const char *other, int64_t steps) {
+  tiny_expect_same_tree(tiny_step(state, run, steps).text, tiny_step(state, other, steps).text);
+  tiny_expect_same_tables(state, run, other);
+}
+
+static void two_gpus_repeat_and_resume(void **state) {
+  needs_two_gpus();
+  run_to(state, "two-a", 2, 12);
+  run_to(state, "two-b", 2, 12);
+  expect_same(state, "two-a", "two-b", 12);
+  run_to(state, "two-c", 2, 5);
+  run_to(state, "two-c", 2, 12);
+  expect_same(state, "two-a", "two-c", 12);
+}
+
+static double weights_bytes(void **state, const char *run) {
+  char path[WN_PATH_BYTES], *text;
+  OK(wn_path(path, "%s/%s/memory.txt", (const char *)*state, run));
+  OK(wn_read_file(&text, NULL, path, 1 << 20));
+  double bytes = 0;
+  static const char *const names[] = {"masters", "weights", "first moments", "second moments", "gradients"};
+  for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
+    char arena[32], name[64], rest[64];
+    if (sscanf(line, "%31s %63[^0-9(] %63s", arena, name, rest) != 3 || strcmp(arena, "weights") != 0) continue;
+    for (char *end = name + strlen(name); end > name && end[-1] == ' ';) *--end = 0;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+      if (strcmp(name, names[i]) == 0) bytes += strtod(rest, NULL);
+  }
+  free(text);
+  return bytes;
+}
+
+static void state_halves(void **state) {
+  needs_two_gpus();
+  run_to(state, "one", 1, 1);
+  run_to(state, "two", 2, 1);
+  double one = weights_bytes(state, "one"), two = weights_bytes(state, "two");
+  print_message("state on one GPU %.0f bytes, on each of two %.0f\n", one, two);
+  assert_true(one > 0 && two > 0.48 * one && two < 0.56 * one);
+}
+
+static void a_third_rank_is_refused(void **state) {
+  needs_two_gpus();
+  if (wn_cuda_count(NULL) > 2) skip();
+  const shared *at = *state;
+  wn_program p;
+  wn_winnow(&p, 4, "pretrain %s/job.yaml init=%s/base run_dir=%s/never device=cuda training.micro_batch_seqs=1",
+            at->dir, at->dir, at->dir);
+  assert_int_not_equal(p.code, 0);
+  if (!strstr(p.err, "process 2 of its host")) fail_msg("it said: %s", p.err);
+}
+
+int main(int argc, char **argv) {
+  if (argc > 3) return rank_main(argc, argv);
+  shared at = {.self = argv[0],
+               .options = "device=cuda",
+               .most_ranks = 2,
+               .gradient_bar = 1e-4,
+               .first_loss_bar = 1e-6,
+               .loss_bar = 2e-2};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test_prestate(pretrain_is_the_same, &at), cmocka_unit_test_prestate(warmup_is_the_same, &at),
+      cmocka_unit_test_prestate(adapt_is_the_same, &at),    cmocka_unit_test_prestate(two_gpus_repeat_and_resume, &at),
+      cmocka_unit_test_prestate(state_halves, &at),         cmocka_unit_test_prestate(a_third_rank_is_refused, &at),
+  };
+  void *state = &at;
+  if (ranks_setup(&state)) return 1;
+  int failed = cmocka_run_group_tests(tests, NULL, NULL);
+  return ranks_teardown(&state) ? 1 : failed;
+}
