@@ -59,7 +59,7 @@ def double_precision():
             m.torch = torch
 
 
-def load(model_dir, as_v3=False, double=False, **overrides):
+def load(model_dir, as_v3=False, double=False, dtype=torch.float32, **overrides):
     """The model in eval mode. as_v3: the dense class on a V3.2 directory, whose indexer tensors it then leaves unread."""
     raw = json.loads((pathlib.Path(model_dir) / "config.json").read_text())
     if as_v3:
@@ -75,7 +75,7 @@ def load(model_dir, as_v3=False, double=False, **overrides):
     hf_logging.set_verbosity_error()   # the unread indexer tensors would be listed one by one
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model, info = AutoModelForCausalLM.from_pretrained(
-        model_dir, config=config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+        model_dir, config=config, dtype=dtype, attn_implementation="eager", experts_implementation="eager",
         output_loading_info=True)
     extra = tuple(f"model.layers.{n}." for n in range(config.num_hidden_layers, config.num_hidden_layers + 8))   # prediction layers
     unread = [n for n in info["unexpected_keys"] if not (as_v3 and ".indexer." in n) and not n.startswith(extra)]
@@ -88,8 +88,8 @@ def load(model_dir, as_v3=False, double=False, **overrides):
 def run(model, tokens, documents, position_ids=None):
     """One forward pass. The mask is explicit and four-dimensional, which both classes take as it is."""
     n = len(tokens)
-    visible = visible_mask(n, documents)
-    mask = torch.zeros(n, n, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)[None, None]
+    visible = visible_mask(n, documents).to(model.device)
+    mask = torch.zeros(n, n, dtype=model.dtype, device=model.device).masked_fill(~visible, torch.finfo(model.dtype).min)[None, None]
     out = SimpleNamespace(hidden=[], attn=[], index_scores=[], picked=[], logits=None)
     hooks, watch = [], Watch()
 
@@ -110,7 +110,7 @@ def run(model, tokens, documents, position_ids=None):
     hooks.append(model.model.norm.register_forward_pre_hook(keep_input, with_kwargs=True))
     try:
         with watch, double_precision() if model.dtype == torch.float64 else contextlib.nullcontext():
-            out.logits = model(input_ids=torch.as_tensor(tokens)[None], attention_mask=mask,
+            out.logits = model(input_ids=torch.as_tensor(tokens, device=model.device)[None], attention_mask=mask,
                                position_ids=None if position_ids is None else position_ids[None], use_cache=False).logits[0]
     finally:
         for hook in hooks:
