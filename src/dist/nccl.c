@@ -36,7 +36,7 @@ struct wn_nccl {
   cudaEvent_t begun;
   wn_transfer *under_way, **last, *spare;
   waited *waits;
-  int32_t n_waits, waits_made; /* used since the last take; made in all */
+  int32_t n_waits, waits_made, waits_room; /* used since the last take; made in all; allocated */
   double left_since_s;
 };
 
@@ -258,9 +258,13 @@ wn_status wn_nccl_reduce_scatter(wn_nccl *n, wn_group *group, wn_transfer **out,
 
 static wn_status next_wait(wn_nccl *n, waited **out) {
   if (n->n_waits == n->waits_made) {
-    waited *grown = realloc(n->waits, (size_t)(n->waits_made + 1) * sizeof *grown);
-    if (!grown) return WN_FAIL(WN_E_MEMORY, "out of memory for the collectives' times");
-    n->waits = grown;
+    if (n->waits_made == n->waits_room) {
+      int32_t room = n->waits_room ? 2 * n->waits_room : 256;
+      waited *grown = realloc(n->waits, (size_t)room * sizeof *grown);
+      if (!grown) return WN_FAIL(WN_E_MEMORY, "out of memory for the collectives' times");
+      n->waits = grown;
+      n->waits_room = room;
+    }
     waited *w = &n->waits[n->waits_made];
     WN_TRY(cuda_ok(cudaEventCreate(&w->before), "making an event"));
     WN_TRY(cuda_ok(cudaEventCreate(&w->after), "making an event"));

@@ -273,11 +273,13 @@ static wn_status one_step(trainer *t, bool *stop) {
   bool with_stats = due(job->metrics.layers_every, step + 1) || (job->metrics.layers_every > 0 && (last || step == 0));
   double start = wn_time_s();
   wn_train_row row = {0};
+  double gpu_wait_s;
   wn_world_take_wait_s(run->world); /* what evaluations, saves and unlogged steps waited is not this step's */
+  WN_TRY(wn_store_take_wait_s(run->store, &gpu_wait_s));
   WN_TRY(wn_step_run(run, step, with_stats, &t->sums));
   losses(t, &row);
   WN_TRY(update(t, step, &row));
-  double step_s = wn_time_s() - start, wait_s = wn_world_take_wait_s(run->world), gpu_wait_s;
+  double step_s = wn_time_s() - start, wait_s = wn_world_take_wait_s(run->world);
   WN_TRY(wn_store_take_wait_s(run->store, &gpu_wait_s));
   wait_s += gpu_wait_s;
   if (step == t->started_step) WN_TRY(measure_peak(t)); /* by now the threads have found their cores */
