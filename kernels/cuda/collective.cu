@@ -8,7 +8,7 @@
  * Limit: size + 2 streams of n floats over the copy rate. */
 #include "kernels/cuda/operations.cuh"
 
-enum { THREADS = 256, GROUP = 8, LEVELS = 10, MOST_RANKS = GROUP << LEVELS };
+enum { THREADS = 256, GROUP = 8, DEPTH = 10, MOST_RANKS = GROUP << DEPTH };
 
 /* The tree over the first `count` of eight, into x[0]. */
 template <int WIDTH> __device__ static void add_group(float x[GROUP][WIDTH], int count) {
@@ -28,16 +28,15 @@ template <int WIDTH> __device__ static void load(float x[WIDTH], const float *fr
     x[0] = from[0];
 }
 
-/* `packs` of WIDTH elements; n = packs * WIDTH is the distance between ranks. */
-template <int WIDTH>
+/* `packs` of WIDTH elements; n = packs * WIDTH is the distance between ranks. LEVELS: of the stack, 0 for one group. */
+template <int WIDTH, int LEVELS>
 __global__ static void sum_pieces_kernel(float *piece, const float *received, int size, int64_t packs) {
   const int64_t n = packs * WIDTH, stride = (int64_t)gridDim.x * blockDim.x;
   for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < packs; i += stride) {
-    float stack[LEVELS][WIDTH], total[WIDTH];
+    float x[GROUP][WIDTH], stack[LEVELS + 1][WIDTH];
     const int groups = (size + GROUP - 1) / GROUP;
     for (int g = 0; g < groups; g++) {
       const int count = min(GROUP, size - g * GROUP);
-      float x[GROUP][WIDTH];
 #pragma unroll
       for (int r = 0; r < GROUP; r++)
         if (r < count) load<WIDTH>(x[r], received + (g * GROUP + r) * n + i * WIDTH);
@@ -54,18 +53,18 @@ __global__ static void sum_pieces_kernel(float *piece, const float *received, in
         open = open && full;
       }
     }
-    bool any = false; /* what waits, from the right: the lowest level is the latest tree */
+    bool any = LEVELS == 0; /* what waits, from the right: the lowest level is the latest tree */
 #pragma unroll
     for (int level = 0; level < LEVELS; level++) {
       if ((groups >> level & 1) == 0) continue;
 #pragma unroll
-      for (int v = 0; v < WIDTH; v++) total[v] = any ? stack[level][v] + total[v] : stack[level][v];
+      for (int v = 0; v < WIDTH; v++) x[0][v] = any ? stack[level][v] + x[0][v] : stack[level][v];
       any = true;
     }
     float sum[WIDTH];
     load<WIDTH>(sum, piece + i * WIDTH);
 #pragma unroll
-    for (int v = 0; v < WIDTH; v++) sum[v] += total[v];
+    for (int v = 0; v < WIDTH; v++) sum[v] += x[0][v];
     if (WIDTH == 4)
       *(float4 *)(piece + i * WIDTH) = *(float4 *)sum;
     else
@@ -73,19 +72,25 @@ __global__ static void sum_pieces_kernel(float *piece, const float *received, in
   }
 }
 
+template <int WIDTH>
+static wn_status sum_packs(wn_device *device, cudaStream_t queue, float *piece, const float *received, int32_t size,
+                           int64_t packs) {
+  const int64_t blocks = wn_ceil_div(packs, THREADS), most = (int64_t)wn_cuda_of(device)->n_sms * 16;
+  const unsigned grid = (unsigned)(blocks < most ? blocks : most);
+  if (size <= GROUP)
+    sum_pieces_kernel<WIDTH, 0><<<grid, THREADS, 0, queue>>>(piece, received, size, packs);
+  else
+    sum_pieces_kernel<WIDTH, DEPTH><<<grid, THREADS, 0, queue>>>(piece, received, size, packs);
+  WN_CUDA_LAUNCHED("sum_pieces");
+  return NULL;
+}
+
 extern "C" wn_status wn_cuda_sum_pieces(wn_device *device, void *queue, float *piece, const float *received,
                                         int32_t size, int64_t n) {
   WN_ASSERT(size >= 1 && size < MOST_RANKS, "a sum over %d ranks", size);
   WN_ASSERT(n >= 0, "%lld elements", (long long)n);
   if (n == 0) return NULL;
-  const bool packed = n % 4 == 0 && (uintptr_t)piece % 16 == 0 && (uintptr_t)received % 16 == 0;
-  const int64_t packs = packed ? n / 4 : n;
-  const int64_t blocks = wn_ceil_div(packs, THREADS), most = (int64_t)wn_cuda_of(device)->n_sms * 8;
-  const unsigned grid = (unsigned)(blocks < most ? blocks : most);
-  if (packed)
-    sum_pieces_kernel<4><<<grid, THREADS, 0, (cudaStream_t)queue>>>(piece, received, size, packs);
-  else
-    sum_pieces_kernel<1><<<grid, THREADS, 0, (cudaStream_t)queue>>>(piece, received, size, packs);
-  WN_CUDA_LAUNCHED("sum_pieces");
-  return NULL;
+  if (n % 4 == 0 && (uintptr_t)piece % 16 == 0 && (uintptr_t)received % 16 == 0)
+    return sum_packs<4>(device, (cudaStream_t)queue, piece, received, size, n / 4);
+  return sum_packs<1>(device, (cudaStream_t)queue, piece, received, size, n);
 }

@@ -1,0 +1,27 @@
+/* Matrix products through cuBLAS, as row-major code wants them. */
+#ifndef WN_KERNELS_CUDA_GEMM_CUH
+#define WN_KERNELS_CUDA_GEMM_CUH
+
+#include "kernels/cuda/support.cuh"
+
+/* c[m,n] = a[m,k] b[k,n] (+= with `accumulate`) for each of `batch` products, all row-major: BF16 operands, FP32 sums,
+ * c in BF16 or F32. transpose_a: a is stored as [k,m]; transpose_b: b is stored as [n,k]. Strides count elements, from
+ * row to row as stored, and from product to product. */
+typedef struct wn_product {
+  void *c;
+  const void *a, *b;
+  wn_dtype c_dtype;
+  int64_t m, n, k, c_stride, a_stride, b_stride;
+  bool transpose_a, transpose_b, accumulate;
+  int64_t batch, c_step, a_step, b_step; /* batch 0: one product */
+} wn_product;
+
+/* Enqueued on the compute queue. The algorithm is a function of shapes, strides and alignment alone, and cuBLAS has one
+ * queue and our workspace: the same bits each time. Nothing to add (m, n or batch 0; k 0 with accumulate) is fine. */
+extern "C" WN_MUST_USE wn_status wn_cuda_product(wn_device *device, const wn_product *product);
+
+/* Asserts dtype, rank, dimensions (d2 is ignored at rank 2, d1 and d2 at rank 1) and a dense last dimension. */
+extern "C" void wn_cuda_expect(const char *name, const wn_tensor *t, wn_dtype dtype, int32_t rank, int64_t d0,
+                               int64_t d1, int64_t d2);
+
+#endif
