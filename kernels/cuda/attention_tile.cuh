@@ -1,0 +1,269 @@
+/* What the per-head attention kernels share (attention_dense, attention_masked): the job, tiles in shared memory, warp
+ * products, visibility of keys.
+ *
+ * A tile of R rows lies in shared memory as column blocks of 64 elements, each R rows of 128 bytes, the 16-byte chunks
+ * of a row exchanged by the row's three low bits: eight rows of one chunk fall into different banks (the 128-byte
+ * swizzle of the tensor cores' own loads). Widths below the tile's are padded with zeros.
+ *
+ * Which of 64 keys a row sees is a 64-bit word, bit j for key 64 * tile + j. Dense: it follows from the row's first and
+ * last key. Masked: it is read from the words that attention_plan.cu makes of the selection, once for all heads. */
+#ifndef WN_KERNELS_CUDA_ATTENTION_TILE_CUH
+#define WN_KERNELS_CUDA_ATTENTION_TILE_CUH
+
+#include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/ptx/async.cuh"
+#include "kernels/cuda/ptx/mma.cuh"
+
+enum { WN_TILE = 64 /* rows or keys */, WN_BLOCK_ROWS = 128 /* rows, or keys, that a block keeps */ };
+
+#define WN_LOG2E 1.4426950408889634f
+
+/* Over 64 rows. Rows that see nothing (or lie past the end) do not count in the first two and make the last two such
+ * that no tile passes for wholly visible. */
+typedef struct wn_tile_bounds {
+  int32_t lowest_first, highest_last; /* INT32_MAX, -1: nothing is visible */
+  int32_t highest_first, lowest_last;
+} wn_tile_bounds;
+
+/* One call, or with a selection one run of its rows. All of q, k, v, d_o allow 16-byte accesses. */
+typedef struct wn_attend_job {
+  wn_view<wn_bf16> q, k, v, d_o; /* d_o.data may be NULL in the forward */
+  wn_view<wn_bf16> o, dq, dk, dv;
+  wn_view<float> lse, delta; /* [n,H]; delta.data may be NULL in the forward */
+  const int32_t *first, *last;
+  const wn_tile_bounds *bounds; /* [tiles of 64 rows] */
+  const uint64_t *words;        /* [key tiles][word_pitch], a word for each row; masked only */
+  const uint32_t *active;       /* [row tiles][active_pitch], bit t: some row of the tile picks in key tile t */
+  int64_t word_pitch;
+  int32_t active_pitch;
+  int32_t n, m, heads;
+  int32_t group; /* heads that run together: their keys and values fit the L2 cache */
+  float scale;
+} wn_attend_job;
+
+/* ---- attention_plan.cu: what is made once for all heads, in scratch ---- */
+
+WN_MUST_USE wn_status wn_attend_plan_bounds(wn_device *device, wn_attend_job *job);
+/* words, active and their pitches, for the job's rows; selection [n,k] */
+WN_MUST_USE wn_status wn_attend_plan_words(wn_device *device, wn_attend_job *job, const wn_view<int32_t> &selection);
+/* *view = t, or where t does not allow 16-byte accesses a copy of it in scratch that does */
+WN_MUST_USE wn_status wn_attend_operand(wn_device *device, wn_view<wn_bf16> *view, const wn_tensor *t);
+/* q, k, v, rows and scale into *job, shapes checked */
+WN_MUST_USE wn_status wn_attend_begin(wn_device *device, wn_attend_job *job, const wn_tensor *q, const wn_tensor *k,
+                                      const wn_tensor *v, const wn_rows *rows, const wn_attention_params *params);
+/* [n,heads,width] of BF16, or [n,heads] of FP32, asserted */
+wn_view<wn_bf16> wn_attend_heads(const wn_tensor *t, int64_t n, int64_t heads, int64_t width);
+wn_view<float> wn_attend_stat(const wn_tensor *t, int64_t n, int64_t heads);
+
+/* ---- tiles in shared memory ---- */
+
+/* Address of a 16-byte chunk of a tile of ROWS rows. */
+template <int ROWS> __device__ __forceinline__ uint32_t wn_tile_at(uint32_t tile, int row, int chunk) {
+  return tile + (uint32_t)((chunk >> 3) * (ROWS * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4));
+}
+
+/* Starts copying rows row0 .. row0 + ROWS - 1 of one head into a tile of COLS columns; rows from `rows` on and columns
+ * from the view's width on become zeros. */
+template <int ROWS, int COLS, int THREADS>
+__device__ __forceinline__ void wn_tile_load(uint32_t tile, const wn_view<wn_bf16> &x, int head, int row0, int rows) {
+  static_assert(THREADS % 64 == 0 && ROWS % (THREADS / 8) == 0, "eight threads a row, the swizzle fixed for a thread");
+  const int chunk = threadIdx.x & 7, mine = threadIdx.x >> 3;
+  const wn_bf16 *base = x.data + (int64_t)head * x.head;
+  const uint32_t to = tile + (uint32_t)(mine * 128 + ((chunk ^ (mine & 7)) << 4));
+#pragma unroll
+  for (int r = 0; r < ROWS; r += THREADS / 8) {
+    const int row = row0 + mine + r;
+    const wn_bf16 *from = base + (int64_t)min(row, rows - 1) * x.row + chunk * 8;
+#pragma unroll
+    for (int c = 0; c < COLS; c += 64) {
+      const int left = row < rows ? min(max(x.width - c - chunk * 8, 0), 8) : 0;
+      wn_cp_async_16(to + (uint32_t)(c * 2 * ROWS + r * 128), left ? from + c : base, (uint32_t)left * 2);
+    }
+  }
+}
+
+/* ---- products of a warp ---- */
+
+/* acc[16 MT, 8 NT] += A[rows a_row.., 16 KS] B[rows b_row.., 16 KS]^T, both tiles in shared memory */
+template <int MT, int NT, int KS, int A_ROWS, int B_ROWS>
+__device__ __forceinline__ void wn_product_shared(float (&acc)[MT][NT][4], uint32_t a, int a_row, uint32_t b,
+                                                  int b_row) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int ks = 0; ks < KS; ks++) {
+    uint32_t left[MT][4];
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+      wn_ldmatrix_x4(left[i], wn_tile_at<A_ROWS>(a, a_row + 16 * i + (lane & 15), 2 * ks + (lane >> 4)));
+#pragma unroll
+    for (int j = 0; j < NT; j += 2) {
+      uint32_t right[4];
+      wn_ldmatrix_x4(
+          right, wn_tile_at<B_ROWS>(b, b_row + 8 * j + (lane & 7) + ((lane >> 4) << 3), 2 * ks + ((lane >> 3) & 1)));
+#pragma unroll
+      for (int i = 0; i < MT; i++) {
+        wn_mma_bf16(acc[i][j], left[i], right);
+        wn_mma_bf16(acc[i][j + 1], left[i], right + 2);
+      }
+    }
+  }
+}
+
+/* acc[16 MT, 8 NT] += A[16 MT, 16 KS] B[rows b_row.., 8 NT], A in registers as rounded by wn_fragments */
+template <int MT, int NT, int KS, int B_ROWS>
+__device__ __forceinline__ void wn_product_registers(float (&acc)[MT][NT][4], const uint32_t (&a)[MT][KS][4],
+                                                     uint32_t b, int b_row) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int ks = 0; ks < KS; ks++)
+#pragma unroll
+    for (int j = 0; j < NT; j += 2) {
+      uint32_t right[4];
+      wn_ldmatrix_x4_trans(
+          right, wn_tile_at<B_ROWS>(b, b_row + 16 * ks + (lane & 7) + (((lane >> 3) & 1) << 3), j + (lane >> 4)));
+#pragma unroll
+      for (int i = 0; i < MT; i++) {
+        wn_mma_bf16(acc[i][j], a[i][ks], right);
+        wn_mma_bf16(acc[i][j + 1], a[i][ks], right + 2);
+      }
+    }
+}
+
+/* Sums of a product, rounded to BF16, as the left operand of the next. */
+template <int NT> __device__ __forceinline__ void wn_fragments(uint32_t (&a)[NT / 2][4], const float (&x)[NT][4]) {
+#pragma unroll
+  for (int j = 0; j < NT; j++) {
+    a[j / 2][(j & 1) * 2] = wn_pack_bf16(x[j][0], x[j][1]);
+    a[j / 2][(j & 1) * 2 + 1] = wn_pack_bf16(x[j][2], x[j][3]);
+  }
+}
+
+template <int MT, int NT> __device__ __forceinline__ void wn_clear(float (&acc)[MT][NT][4]) {
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[i][j][e] = 0;
+}
+
+/* ---- visibility ---- */
+
+/* Keys of tile `t` that a row sees, as bits. Rows past the end see none. */
+template <bool MASKED> __device__ __forceinline__ uint64_t wn_row_word(const wn_attend_job &job, int row, int t) {
+  if (row >= job.n) return 0;
+  if (MASKED) return job.words[t * job.word_pitch + row];
+  const int low = max(job.first[row] - t * WN_TILE, 0), high = min(job.last[row] - t * WN_TILE, WN_TILE - 1);
+  return low > high ? 0 : (~0ull << low) & (~0ull >> (WN_TILE - 1 - high));
+}
+
+/* Key tiles that a block of 128 rows has to look at. */
+typedef struct wn_key_walk {
+  int32_t end;                /* one past the last tile */
+  int32_t full_low, full_end; /* dense: tiles in between are visible to every row */
+} wn_key_walk;
+
+/* The first tile from `t` on that is not dark to all rows of the block; walk->end or more: none. */
+template <bool MASKED>
+__device__ __forceinline__ int wn_next_tile(const wn_attend_job &job, const wn_key_walk &walk, int block, int t) {
+  if (!MASKED) return t;
+  const uint32_t *low = job.active + (int64_t)2 * block * job.active_pitch, *high = low + job.active_pitch;
+  for (int w = t >> 5; w < job.active_pitch; w++) {
+    uint32_t bits = low[w] | high[w];
+    if (w == t >> 5) bits &= ~0u << (t & 31);
+    if (bits) return w * 32 + __ffs((int)bits) - 1;
+  }
+  return walk.end;
+}
+
+/* Fills *walk and returns the first tile. */
+template <bool MASKED>
+__device__ __forceinline__ int wn_begin_walk(const wn_attend_job &job, int block, wn_key_walk *walk) {
+  if (MASKED) {
+    *walk = {(job.m + WN_TILE - 1) / WN_TILE, 0, 0};
+    return wn_next_tile<MASKED>(job, *walk, block, 0);
+  }
+  wn_tile_bounds a = job.bounds[2 * block];
+  if ((2 * block + 1) * WN_TILE < job.n) {
+    const wn_tile_bounds b = job.bounds[2 * block + 1];
+    a = {min(a.lowest_first, b.lowest_first), max(a.highest_last, b.highest_last),
+         max(a.highest_first, b.highest_first), min(a.lowest_last, b.lowest_last)};
+  }
+  *walk = {a.highest_last < 0 ? 0 : a.highest_last / WN_TILE + 1, 0, (a.lowest_last + 1) / WN_TILE};
+  walk->full_low = a.highest_first / WN_TILE + (a.highest_first % WN_TILE != 0);
+  return a.highest_last < 0 ? 0 : a.lowest_first / WN_TILE;
+}
+
+/* Blocks in one dimension: a group of heads at a time, in a group all heads of one tile before the next tile. */
+__device__ __forceinline__ void wn_block_place(const wn_attend_job &job, int tiles, int *head, int *tile) {
+  const int64_t all = (int64_t)job.group * tiles, g = blockIdx.x / all;
+  const int r = (int)(blockIdx.x - g * all), first = (int)g * job.group, heads = min(job.group, job.heads - first);
+  *head = first + r % heads;
+  *tile = r / heads;
+}
+
+/* ---- results ---- */
+
+/* Two neighbouring columns from an even one on, cut at the width; (+)= */
+template <bool ADD>
+__device__ __forceinline__ void wn_put_pair(const wn_view<wn_bf16> &y, int row, int head, int col, float a, float b) {
+  if (col >= y.width) return;
+  wn_bf16 *to = y.data + row * y.row + head * y.head + col;
+  const bool pairs = (((uintptr_t)y.data | (uintptr_t)(y.row * 2) | (uintptr_t)(y.head * 2)) & 3) == 0;
+  if (pairs && col + 1 < y.width) {
+    if (ADD) {
+      const float2 old = __bfloat1622float2(*(const __nv_bfloat162 *)to);
+      a += old.x;
+      b += old.y;
+    }
+    *(uint32_t *)to = wn_pack_bf16(a, b);
+    return;
+  }
+  to[0] = __float2bfloat16_rn(ADD ? a + __bfloat162float(to[0]) : a);
+  if (col + 1 < y.width) to[1] = __float2bfloat16_rn(ADD ? b + __bfloat162float(to[1]) : b);
+}
+
+/* A warp's sums [16, 8 NT], times `factor`, to rows row0 .. of y. */
+template <bool ADD, int NT>
+__device__ __forceinline__ void wn_put_rows(const wn_view<wn_bf16> &y, int row0, int rows, int head,
+                                            const float (&acc)[NT][4], float factor) {
+  const int lane = threadIdx.x & 31, row = row0 + (lane >> 2), col = (lane & 3) * 2;
+#pragma unroll
+  for (int j = 0; j < NT; j++) {
+    if (row < rows) wn_put_pair<ADD>(y, row, head, 8 * j + col, acc[j][0] * factor, acc[j][1] * factor);
+    if (row + 8 < rows) wn_put_pair<ADD>(y, row + 8, head, 8 * j + col, acc[j][2] * factor, acc[j][3] * factor);
+  }
+}
+
+/* Sum, or largest, over the four lanes that hold a row. */
+__device__ __forceinline__ float wn_quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ __forceinline__ float wn_quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+/* ---- launching ---- */
+
+/* Calls launch.run<DQ, DV>() with the smallest padded widths that hold dq and dv. */
+template <typename Launch> static inline wn_status wn_with_widths(int32_t dq, int32_t dv, Launch launch) {
+  WN_ASSERT(dq <= 256 && dv <= 256, "head widths %d and %d", dq, dv);
+  if (dq <= 64 && dv <= 64) return launch.template run<64, 64>();
+  if (dq <= 128 && dv <= 128) return launch.template run<128, 128>();
+  if (dq <= 192 && dv <= 128) return launch.template run<192, 128>();
+  return launch.template run<256, 256>();
+}
+
+template <typename Kernel>
+static inline wn_status wn_attend_launch(wn_device *device, Kernel kernel, int64_t blocks, int threads, int bytes,
+                                         const wn_attend_job &job) {
+  if (blocks == 0) return NULL;
+  WN_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<(unsigned)blocks, threads, bytes, wn_cuda_stream(device)>>>(job);
+  WN_CUDA_LAUNCHED("attention");
+  return NULL;
+}
+
+#endif

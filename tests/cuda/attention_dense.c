@@ -1,0 +1,282 @@
+/* Dense attention on the GPU against the FP64 CPU: shapes off every tile, documents, empty rows, views with free
+ * strides, large logits, accumulation, repeats. Everything runs forward and backward, each device on its own lse and
+ * delta. */
+#include "support/twin.h"
+
+typedef struct shape {
+  int32_t n, heads, dq, dv;
+} shape;
+
+/* Operands and results of one attention. */
+typedef struct attention {
+  twin q, k, v, d_o, o, lse, delta, dq, dk, dv;
+  twin_rows rows;
+  wn_attention_params params;
+} attention;
+
+enum { SEED_Q = 11, SEED_K, SEED_V, SEED_DO, SEED_DK, SEED_DV };
+
+/* `margin` elements stand after every head's row of every tensor. Results are poisoned; dk and dv begin as numbers. */
+static attention attention_of(twin_bench *b, shape s, twin_rows rows, double q_deviation, int64_t margin) {
+  int64_t n = rows.cpu.n_rows, m = rows.cpu.n_keys, h = s.heads;
+  attention a = {.rows = rows, .params = {.scale = 1 / sqrt(s.dq)}};
+  a.q = twin_random(b, WN_ACT, SEED_Q, q_deviation, margin, 3, n, h, s.dq);
+  a.k = twin_random(b, WN_ACT, SEED_K, 1, margin, 3, m, h, s.dq);
+  a.v = twin_random(b, WN_ACT, SEED_V, 1, margin, 3, m, h, s.dv);
+  a.d_o = twin_random(b, WN_ACT, SEED_DO, 1, margin, 3, n, h, s.dv);
+  a.o = twin_strided(b, WN_ACT, margin, 3, n, h, s.dv);
+  a.lse = twin_strided(b, WN_STAT, margin, 2, n, h, 0);
+  a.delta = twin_strided(b, WN_STAT, margin, 2, n, h, 0);
+  a.dq = twin_strided(b, WN_ACT, margin, 3, n, h, s.dq);
+  a.dk = twin_random(b, WN_ACT, SEED_DK, 0.3, margin, 3, m, h, s.dq);
+  a.dv = twin_random(b, WN_ACT, SEED_DV, 0.3, margin, 3, m, h, s.dv);
+  twin_poison(b, &a.o);
+  twin_poison(b, &a.lse);
+  twin_poison(b, &a.delta);
+  twin_poison(b, &a.dq);
+  return a;
+}
+
+static void forward(twin_bench *b, attention *a) {
+  OK(b->cuda->ops->attention_dense(b->cuda, &a->o.cuda, &a->lse.cuda, &a->delta.cuda, &a->d_o.cuda, &a->q.cuda,
+                                   &a->k.cuda, &a->v.cuda, &a->rows.cuda, &a->params));
+  OK(b->cpu->ops->attention_dense(b->cpu, &a->o.cpu, &a->lse.cpu, &a->delta.cpu, &a->d_o.cpu, &a->q.cpu, &a->k.cpu,
+                                  &a->v.cpu, &a->rows.cpu, &a->params));
+}
+
+static void backward(twin_bench *b, attention *a) {
+  OK(b->cuda->ops->attention_dense_backward(b->cuda, &a->dq.cuda, &a->dk.cuda, &a->dv.cuda, &a->d_o.cuda, &a->q.cuda,
+                                            &a->k.cuda, &a->v.cuda, &a->lse.cuda, &a->delta.cuda, &a->rows.cuda,
+                                            &a->params));
+  OK(b->cpu->ops->attention_dense_backward(b->cpu, &a->dq.cpu, &a->dk.cpu, &a->dv.cpu, &a->d_o.cpu, &a->q.cpu,
+                                           &a->k.cpu, &a->v.cpu, &a->lse.cpu, &a->delta.cpu, &a->rows.cpu, &a->params));
+}
+
+/* delta and dq are sums that cancel: in a row that sees few keys, or whose weight is all on one, next to nothing is
+ * left, while each term keeps the rounding of its BF16 weight. So the whole is held to a tighter bar than the rows. */
+static void close_sum(twin_bench *b, const char *what, const twin *t) {
+  twin_error e = twin_compare(b, what, t);
+  print_message("  %-40s norm %.2e  worst row %.2e (row %lld)\n", what, e.norm, e.worst, (long long)e.worst_row);
+  if (!(e.norm <= 5e-3 && e.worst <= 0.2))
+    fail_msg("%s: off by %.3e in norm and %.3e in row %lld", what, e.norm, e.worst, (long long)e.worst_row);
+}
+
+static void both_ways(twin_bench *b, attention *a) {
+  forward(b, a);
+  twin_close(b, "o", &a->o, twin_bf16);
+  twin_close(b, "lse", &a->lse, twin_f32);
+  close_sum(b, "delta", &a->delta);
+  backward(b, a);
+  close_sum(b, "dq", &a->dq);
+  twin_close(b, "dk", &a->dk, twin_bf16);
+  twin_close(b, "dv", &a->dv, twin_bf16);
+}
+
+static const shape widths[] = {{0, 3, 192, 128}, {0, 1, 18, 12},   {0, 3, 64, 64}, {0, 2, 96, 32}, {0, 3, 40, 24},
+                               {0, 2, 128, 128}, {0, 2, 256, 256}, {0, 1, 1, 1},   {0, 2, 64, 200}};
+enum { N_WIDTHS = sizeof widths / sizeof *widths };
+
+static void every_width_and_length(void **state) {
+  twin_bench *b = twin_begin(state);
+  static const int32_t lengths[] = {1, 2, 63, 64, 65, 129, 257};
+  for (int w = 0; w < N_WIDTHS; w++)
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+      shape s = widths[w];
+      print_message("n %d, heads %d, widths %d/%d\n", lengths[i], s.heads, s.dq, s.dv);
+      attention a = attention_of(b, s, twin_causal(b, lengths[i], 0, false), 1, 0);
+      both_ways(b, &a);
+      twin_end(b);
+    }
+}
+
+static void documents_and_empty_rows(void **state) {
+  twin_bench *b = twin_begin(state);
+  static const int32_t documents[] = {0, 1, 50, 64, 100};
+  for (size_t i = 0; i < sizeof documents / sizeof *documents; i++) {
+    attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_causal(b, 331, documents[i], true), 1, 0);
+    both_ways(b, &a);
+    twin_end(b);
+  }
+}
+
+/* Rows of which none sees anything, over whole tiles. */
+static void nothing_visible(void **state) {
+  twin_bench *b = twin_begin(state);
+  int32_t first[200], last[200];
+  for (int i = 0; i < 200; i++) {
+    first[i] = 5;
+    last[i] = i < 140 ? 4 : i;
+  }
+  attention a = attention_of(b, (shape){0, 2, 64, 64}, twin_rows_of(b, 200, first, last, first, 200), 1, 0);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
+/* Rows 192 .. 256 of a longer sequence; then rows that see windows, with keys that nobody sees at both ends. */
+static void a_chunk_of_rows(void **state) {
+  twin_bench *b = twin_begin(state);
+  enum { N = 65, M = 257 };
+  int32_t first[N] = {0}, last[N];
+  for (int i = 0; i < N; i++) last[i] = M - N + i;
+  attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_rows_of(b, M, first, last, last, N), 1, 0);
+  both_ways(b, &a);
+  twin_end(b);
+  for (int i = 0; i < N; i++) {
+    first[i] = 70 + 2 * (i % 16);
+    last[i] = first[i] + 90 - i;
+  }
+  a = attention_of(b, (shape){0, 3, 128, 128}, twin_rows_of(b, M, first, last, last, N), 1, 0);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
+static void many_heads(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){0, 16, 192, 128}, twin_causal(b, 300, 0, false), 1, 0);
+  both_ways(b, &a);
+  twin_end(b);
+  a = attention_of(b, (shape){0, 2, 192, 128}, twin_causal(b, 1500, 0, false), 1, 0);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
+/* Margins of 8 keep 16-byte accesses, 2 keeps pairs, 1 and 3 neither. */
+static void strided_views(void **state) {
+  twin_bench *b = twin_begin(state);
+  static const int64_t margins[] = {8, 2, 1, 3};
+  for (size_t i = 0; i < sizeof margins / sizeof *margins; i++)
+    for (int w = 0; w < 3; w++) {
+      attention a = attention_of(b, widths[w], twin_causal(b, 100, 0, true), 1, margins[i]);
+      both_ways(b, &a);
+      twin_end(b);
+    }
+}
+
+/* k_nope and v are slices of one tensor [m, heads, nope + v], and so are their gradients. */
+static void values_beside_keys(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){0, 3, 128, 128}, twin_causal(b, 150, 0, false), 1, 0);
+  twin kv = twin_random(b, WN_ACT, SEED_V, 1, 0, 3, 150, 3, 256);
+  twin dkv = twin_random(b, WN_ACT, SEED_DV, 0.3, 0, 3, 150, 3, 256);
+  /* the CPU's slices need no copy: its tensors have strides too */
+  a.k = twin_slice(kv, 2, 0, 128);
+  a.v = twin_slice(kv, 2, 128, 128);
+  a.dk = twin_slice(dkv, 2, 0, 128);
+  a.dv = twin_slice(dkv, 2, 128, 128);
+  forward(b, &a);
+  backward(b, &a);
+  twin_close(b, "o", &a.o, twin_bf16);
+  close_sum(b, "dq", &a.dq);
+  twin_close(b, "dk and dv", &dkv, twin_bf16);
+  twin_end(b);
+}
+
+static void large_logits(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_causal(b, 257, 0, false), 300, 0);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
+static void set_keys_alike(twin_bench *b, twin *k, int64_t group) {
+  int64_t m = k->cpu.dim[0], row = k->cpu.dim[1] * k->cpu.dim[2];
+  double *values = malloc((size_t)(m * row) * sizeof *values);
+  assert_non_null(values);
+  for (int64_t i = 0; i < m * row; i++) values[i] = wn_test_get(&k->cpu, i / row / group * group * row + i % row);
+  twin_set(b, k, values);
+  free(values);
+}
+
+/* Keys in groups of 16 that are alike; then all alike: every weight is the same, so o before its rounding is a plain
+ * mean, and delta agrees to FP32 - which a delta made of the rounded o does not. */
+static void keys_alike(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_causal(b, 200, 0, false), 1, 0);
+  set_keys_alike(b, &a.k, 16);
+  both_ways(b, &a);
+  twin_end(b);
+  for (int w = 0; w < N_WIDTHS; w++) {
+    a = attention_of(b, widths[w], twin_causal(b, 200, 0, false), 1, 0);
+    set_keys_alike(b, &a.k, 200);
+    forward(b, &a);
+    twin_close(b, "delta of a mean", &a.delta, twin_f32);
+    twin_end(b);
+  }
+}
+
+static void without_delta(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_causal(b, 200, 0, true), 1, 0);
+  OK(b->cuda->ops->attention_dense(b->cuda, &a.o.cuda, &a.lse.cuda, NULL, NULL, &a.q.cuda, &a.k.cuda, &a.v.cuda,
+                                   &a.rows.cuda, &a.params));
+  OK(b->cpu->ops->attention_dense(b->cpu, &a.o.cpu, &a.lse.cpu, NULL, NULL, &a.q.cpu, &a.k.cpu, &a.v.cpu, &a.rows.cpu,
+                                  &a.params));
+  twin_close(b, "o", &a.o, twin_bf16);
+  twin_close(b, "lse", &a.lse, twin_f32);
+  twin_end(b);
+}
+
+/* Two runs of rows add into the same dk and dv. */
+static void row_chunks_add_up(void **state) {
+  twin_bench *b = twin_begin(state);
+  enum { N = 200, CUT = 77 };
+  attention a = attention_of(b, (shape){0, 2, 64, 64}, twin_causal(b, N, 0, false), 1, 0);
+  forward(b, &a);
+  for (int part = 0; part < 2; part++) {
+    int64_t from = part ? CUT : 0, count = part ? N - CUT : CUT;
+    wn_rows rows = a.rows.cuda;
+    rows.n_rows = (int32_t)count;
+    rows.first_key += from;
+    rows.last_key += from;
+    rows.position += from;
+    twin dq = twin_slice(a.dq, 0, from, count), d_o = twin_slice(a.d_o, 0, from, count),
+         q = twin_slice(a.q, 0, from, count), lse = twin_slice(a.lse, 0, from, count),
+         delta = twin_slice(a.delta, 0, from, count);
+    OK(b->cuda->ops->attention_dense_backward(b->cuda, &dq.cuda, &a.dk.cuda, &a.dv.cuda, &d_o.cuda, &q.cuda, &a.k.cuda,
+                                              &a.v.cuda, &lse.cuda, &delta.cuda, &rows, &a.params));
+  }
+  OK(b->cpu->ops->attention_dense_backward(b->cpu, &a.dq.cpu, &a.dk.cpu, &a.dv.cpu, &a.d_o.cpu, &a.q.cpu, &a.k.cpu,
+                                           &a.v.cpu, &a.lse.cpu, &a.delta.cpu, &a.rows.cpu, &a.params));
+  close_sum(b, "dq", &a.dq);
+  twin_close(b, "dk", &a.dk, twin_bf16);
+  twin_close(b, "dv", &a.dv, twin_bf16);
+  twin_end(b);
+}
+
+static void run_both(wn_device *device, void *context) {
+  attention *a = context;
+  OK(device->ops->attention_dense(device, &a->o.cuda, &a->lse.cuda, &a->delta.cuda, &a->d_o.cuda, &a->q.cuda,
+                                  &a->k.cuda, &a->v.cuda, &a->rows.cuda, &a->params));
+  OK(device->ops->attention_dense_backward(device, &a->dq.cuda, &a->dk.cuda, &a->dv.cuda, &a->d_o.cuda, &a->q.cuda,
+                                           &a->k.cuda, &a->v.cuda, &a->lse.cuda, &a->delta.cuda, &a->rows.cuda,
+                                           &a->params));
+}
+
+static void repeats(void **state) {
+  twin_bench *b = twin_begin(state);
+  for (int w = 0; w < N_WIDTHS; w++) {
+    attention a = attention_of(b, widths[w], twin_causal(b, 513, 200, true), 1, 0);
+    const twin_out outs[] = {{&a.o, false},  {&a.lse, false}, {&a.delta, false},
+                             {&a.dq, false}, {&a.dk, true},   {&a.dv, true}};
+    twin_repeats(b, run_both, &a, outs, 6);
+    twin_end(b);
+  }
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(every_width_and_length),
+      cmocka_unit_test(documents_and_empty_rows),
+      cmocka_unit_test(nothing_visible),
+      cmocka_unit_test(a_chunk_of_rows),
+      cmocka_unit_test(many_heads),
+      cmocka_unit_test(strided_views),
+      cmocka_unit_test(values_beside_keys),
+      cmocka_unit_test(large_logits),
+      cmocka_unit_test(keys_alike),
+      cmocka_unit_test(without_delta),
+      cmocka_unit_test(row_chunks_add_up),
+      cmocka_unit_test(repeats),
+  };
+  return cmocka_run_group_tests(tests, twin_setup, twin_teardown);
+}
