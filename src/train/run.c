@@ -7,6 +7,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include "kernels/cuda/cuda.h"
 #include "train/checkpoint_dirs.h"
 #include "train/device.h"
 
@@ -265,9 +266,11 @@ void wn_run_free(wn_run *run) {
   free(run);
 }
 
-/* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32. */
-static int64_t element_bytes(wn_kind kind) {
-  return wn_kind_trains(kind) ? 16 : 4;
+/* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32; on a
+ * GPU a BF16 copy of what trains, and of what is frozen that copy alone. */
+static int64_t element_bytes(const wn_param *p, bool gpu) {
+  if (wn_kind_trains(p->kind)) return gpu ? 18 : 16;
+  return gpu && p->kind == WN_FROZEN && p->role == WN_ACT ? 2 : 4;
 }
 
 /* A dataset may be made after the job that names it: one that is absent is said, not refused. */
@@ -291,22 +294,26 @@ wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_
   wn_model_config config;
   bool indexer_trained;
   wn_param_table table = {0};
-  int64_t elements[WN_N_KINDS] = {0}, total = 0, ranks = wn_world_size(world);
+  int64_t elements[WN_N_KINDS] = {0}, bytes[WN_N_KINDS] = {0}, total = 0, ranks = wn_world_size(world);
+  bool gpu = job->device == WN_JOB_CUDA || (job->device == WN_JOB_AUTO && wn_cuda_count(NULL) > 0);
   WN_TRY(check_world(job, world));
   WN_TRY(resolve_model(&config, &recipe, job));
   if (job->init[0]) WN_TRY(check_stage(&recipe, job, &indexer_trained));
   WN_TRY(check_data(job->data.train, "data.train", &config, job->data.seq_len, log));
   WN_TRY(check_data(job->data.valid, "data.valid", &config, job->data.seq_len, log));
   WN_TRY(wn_param_table_create(&table, &config, param_settings(&recipe, job)));
-  for (int32_t i = 0; i < table.n; i++) elements[table.params[i].kind] += wn_param_elements(&table.params[i]);
+  for (int32_t i = 0; i < table.n; i++) {
+    const wn_param *p = &table.params[i];
+    elements[p->kind] += wn_param_elements(p);
+    bytes[p->kind] += wn_param_elements(p) * element_bytes(p, gpu) / ranks;
+  }
   wn_param_table_free(&table);
   for (int32_t k = 0; k < WN_N_KINDS; k++) {
     if (!elements[k]) continue;
-    int64_t bytes = elements[k] * element_bytes((wn_kind)k) / ranks;
-    total += bytes;
-    wn_info(log, "%-17s %15lld parameters %12.3f GB a rank", kinds[k], (long long)elements[k], (double)bytes * 1e-9);
+    total += bytes[k];
+    wn_info(log, "%-17s %15lld parameters %12.3f GB a rank", kinds[k], (long long)elements[k], (double)bytes[k] * 1e-9);
   }
-  wn_info(log, "state in FP32 on %lld rank%s: %.3f GB a rank", (long long)ranks, ranks == 1 ? "" : "s",
+  wn_info(log, "state on %lld rank%s, %s: %.3f GB a rank", (long long)ranks, ranks == 1 ? "" : "s", gpu ? "GPU" : "CPU",
           (double)total * 1e-9);
   return NULL;
 }
