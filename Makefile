@@ -19,7 +19,7 @@ TEST_LDLIBS = -lcmocka
 NVCC ?= $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 CUDA_HOME = $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_ARCH ?= -gencode=arch=compute_90a,code=sm_90a
-NVCC_FLAGS = -std=c++20 -O3 -lineinfo $(CUDA_ARCH) -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Wshadow,-Werror,-Wno-deprecated-enum-enum-conversion -ccbin g++
+NVCC_FLAGS = -std=c++20 -O3 --compress-mode=size $(CUDA_ARCH) -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Wshadow,-Werror,-Wno-deprecated-enum-enum-conversion -ccbin g++ $(NVCCFLAGS)
 ifneq ($(NVCC),)
 NCCL ?= $(firstword $(wildcard $(CUDA_HOME)/include/nccl.h /usr/include/nccl.h))
 CPPFLAGS += -isystem $(CUDA_HOME)/include
