@@ -1,0 +1,93 @@
+/* What the files of indexer_kl_dense share: a chunk of rows, and copies of rows into shared memory. */
+#ifndef WN_KERNELS_CUDA_INDEXER_KL_DENSE_CUH
+#define WN_KERNELS_CUDA_INDEXER_KL_DENSE_CUH
+
+#include "kernels/cuda/ptx/mma.cuh"
+#include "kernels/cuda/support.cuh"
+
+/* Rows and keys go in tiles of this many; whether a tile of rows sees a tile of keys decides what is computed. A chunk
+ * has at most WN_KL_MAX_TILES tiles of rows. */
+enum { WN_KL_TILE = 128, WN_KL_MAX_TILES = 32 };
+
+/* Rows whose target and scores exist at once. Only tiles that `seen` names are ever written or read. */
+typedef struct wn_kl_chunk {
+  const int32_t *first_key, *last_key; /* of the chunk's rows */
+  int32_t n_rows, n_keys;
+  int32_t n_row_tiles;
+  int32_t columns; /* keys rounded up to tiles: the stride of p and index */
+  int2 *seen;      /* [row tile]: keys x .. y - 1, multiples of WN_KL_TILE, hold all that its rows see; 0, 0: none */
+  float *p;        /* [row tiles * WN_KL_TILE, columns]: the target; then g = softmax(I) - p, 0 where not visible */
+  float *index;    /* the same shape: I */
+} wn_kl_chunk;
+
+/* A sum over heads of a function of products: out[t,s] = mean over heads of exp(scale x.y - term[t,h]) (the target), or
+ * sum over heads of term[t,h] relu(scale x.y) (the scores). */
+typedef struct wn_kl_sum {
+  wn_kl_chunk chunk;
+  wn_view<wn_bf16> x, y; /* rows: qa or q; keys: ka or k (head stride 0 where all heads share them) */
+  const float *term;     /* [rows, heads]: lse or w */
+  int64_t term_row;
+  float *out;
+  float scale;
+  bool x_vectors, y_vectors;
+} wn_kl_sum;
+
+/* One head's product z into the sum. t: lse; or w * scale / 2. */
+template <bool TARGET> __device__ __forceinline__ float wn_kl_folded(float sum, float z, float t, float scale) {
+  const float log2_e = 1.4426950408889634f;
+  if (!TARGET) return fmaf(t, z + fabsf(z), sum); /* z + |z| is 2 relu(z) at the full rate */
+  return sum +
+         wn_exp2(fmaf(z, scale, -t) * log2_e); /* the difference first: its rounding is relative to what is left */
+}
+
+/* The two for operands of 16-byte rows, by warpgroups. indexer_kl_scores_wide.cu */
+WN_MUST_USE wn_status wn_kl_sum_wide(wn_device *device, const wn_kl_sum *a, bool target);
+
+/* p and index from the chunk's rows of qa, lse, q and w. indexer_kl_scores.cu */
+WN_MUST_USE wn_status wn_kl_scores(wn_device *device, const wn_kl_chunk *chunk, const wn_view<wn_bf16> &q,
+                                   const wn_view<wn_bf16> &k, const wn_view<float> &w, const wn_view<wn_bf16> &qa,
+                                   const wn_view<wn_bf16> &ka, const wn_view<float> &lse, float scale,
+                                   float attention_scale);
+
+/* Where dk's shares of a chunk stand before they are added up: [n_splits, columns, width]; share i is of row tiles
+ * i * tiles_per_split and on. */
+typedef struct wn_kl_shares {
+  float *data;
+  int32_t n_splits, tiles_per_split, width;
+} wn_kl_shares;
+
+/* From g in chunk->p: dq = and dw = for the chunk's rows, dk +=. factor: coeff * scale. indexer_kl_gradients.cu */
+WN_MUST_USE wn_status wn_kl_gradients(wn_device *device, const wn_kl_chunk *chunk, const wn_kl_shares *shares,
+                                      const wn_view<wn_bf16> &dq, const wn_view<float> &dk, const wn_view<float> &dw,
+                                      const wn_view<wn_bf16> &q, const wn_view<wn_bf16> &k, const wn_view<float> &w,
+                                      float factor);
+/* The width that the gradients' kernels pad dI to. */
+int32_t wn_kl_padded_width(int32_t width);
+
+/* ---- in kernels ---- */
+
+/* 4 bytes from global to shared memory, asynchronously; zeros unless `exists` (the address must be valid anyway) */
+__device__ __forceinline__ void wn_kl_copy_4(uint32_t shared, const void *global, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(exists ? 4 : 0)
+               : "memory");
+}
+
+/* Elements column .. column + 7 of a row to 16 bytes of shared memory; zeros past the width, or where the row does not
+ * exist. `vectors`: see wn_view_vectors; without it elements travel one by one, and not asynchronously. */
+__device__ __forceinline__ void wn_kl_copy_8(uint32_t shared, const wn_view<wn_bf16> &v, int64_t offset, int32_t column,
+                                             bool exists, bool vectors) {
+  if (vectors) {
+    const bool in = exists && column < v.width;
+    wn_cp_async_16(shared, in ? v.data + offset + column : v.data, in ? 16 : 0);
+    return;
+  }
+  const unsigned short *from = (const unsigned short *)v.data + offset + column;
+  uint32_t x[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int e = 0; e < 8; e++)
+    if (exists && column + e < v.width) x[e / 2] |= (uint32_t)from[e] << (e % 2 * 16);
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+#endif

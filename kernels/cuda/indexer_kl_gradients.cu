@@ -1,0 +1,470 @@
+/* The dense KL's gradients for a chunk of rows, from g = softmax(I) - p:
+ *   dq[t,h] = factor w[t,h] sum_s g[t,s] 1[q.k > 0] k[s],   dw[t,h] = factor sum_s g[t,s] relu(q.k),
+ *   dk[s] += factor sum_t,h g[t,s] w[t,h] 1[q.k > 0] q[t,h],   factor = coeff * scale.
+ *
+ * Both kernels have the shape of attention without a softmax: a block keeps a tile of X in registers, streams tiles of
+ * 64 rows of Y through shared memory, makes Z = X Y^T, weighs it to P (0 where Z <= 0) and adds P Y. The query kernel
+ * has X = (row, head) pairs and Y = keys; the key kernel has X = keys and Y = (row, head) pairs. All heads share the
+ * keys, so pairs of several heads of one row stand side by side and g is read once, not once a head.
+ *
+ * The key kernel's blocks own (128 keys, a fixed range of the chunk's rows); their shares are added in order. */
+#include "kernels/cuda/indexer_kl_dense.cuh"
+
+enum { THREADS = 128, WARPS = 4, STREAMED = 64, STAGES = 3, ALIGN_BYTES = 1024, MAX_WIDTH = 256 };
+/* rows of g in shared memory are padded by 8 floats: eight of them read side by side fall into different banks */
+enum { QUERY_G_STRIDE = 64 + 8, KEY_G_STRIDE = 128 + 8, SUM_KEYS = 32, SUM_THREADS = 256 };
+
+/* WIDTH: dI padded; M_TILES: 16-row tiles of X that a warp keeps. */
+template <int WIDTH, int M_TILES> struct shape {
+  static constexpr int steps = WIDTH / 16, row_bytes = WIDTH * 2, tile_bytes = STREAMED * row_bytes, parts = WIDTH / 8,
+                       block_rows = WARPS * M_TILES * 16, slots = M_TILES * 2;
+};
+
+typedef struct gradient_params {
+  wn_kl_chunk chunk;
+  wn_kl_shares shares;
+  wn_view<wn_bf16> q, k, dq;
+  wn_view<float> w, dw, dk;
+  float factor;
+  int32_t heads, head_groups; /* of a tile of pairs: min(HI, tile); how many such tiles make HI */
+  int32_t group;              /* rows of a tile of pairs: a power of two */
+  uint32_t g_bytes;           /* of a stage */
+  bool q_vectors, k_vectors, dq_pairs;
+} gradient_params;
+
+/* ---- products ---- */
+
+/* A fragments of X; row[slot] points at a row's element 0, or is NULL for zeros. */
+template <int WIDTH, int M_TILES>
+__device__ static void load_x(uint32_t x[M_TILES][WIDTH / 16][4], const wn_bf16 *const row[M_TILES * 2], int32_t width,
+                              bool vectors) {
+  const int32_t lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+    for (int s = 0; s < WIDTH / 16; s++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const unsigned short *from = (const unsigned short *)row[m * 2 + e % 2];
+        const int32_t column = s * 16 + e / 2 * 8 + lane % 4 * 2;
+        uint32_t pair = 0;
+        if (from && vectors && column < width) pair = *(const uint32_t *)(from + column);
+        if (from && !vectors && column < width) pair = from[column];
+        if (from && !vectors && column + 1 < width) pair |= (uint32_t)from[column + 1] << 16;
+        x[m][s][e] = pair;
+      }
+}
+
+/* z = X Y_j^T for rows j * 16 .. j * 16 + 15 of the streamed tile */
+template <int WIDTH, int M_TILES>
+__device__ static void products(float z[M_TILES][2][4], const uint32_t x[M_TILES][WIDTH / 16][4], uint32_t tile,
+                                int j) {
+  const int32_t lane = threadIdx.x % 32;
+  const uint32_t at = tile + (j * 16 + lane % 8 + lane / 16 * 8) * (WIDTH * 2) + (((lane / 8 % 2) ^ (lane % 8)) << 4);
+#pragma unroll
+  for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+    for (int e = 0; e < 8; e++) z[m][e / 4][e % 4] = 0;
+#pragma unroll
+  for (int s = 0; s < WIDTH / 16; s++) {
+    uint32_t b[4];
+    wn_ldmatrix_x4(b, at ^ (s << 5));
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+      wn_mma_bf16(z[m][0], x[m][s], b);
+      wn_mma_bf16(z[m][1], x[m][s], b + 2);
+    }
+  }
+}
+
+/* sum += P_j Y_j */
+template <int WIDTH, int M_TILES>
+__device__ static void accumulate(float sum[M_TILES][WIDTH / 8][4], const uint32_t p[M_TILES][4], uint32_t tile,
+                                  int j) {
+  const int32_t lane = threadIdx.x % 32;
+  const uint32_t at = tile + (j * 16 + lane % 16) * (WIDTH * 2) + (((lane / 16) ^ (lane % 8)) << 4);
+#pragma unroll
+  for (int s = 0; s < WIDTH / 16; s++) {
+    uint32_t b[4];
+    wn_ldmatrix_x4_trans(b, at ^ (s << 5));
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+      wn_mma_bf16(sum[m][s * 2], p[m], b);
+      wn_mma_bf16(sum[m][s * 2 + 1], p[m], b + 2);
+    }
+  }
+}
+
+/* `rows` x `floats` of g (floats a multiple of 4) to shared memory, rows `stride` floats apart */
+__device__ static void load_g(uint32_t shared, const float *g, int64_t columns, int32_t rows, int32_t floats,
+                              int32_t stride) {
+  const int32_t parts = floats / 4;
+  for (int32_t i = threadIdx.x; i < rows * parts; i += THREADS) {
+    const int32_t row = i / parts, part = i % parts;
+    wn_cp_async_16(shared + (row * stride + part * 4) * 4, g + row * columns + part * 4, 16);
+  }
+}
+
+/* ---- dq and dw ---- */
+
+/* Keys that the block's rows see: x .. y - 1 (0, 0: none) */
+__device__ static int2 keys_of_rows(const gradient_params &a, int32_t t0) {
+  int2 keys = make_int2(INT32_MAX, 0);
+  for (int32_t t = t0; t < t0 + a.group && t < a.chunk.n_rows; t++) {
+    const int32_t first = a.chunk.first_key[t], last = a.chunk.last_key[t];
+    if (last <= first) continue;
+    keys.x = min(keys.x, first);
+    keys.y = max(keys.y, last + 1);
+  }
+  return keys.y ? keys : make_int2(0, 0);
+}
+
+template <int WIDTH, int M_TILES>
+__device__ static void load_keys(const gradient_params &a, uint32_t stage, int32_t t0, int32_t key0) {
+  typedef shape<WIDTH, M_TILES> S;
+#pragma unroll
+  for (int i = 0; i < STREAMED * S::parts / THREADS; i++) {
+    const int32_t row = (threadIdx.x + i * THREADS) / S::parts, part = (threadIdx.x + i * THREADS) % S::parts;
+    wn_kl_copy_8(stage + row * S::row_bytes + ((part ^ (row % 8)) << 4), a.k, (key0 + row) * a.k.row, part * 8,
+                 key0 + row < a.chunk.n_keys, a.k_vectors);
+  }
+  load_g(stage + S::tile_bytes, a.chunk.p + (int64_t)t0 * a.chunk.columns + key0, a.chunk.columns, a.group, STREAMED,
+         QUERY_G_STRIDE);
+}
+
+/* P of 16 keys, and what they add to dw. g_at[slot]: offsets of the slots' rows of g; together: all slots are of one
+ * row. */
+template <int M_TILES>
+__device__ static void weigh_keys(uint32_t p[M_TILES][4], float dw[M_TILES * 2], const float z[M_TILES][2][4],
+                                  const float *g, const int32_t g_at[M_TILES * 2], bool together) {
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    const float2 shared_g = *(const float2 *)(g + g_at[0] + n * 8);
+#pragma unroll
+    for (int slot = 0; slot < M_TILES * 2; slot++) {
+      const float2 own = together ? shared_g : *(const float2 *)(g + g_at[slot] + n * 8);
+      const float z0 = z[slot / 2][n][slot % 2 * 2], z1 = z[slot / 2][n][slot % 2 * 2 + 1];
+      dw[slot] = fmaf(own.x, z0 + fabsf(z0), dw[slot]); /* twice relu */
+      dw[slot] = fmaf(own.y, z1 + fabsf(z1), dw[slot]);
+      p[slot / 2][slot % 2 + n * 2] = wn_pack_bf16(z0 > 0 ? own.x : 0, z1 > 0 ? own.y : 0);
+    }
+  }
+}
+
+template <int WIDTH>
+__device__ static void write_dq(const gradient_params &a, const float sum[WIDTH / 8][4], int side, int32_t t,
+                                int32_t head) {
+  const int32_t lane = threadIdx.x % 32;
+  const float factor = a.factor * a.w.data[t * a.w.row + head];
+  wn_bf16 *to = a.dq.data + t * a.dq.row + head * a.dq.head;
+#pragma unroll
+  for (int n = 0; n < WIDTH / 8; n++) {
+    const int32_t column = n * 8 + lane % 4 * 2;
+    const float x = sum[n][side * 2] * factor, y = sum[n][side * 2 + 1] * factor;
+    if (a.dq_pairs) {
+      if (column < a.dq.width) *(uint32_t *)(to + column) = wn_pack_bf16(x, y);
+    } else {
+      if (column < a.dq.width) to[column] = __float2bfloat16_rn(x);
+      if (column + 1 < a.dq.width) to[column + 1] = __float2bfloat16_rn(y);
+    }
+  }
+}
+
+template <int WIDTH, int M_TILES>
+__global__ static void __launch_bounds__(THREADS, 2) query_kernel(const gradient_params a) {
+  typedef shape<WIDTH, M_TILES> S;
+  extern __shared__ char memory[];
+  const uint32_t unaligned = wn_shared_address(memory), base = (unaligned + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1u);
+  const char *generic = memory + (base - unaligned);
+  const uint32_t stage_bytes = S::tile_bytes + a.g_bytes;
+  const int32_t lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * M_TILES * 16 + lane / 4;
+  const int32_t t0 = (gridDim.x - 1 - blockIdx.x) * a.group, h0 = blockIdx.y * a.heads; /* long rows begin first */
+  const bool together = a.heads % (M_TILES * 16) == 0;
+  int32_t g_at[S::slots];
+  const wn_bf16 *row[S::slots];
+#pragma unroll
+  for (int slot = 0; slot < S::slots; slot++) {
+    const int32_t pair = warp_row + slot * 8, t = pair / a.heads, h = h0 + pair % a.heads;
+    const bool exists = t < a.group && t0 + t < a.chunk.n_rows && h < a.q.heads;
+    row[slot] = exists ? a.q.data + (t0 + t) * a.q.row + h * a.q.head : NULL;
+    g_at[slot] = (t < a.group ? t : 0) * QUERY_G_STRIDE + lane % 4 * 2;
+  }
+  uint32_t x[M_TILES][S::steps][4];
+  load_x<WIDTH, M_TILES>(x, row, a.q.width, a.q_vectors);
+  float sum[M_TILES][WIDTH / 8][4] = {}, dw[S::slots] = {};
+  const int2 keys = keys_of_rows(a, t0);
+  const int32_t begin = keys.x / STREAMED * STREAMED, tiles = (keys.y - begin + STREAMED - 1) / STREAMED;
+  int32_t stage = 0, load_stage = 0;
+  for (int32_t i = -(STAGES - 1); i < tiles; i++) {
+    if (i >= 0) {
+      wn_cp_async_wait<STAGES - 2>();
+      __syncthreads(); /* stage i is there, and everybody is done with stage i - 1 */
+    }
+    const int32_t ahead = i + STAGES - 1;
+    if (ahead < tiles) load_keys<WIDTH, M_TILES>(a, base + load_stage * stage_bytes, t0, begin + ahead * STREAMED);
+    load_stage = load_stage == STAGES - 1 ? 0 : load_stage + 1;
+    wn_cp_async_commit();
+    if (i < 0) continue;
+    const uint32_t tile = base + stage * stage_bytes;
+    const float *g = (const float *)(generic + stage * stage_bytes + S::tile_bytes);
+#pragma unroll
+    for (int j = 0; j < STREAMED / 16; j++) {
+      float z[M_TILES][2][4];
+      uint32_t p[M_TILES][4];
+      products<WIDTH, M_TILES>(z, x, tile, j);
+      weigh_keys<M_TILES>(p, dw, z, g + j * 16, g_at, together);
+      accumulate<WIDTH, M_TILES>(sum, p, tile, j);
+    }
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+#pragma unroll
+  for (int slot = 0; slot < S::slots; slot++) {
+    dw[slot] += __shfl_xor_sync(~0u, dw[slot], 1);
+    dw[slot] += __shfl_xor_sync(~0u, dw[slot], 2);
+    const int32_t pair = warp_row + slot * 8, t = pair / a.heads, h = h0 + pair % a.heads;
+    if (t >= a.group || t0 + t >= a.chunk.n_rows || h >= a.q.heads) continue;
+    write_dq<WIDTH>(a, sum[slot / 2], slot % 2, t0 + t, h);
+    if (lane % 4 == 0) a.dw.data[(t0 + t) * a.dw.row + h] = dw[slot] * (0.5f * a.factor);
+  }
+}
+
+/* ---- dk ---- */
+
+/* Where a tile of pairs finds its rows; the same for every tile. */
+typedef struct pair_table {
+  int64_t offset[STREAMED]; /* of q, from the tile's first row and head */
+  int32_t row[STREAMED], head[STREAMED];
+  int32_t visible[WN_KL_MAX_TILES]; /* row tiles of the block's split that see its keys, in order */
+  int32_t n_visible;
+} pair_table;
+
+__device__ static bool sees(const wn_kl_chunk &chunk, int32_t row_tile, int32_t key0) {
+  const int2 seen = chunk.seen[row_tile];
+  return key0 >= seen.x && key0 < seen.y;
+}
+
+__device__ static void fill_table(pair_table *table, const gradient_params &a, int32_t key0) {
+  if (threadIdx.x < STREAMED) {
+    const int32_t row = threadIdx.x / a.heads, head = threadIdx.x % a.heads;
+    const bool used = row < a.group;
+    table->row[threadIdx.x] = used ? row : 0;
+    table->head[threadIdx.x] = used ? head : INT32_MAX / 2; /* past every head: weight 0 */
+    table->offset[threadIdx.x] = used ? row * a.q.row + head * a.q.head : 0;
+  }
+  if (threadIdx.x == 0) {
+    const int32_t from = blockIdx.y * a.shares.tiles_per_split;
+    table->n_visible = 0;
+    for (int32_t i = from; i < from + a.shares.tiles_per_split && i < a.chunk.n_row_tiles; i++)
+      if (sees(a.chunk, i, key0)) table->visible[table->n_visible++] = i;
+  }
+  __syncthreads();
+}
+
+/* Stage: the pairs of rows t0 .. t0 + group - 1 and heads h0 .. h0 + heads - 1, their g over the block's keys, their w
+ */
+template <int WIDTH, int M_TILES>
+__device__ static void load_pairs(const gradient_params &a, const pair_table *table, uint32_t stage, int32_t t0,
+                                  int32_t h0, int32_t key0) {
+  typedef shape<WIDTH, M_TILES> S;
+  const int64_t origin = t0 * a.q.row + h0 * a.q.head;
+#pragma unroll
+  for (int i = 0; i < STREAMED * S::parts / THREADS; i++) {
+    const int32_t pair = (threadIdx.x + i * THREADS) / S::parts, part = (threadIdx.x + i * THREADS) % S::parts;
+    const bool exists = t0 + table->row[pair] < a.chunk.n_rows && h0 + table->head[pair] < a.q.heads;
+    wn_kl_copy_8(stage + pair * S::row_bytes + ((part ^ (pair % 8)) << 4), a.q, origin + table->offset[pair], part * 8,
+                 exists, a.q_vectors);
+  }
+  const uint32_t w = stage + S::tile_bytes, g = w + STREAMED * 4;
+  if (threadIdx.x < STREAMED) {
+    const int32_t t = t0 + table->row[threadIdx.x], h = h0 + table->head[threadIdx.x];
+    const bool exists = t < a.chunk.n_rows && h < a.q.heads;
+    wn_kl_copy_4(w + threadIdx.x * 4, exists ? a.w.data + t * a.w.row + h : a.w.data, exists);
+  }
+  load_g(g, a.chunk.p + (int64_t)t0 * a.chunk.columns + key0, a.chunk.columns, a.group, S::block_rows, KEY_G_STRIDE);
+}
+
+/* P of 16 pairs from pair `at` on (the thread's first). g: the thread's first key. */
+template <int M_TILES>
+__device__ static void weigh_pairs(uint32_t p[M_TILES][4], const float z[M_TILES][2][4], const float *w, const float *g,
+                                   const float g_row[M_TILES * 2], const int32_t *row, bool one_row) {
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    const float2 pair_w = *(const float2 *)(w + n * 8);
+    const int2 pair_row = one_row ? make_int2(0, 0) : *(const int2 *)(row + n * 8);
+#pragma unroll
+    for (int slot = 0; slot < M_TILES * 2; slot++) {
+      float g0 = g_row[slot], g1 = g0;
+      if (!one_row) {
+        g0 = g[pair_row.x * KEY_G_STRIDE + slot * 8];
+        g1 = g[pair_row.y * KEY_G_STRIDE + slot * 8];
+      }
+      const float z0 = z[slot / 2][n][slot % 2 * 2], z1 = z[slot / 2][n][slot % 2 * 2 + 1];
+      p[slot / 2][slot % 2 + n * 2] = wn_pack_bf16(z0 > 0 ? g0 * pair_w.x : 0, z1 > 0 ? g1 * pair_w.y : 0);
+    }
+  }
+}
+
+template <int WIDTH, int M_TILES>
+__device__ static void write_share(const gradient_params &a, const float sum[M_TILES][WIDTH / 8][4], int32_t key) {
+  const int32_t lane = threadIdx.x % 32;
+  float *to = a.shares.data + ((int64_t)blockIdx.y * a.chunk.columns + key) * WIDTH + lane % 4 * 2;
+#pragma unroll
+  for (int slot = 0; slot < M_TILES * 2; slot++)
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; n++)
+      *(float2 *)(to + slot * 8 * WIDTH + n * 8) =
+          make_float2(sum[slot / 2][n][slot % 2 * 2], sum[slot / 2][n][slot % 2 * 2 + 1]);
+}
+
+template <int WIDTH, int M_TILES>
+__global__ static void __launch_bounds__(THREADS, 2) key_kernel(const gradient_params a) {
+  typedef shape<WIDTH, M_TILES> S;
+  extern __shared__ char memory[];
+  __shared__ pair_table table;
+  const uint32_t unaligned = wn_shared_address(memory), base = (unaligned + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1u);
+  const char *generic = memory + (base - unaligned);
+  const uint32_t stage_bytes = S::tile_bytes + a.g_bytes;
+  const int32_t lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * M_TILES * 16 + lane / 4;
+  const int32_t key0 = blockIdx.x * S::block_rows;
+  fill_table(&table, a, key0);
+  if (table.n_visible == 0) return;
+  const wn_bf16 *row[S::slots];
+#pragma unroll
+  for (int slot = 0; slot < S::slots; slot++) {
+    const int32_t key = key0 + warp_row + slot * 8;
+    row[slot] = key < a.chunk.n_keys ? a.k.data + key * a.k.row : NULL;
+  }
+  uint32_t x[M_TILES][S::steps][4];
+  load_x<WIDTH, M_TILES>(x, row, a.k.width, a.k_vectors);
+  float sum[M_TILES][WIDTH / 8][4] = {};
+  const bool one_row = a.group == 1;
+  const int32_t units = WN_KL_TILE / a.group * a.head_groups, tiles = table.n_visible * units;
+  int32_t stage = 0, load_stage = 0, load_tile = 0, load_unit = 0;
+  for (int32_t i = -(STAGES - 1); i < tiles; i++) {
+    if (i >= 0) {
+      wn_cp_async_wait<STAGES - 2>();
+      __syncthreads(); /* stage i is there, and everybody is done with stage i - 1 */
+    }
+    if (load_tile < table.n_visible) {
+      const int32_t t0 = table.visible[load_tile] * WN_KL_TILE + load_unit / a.head_groups * a.group;
+      load_pairs<WIDTH, M_TILES>(a, &table, base + load_stage * stage_bytes, t0, load_unit % a.head_groups * a.heads,
+                                 key0);
+      load_stage = load_stage == STAGES - 1 ? 0 : load_stage + 1;
+      if (++load_unit == units) {
+        load_unit = 0;
+        load_tile++;
+      }
+    }
+    wn_cp_async_commit();
+    if (i < 0) continue;
+    const uint32_t tile = base + stage * stage_bytes;
+    const float *w = (const float *)(generic + stage * stage_bytes + S::tile_bytes), *g = w + STREAMED + warp_row;
+    float g_row[S::slots];
+#pragma unroll
+    for (int slot = 0; slot < S::slots; slot++) g_row[slot] = g[slot * 8];
+#pragma unroll
+    for (int j = 0; j < STREAMED / 16; j++) {
+      float z[M_TILES][2][4];
+      uint32_t p[M_TILES][4];
+      const int32_t pair = j * 16 + lane % 4 * 2;
+      products<WIDTH, M_TILES>(z, x, tile, j);
+      weigh_pairs<M_TILES>(p, z, w + pair, g, g_row, table.row + pair, one_row);
+      accumulate<WIDTH, M_TILES>(sum, p, tile, j);
+    }
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+  write_share<WIDTH, M_TILES>(a, sum, key0 + warp_row);
+}
+
+/* dk += factor * the shares of those splits that have one, in order. A block owns SUM_KEYS keys. */
+__global__ static void __launch_bounds__(SUM_THREADS) add_shares_kernel(const gradient_params a) {
+  __shared__ int32_t has[WN_KL_MAX_TILES];
+  const int32_t key0 = blockIdx.x * SUM_KEYS;
+  if ((int32_t)threadIdx.x < a.shares.n_splits) {
+    const int32_t from = threadIdx.x * a.shares.tiles_per_split;
+    bool any = false;
+    for (int32_t i = from; i < from + a.shares.tiles_per_split && i < a.chunk.n_row_tiles; i++)
+      any |= sees(a.chunk, i, key0);
+    has[threadIdx.x] = any;
+  }
+  __syncthreads();
+  const int64_t split = (int64_t)a.chunk.columns * a.shares.width;
+  for (int32_t i = threadIdx.x; i < SUM_KEYS * a.shares.width; i += SUM_THREADS) {
+    const int32_t key = key0 + i / a.shares.width, column = i % a.shares.width;
+    if (key >= a.chunk.n_keys || column >= a.dk.width) continue;
+    const float *share = a.shares.data + (int64_t)key * a.shares.width + column;
+    float sum = 0;
+    bool any = false;
+    for (int32_t s = 0; s < a.shares.n_splits; s++)
+      if (has[s]) {
+        sum += share[s * split];
+        any = true;
+      }
+    if (any) a.dk.data[key * a.dk.row + column] += a.factor * sum;
+  }
+}
+
+/* ---- launching ---- */
+
+static int32_t power_of_two_within(int32_t x) {
+  int32_t p = 1;
+  while (p * 2 <= x) p *= 2;
+  return p;
+}
+
+/* Tiles of `pairs` (row, head) pairs; g_floats: floats of g that one row of the tile needs in a stage. */
+static void tile_pairs(gradient_params *a, int32_t pairs, int32_t g_floats, int32_t other_floats) {
+  const int32_t n_heads = a->q.heads;
+  a->heads = n_heads < pairs ? n_heads : pairs;
+  a->head_groups = (n_heads + a->heads - 1) / a->heads;
+  a->group = power_of_two_within(pairs / a->heads);
+  a->g_bytes = (uint32_t)wn_ceil_div((a->group * g_floats + other_floats) * 4, ALIGN_BYTES) * ALIGN_BYTES;
+}
+
+template <int WIDTH, int M_TILES> static wn_status launch(wn_device *device, gradient_params a) {
+  typedef shape<WIDTH, M_TILES> S;
+  cudaStream_t stream = wn_cuda_stream(device);
+  tile_pairs(&a, S::block_rows, QUERY_G_STRIDE, 0);
+  int bytes = STAGES * (S::tile_bytes + (int)a.g_bytes) + ALIGN_BYTES;
+  WN_CUDA_TRY(cudaFuncSetAttribute(query_kernel<WIDTH, M_TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const dim3 queries((unsigned)wn_ceil_div(a.chunk.n_rows, a.group), (unsigned)a.head_groups);
+  query_kernel<WIDTH, M_TILES><<<queries, THREADS, bytes, stream>>>(a);
+  WN_CUDA_LAUNCHED("indexer_kl_dense's query gradient");
+  tile_pairs(&a, STREAMED, KEY_G_STRIDE, STREAMED);
+  bytes = STAGES * (S::tile_bytes + (int)a.g_bytes) + ALIGN_BYTES;
+  WN_CUDA_TRY(cudaFuncSetAttribute(key_kernel<WIDTH, M_TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const dim3 keys((unsigned)(a.chunk.columns / S::block_rows), (unsigned)a.shares.n_splits);
+  key_kernel<WIDTH, M_TILES><<<keys, THREADS, bytes, stream>>>(a);
+  WN_CUDA_LAUNCHED("indexer_kl_dense's key gradient");
+  add_shares_kernel<<<(unsigned)(a.chunk.columns / SUM_KEYS), SUM_THREADS, 0, stream>>>(a);
+  WN_CUDA_LAUNCHED("indexer_kl_dense's sum of shares");
+  return NULL;
+}
+
+int32_t wn_kl_padded_width(int32_t width) {
+  WN_ASSERT(width >= 1 && width <= MAX_WIDTH, "indexer width %d: 1 to %d are handled", width, (int)MAX_WIDTH);
+  return width <= 64 ? 64 : width <= 128 ? 128 : 256;
+}
+
+wn_status wn_kl_gradients(wn_device *device, const wn_kl_chunk *chunk, const wn_kl_shares *shares,
+                          const wn_view<wn_bf16> &dq, const wn_view<float> &dk, const wn_view<float> &dw,
+                          const wn_view<wn_bf16> &q, const wn_view<wn_bf16> &k, const wn_view<float> &w, float factor) {
+  gradient_params a = {};
+  a.chunk = *chunk;
+  a.shares = *shares;
+  a.q = q;
+  a.k = k;
+  a.dq = dq;
+  a.w = w;
+  a.dw = dw;
+  a.dk = dk;
+  a.factor = factor;
+  a.q_vectors = wn_view_vectors(q);
+  a.k_vectors = wn_view_vectors(k);
+  a.dq_pairs = wn_view_vectors(dq);
+  switch (wn_kl_padded_width(q.width)) {
+  case 64: return launch<64, 2>(device, a);
+  case 128: return launch<128, 2>(device, a);
+  default: return launch<256, 1>(device, a);
+  }
+}

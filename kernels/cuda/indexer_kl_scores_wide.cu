@@ -1,0 +1,147 @@
+/* indexer_kl_scores.cu's sums over heads, by warpgroups: for operands whose rows are multiples of 16 bytes.
+ *
+ * A block owns 128 rows x 192 keys: two warpgroups of 64 rows multiply and keep the sum over heads in registers (96 for
+ * a head's product, 96 for the sum), one thread of a third feeds them through a ring of slices of 64 columns with the
+ * bulk copy engine. The two warpgroups share the ring but nothing orders them: they fall into step by themselves, one
+ * taking exponentials while the other multiplies. */
+#include "kernels/cuda/indexer_kl_dense.cuh"
+#include "kernels/cuda/ptx/wgmma.cuh"
+
+enum { ROWS = 128, KEYS = 192, SLICE = 64, STAGES = 5, GROUPS = 2, THREADS = (GROUPS + 1) * 128 };
+enum { X_BYTES = ROWS * SLICE * 2, Y_BYTES = KEYS * SLICE * 2, STAGE_BYTES = X_BYTES + Y_BYTES, ALIGN_BYTES = 1024 };
+enum { SHARED_BYTES = STAGES * STAGE_BYTES + ALIGN_BYTES, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 };
+
+typedef struct wide_params {
+  wn_kl_sum sum;
+  CUtensorMap x, y; /* [rows, heads, width], boxes of a tile's rows, one head, a slice */
+} wide_params;
+
+typedef struct ring {
+  uint32_t data, full, empty; /* addresses: stages; a barrier a stage each */
+  int32_t stage;
+  uint32_t parity;
+} ring;
+
+__device__ static void advance(ring *r) {
+  if (++r->stage == STAGES) {
+    r->stage = 0;
+    r->parity ^= 1;
+  }
+}
+
+__device__ static void produce(const wide_params &a, ring r, int32_t row0, int32_t key0, int32_t slices) {
+  for (int32_t head = 0; head < a.sum.x.heads; head++)
+    for (int32_t slice = 0; slice < slices; slice++) {
+      const uint32_t at = r.data + r.stage * STAGE_BYTES, full = r.full + r.stage * 8;
+      wn_barrier_wait(r.empty + r.stage * 8, r.parity ^ 1);
+      wn_barrier_expect(full, STAGE_BYTES);
+      wn_copy_tile(at, &a.x, slice * SLICE, head, row0, full);
+      wn_copy_tile(at + X_BYTES, &a.y, slice * SLICE, a.sum.y.head ? head : 0, key0, full);
+      advance(&r);
+    }
+}
+
+template <bool TARGET>
+__device__ static void consume(const wide_params &a, ring r, int32_t row0, int32_t key0, int32_t slices) {
+  const int32_t lane = threadIdx.x % 32, group = threadIdx.x / 128 - 1;
+  const int32_t row = row0 + group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  const float scale = a.sum.scale, share = TARGET ? 1.0f / (float)a.sum.x.heads : 1.0f;
+  const bool exists[2] = {row < a.sum.chunk.n_rows, row + 8 < a.sum.chunk.n_rows};
+  const float *term[2] = {a.sum.term + row * a.sum.term_row, a.sum.term + (row + 8) * a.sum.term_row};
+  float s[KEYS / 2], sum[KEYS / 2];
+#pragma unroll
+  for (int i = 0; i < KEYS / 2; i++) sum[i] = 0;
+  for (int32_t head = 0; head < a.sum.x.heads; head++) {
+    const float t_scale = TARGET ? 1.0f : 0.5f * scale;
+    const float t[2] = {exists[0] ? term[0][head] * t_scale : 0, exists[1] ? term[1][head] * t_scale : 0};
+    uint32_t used = 0; /* the barrier of the stage that the group before reads */
+    for (int32_t slice = 0; slice < slices; slice++) {
+      const uint32_t at = r.data + r.stage * STAGE_BYTES;
+      wn_barrier_wait(r.full + r.stage * 8, r.parity);
+      const uint64_t x = wn_wgmma_operand(at + group * (X_BYTES / GROUPS)), y = wn_wgmma_operand(at + X_BYTES);
+      wn_wgmma_begin();
+#pragma unroll
+      for (int k = 0; k < SLICE / 16; k++) wn_wgmma_64x192(s, x + k * 2, y + k * 2, slice + k > 0);
+      wn_wgmma_commit();
+      if (slice > 0) {
+        wn_wgmma_wait<1>();
+        if (lane == 0) wn_barrier_arrive(used);
+      }
+      used = r.empty + r.stage * 8;
+      advance(&r);
+    }
+    wn_wgmma_wait<0>();
+    wn_wgmma_settle(s);
+    if (lane == 0) wn_barrier_arrive(used);
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++) sum[i] = wn_kl_folded<TARGET>(sum[i], s[i], t[i / 2 % 2], scale);
+  }
+  float *out = a.sum.out + (int64_t)row * a.sum.chunk.columns + key0 + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < KEYS / 2; i += 2)
+    if (key0 + i / 4 * 8 < a.sum.chunk.columns)
+      *(float2 *)(out + (int64_t)(i / 2 % 2 * 8) * a.sum.chunk.columns + i / 4 * 8) =
+          make_float2(sum[i] * share, sum[i + 1] * share);
+}
+
+template <bool TARGET>
+__global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_constant__ wide_params a) {
+  extern __shared__ char memory[];
+  __shared__ uint64_t barriers[2 * STAGES];
+  const int32_t row0 = blockIdx.x * ROWS, key0 = blockIdx.y * KEYS;
+  const int32_t slices = (a.sum.x.width + SLICE - 1) / SLICE;
+  const int2 seen = a.sum.chunk.seen[blockIdx.x];
+  if (key0 + KEYS <= seen.x || key0 >= seen.y) return;
+  ring r = {(wn_shared_address(memory) + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1u), wn_shared_address(barriers), 0, 0, 0};
+  r.empty = r.full + STAGES * 8;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      wn_barrier_init(r.full + i * 8, 1);
+      wn_barrier_init(r.empty + i * 8, GROUPS * 4); /* a lane of each multiplying warp */
+    }
+    wn_barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    wn_registers_shrink<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce(a, r, row0, key0, slices);
+  } else {
+    wn_registers_grow<CONSUMER_REGISTERS>();
+    consume<TARGET>(a, r, row0, key0, slices);
+  }
+}
+
+/* A map whose boxes are `rows` rows of one head's slice; what lies past n_rows or the width reads as 0. */
+static wn_status map_rows(CUtensorMap *map, const wn_view<wn_bf16> &v, int64_t n_rows, int32_t rows) {
+  decltype(&cuTensorMapEncodeTiled) encode;
+  cudaDriverEntryPointQueryResult found;
+  WN_CUDA_TRY(
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
+  WN_ASSERT(found == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
+  const cuuint64_t heads = v.head ? (cuuint64_t)v.heads : 1, row = (cuuint64_t)v.row * 2;
+  const cuuint64_t dim[3] = {(cuuint64_t)v.width, heads, (cuuint64_t)n_rows};
+  const cuuint64_t stride[2] = {v.head ? (cuuint64_t)v.head * 2 : row, row};
+  const cuuint32_t box[3] = {SLICE, 1, (cuuint32_t)rows}, step[3] = {1, 1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, v.data, dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  WN_ASSERT(result == CUDA_SUCCESS, "a tensor map of [%lld, %d, %d], strides %lld, %lld: %d", (long long)n_rows,
+            v.heads, v.width, (long long)v.row, (long long)v.head, (int)result);
+  return NULL;
+}
+
+template <bool TARGET> static wn_status launch(wn_device *device, const wide_params *a) {
+  WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel<TARGET>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+  const dim3 grid((unsigned)a->sum.chunk.n_row_tiles, (unsigned)wn_ceil_div(a->sum.chunk.columns, KEYS));
+  wide_kernel<TARGET><<<grid, THREADS, SHARED_BYTES, wn_cuda_stream(device)>>>(*a);
+  WN_CUDA_LAUNCHED("indexer_kl_dense's head sums");
+  return NULL;
+}
+
+wn_status wn_kl_sum_wide(wn_device *device, const wn_kl_sum *sum, bool target) {
+  wide_params a = {};
+  a.sum = *sum;
+  WN_TRY(map_rows(&a.x, sum->x, sum->chunk.n_rows, ROWS));
+  WN_TRY(map_rows(&a.y, sum->y, sum->chunk.n_keys, KEYS));
+  return target ? launch<true>(device, &a) : launch<false>(device, &a);
+}
