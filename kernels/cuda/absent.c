@@ -39,6 +39,17 @@ void wn_cuda_set_watch(wn_device *device, wn_status (*watch)(void *context, doub
   WN_ASSERT(!device, "a CUDA device in a build without CUDA");
 }
 
+wn_status wn_cuda_timer_start(wn_device *device) {
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+  return NULL;
+}
+
+wn_status wn_cuda_timer_stop(wn_device *device, double *seconds) {
+  WN_ASSERT(!device, "a CUDA device in a build without CUDA");
+  *seconds = 0;
+  return NULL;
+}
+
 void *wn_cuda_compute_queue(wn_device *device) {
   WN_ASSERT(!device, "a CUDA device in a build without CUDA");
   return NULL;

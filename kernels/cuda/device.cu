@@ -59,6 +59,7 @@ static wn_status load_driver(driver *d) {
 typedef struct whole_device {
   wn_cuda cuda; /* first */
   driver driver;
+  cudaEvent_t timer[2]; /* start, stop */
 } whole_device;
 
 static wn_status reserve_pages(void *context, void **base, size_t bytes) {
@@ -170,6 +171,7 @@ static wn_status start(whole_device *d, wn_cuda_settings settings) {
   for (int i = 0; i < 2; i++) {
     WN_CUDA_TRY(cudaMallocHost(&c->pinned[i], WN_PINNED_BYTES));
     WN_CUDA_TRY(cudaEventCreateWithFlags(&c->staged[i], cudaEventDisableTiming));
+    WN_CUDA_TRY(cudaEventCreate(&d->timer[i]));
   }
   WN_TRY(make_arenas(d, settings));
   void *workspace;
@@ -211,6 +213,7 @@ void wn_cuda_free(wn_device *device) {
   for (int i = 0; i < 2; i++) {
     if (c->pinned[i]) cudaFreeHost(c->pinned[i]);
     if (c->staged[i]) cudaEventDestroy(c->staged[i]);
+    if (((whole_device *)c)->timer[i]) cudaEventDestroy(((whole_device *)c)->timer[i]);
   }
   if (c->compute) cudaStreamDestroy(c->compute);
   if (c->comm) cudaStreamDestroy(c->comm);
@@ -265,6 +268,22 @@ wn_status wn_cuda_synchronize(wn_device *device) {
     WN_CUDA_TRY(cudaEventRecord(c->staged[i], queues[i]));
     WN_TRY(wn_cuda_await(device, c->staged[i]));
   }
+  return NULL;
+}
+
+wn_status wn_cuda_timer_start(wn_device *device) {
+  whole_device *d = (whole_device *)wn_cuda_of(device);
+  WN_CUDA_TRY(cudaEventRecord(d->timer[0], d->cuda.compute));
+  return NULL;
+}
+
+wn_status wn_cuda_timer_stop(wn_device *device, double *seconds) {
+  whole_device *d = (whole_device *)wn_cuda_of(device);
+  float ms;
+  WN_CUDA_TRY(cudaEventRecord(d->timer[1], d->cuda.compute));
+  WN_TRY(wn_cuda_await(device, d->timer[1]));
+  WN_CUDA_TRY(cudaEventElapsedTime(&ms, d->timer[0], d->timer[1]));
+  *seconds = (double)ms * 1e-3;
   return NULL;
 }
 
