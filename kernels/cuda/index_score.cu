@@ -6,6 +6,7 @@
  * width, any strides. */
 #include "kernels/cuda/dot_tile.cuh"
 #include "kernels/cuda/index_score.cuh"
+#include "kernels/cuda/index_score_wide.cuh"
 
 typedef struct score_job {
   wn_dot_rows q, k; /* columns and rows of tiles; q's heads are those of one group of at most 64 */
@@ -94,6 +95,15 @@ wn_status wn_cuda_index_scores(wn_device *device, float *scores, int64_t pitch, 
   if (n == 0 || rows->n_keys == 0) return NULL;
   const wn_view<wn_bf16> qv = wn_view_of<wn_bf16>(q), kv = wn_view_of<wn_bf16>(k);
   const wn_view<float> wv = wn_view_of<float>(w);
+  if (wn_cuda_index_scores_wide_fits(qv, kv)) {
+    wn_view<wn_bf16> part = qv;
+    wn_view<float> weights = wv;
+    part.data += row0 * qv.row;
+    weights.data += row0 * wv.row;
+    part.n = weights.n = n;
+    return wn_cuda_index_scores_wide(device, scores, pitch, part, kv, weights, rows->first_key + row0,
+                                     rows->last_key + row0, least, (float)scale);
+  }
   score_job j = {};
   j.q = wn_dot_rows_of(qv, row0, n);
   j.k = wn_dot_rows_of(kv, 0, kv.n);
