@@ -22,6 +22,7 @@ CUDA_ARCH ?= -gencode=arch=compute_90a,code=sm_90a
 NVCC_FLAGS = -std=c++20 -O3 --compress-mode=size $(CUDA_ARCH) -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Wshadow,-Werror,-Wno-deprecated-enum-enum-conversion -ccbin g++ $(NVCCFLAGS)
 ifneq ($(NVCC),)
 NCCL ?= $(firstword $(wildcard $(CUDA_HOME)/include/nccl.h /usr/include/nccl.h))
+NVTX ?= $(wildcard $(CUDA_HOME)/include/nvtx3/nvToolsExt.h)
 CPPFLAGS += -isystem $(CUDA_HOME)/include
 LDLIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt -lstdc++ $(if $(NCCL),-lnccl)
 endif
@@ -40,7 +41,7 @@ SRC_kernels = $(wildcard kernels/cpu/*.c)
 # TEMPORARY, while families are written side by side: a build folder may name the files it wants
 CUDA_ONLY := $(shell cat .carry/only-$(BUILD:build-%=%) 2>/dev/null)
 SRC_cuda = $(if $(NVCC),$(wildcard $(if $(CUDA_ONLY),$(CUDA_ONLY:%=kernels/cuda/%.cu),kernels/cuda/*.cu)) kernels/cuda/cublas.c,kernels/cuda/absent.c)
-SRC_base = $(wildcard src/base/*.c)
+SRC_base = $(filter-out src/base/range%.c,$(wildcard src/base/*.c)) src/base/range_$(if $(NVTX),nvtx,absent).c
 
 libs_from = $(foreach m,$(1),$(BUILD)/lib$(m).a)
 # V=1 shows whole commands

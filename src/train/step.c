@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/range.h"
 #include "base/rng.h"
 #include "base/time.h"
 #include "train/batch.h"
@@ -283,6 +284,7 @@ static wn_status layer_major(work *w) {
   }
   WN_TRY(wn_store_release(run->store, -1));
   for (int32_t l = 0; l < layers; l++) {
+    wn_range_begin("layer", l);
     WN_TRY(acquire(run, l, &weights));
     if (l + 1 < layers) WN_TRY(prefetch(run, l + 1));
     WN_TRY(take_grads(run, l, &grads));
@@ -297,6 +299,7 @@ static wn_status layer_major(work *w) {
     }
     WN_TRY(wn_store_release(run->store, l));
     WN_TRY(wn_store_reduce(run->store, l));
+    wn_range_end();
   }
   return NULL;
 }
@@ -339,11 +342,13 @@ static wn_status forward(work *w, int32_t m, kept *layers_kept) {
   WN_TRY(wn_store_release(run->store, -1));
   for (int32_t l = 0; l < layers; l++) {
     wn_layer_measures measures = forward_measures(w, l, m, &sample, picks);
+    wn_range_begin("forward of layer", l);
     WN_TRY(acquire(run, l, &weights));
     WN_TRY(prefetch(run, l + 1));
     WN_TRY(wn_layer_forward(run->model, l, &weights, NULL, &pass, &w->batches[m].rows, &layers_kept[l + 1].h,
                             &layers_kept[l].mid, &layers_kept[l].h, &layers_kept[l].replay, &measures));
     WN_TRY(wn_store_release(run->store, l));
+    wn_range_end();
   }
   return NULL;
 }
@@ -370,6 +375,7 @@ static wn_status backward(work *w, int32_t m, kept *layers_kept, wn_tensor *dh) 
     wn_replay *replay = &layers_kept[l].replay;
     replay->force_expert = replay->expert.data != NULL;
     replay->force_selection = replay->selection.data != NULL;
+    wn_range_begin("backward of layer", l);
     WN_TRY(acquire(run, l, &weights));
     WN_TRY(prefetch(run, l - 1));
     WN_TRY(take_grads(run, l, &grads));
@@ -377,6 +383,7 @@ static wn_status backward(work *w, int32_t m, kept *layers_kept, wn_tensor *dh) 
                              &layers_kept[l].mid, replay, &measures));
     WN_TRY(wn_store_release(run->store, l));
     WN_TRY(wn_store_reduce(run->store, l));
+    wn_range_end();
   }
   WN_TRY(acquire(run, -1, &weights));
   WN_TRY(take_grads(run, -1, &grads));
@@ -397,7 +404,9 @@ static wn_status sequence_major(work *w) {
     for (int32_t l = 0; l <= layers; l++) WN_TRY(keep_layer(w, l, m, &layers_kept[l]));
     WN_TRY(hidden(w, &dh, "hidden gradient", m));
     WN_TRY(forward(w, m, layers_kept));
+    wn_range_begin("head", -1);
     WN_TRY(head(w, m, &layers_kept[layers].h, &dh));
+    wn_range_end();
     WN_TRY(backward(w, m, layers_kept, &dh));
     wn_arena_release(device->stash, mark);
     wn_arena_release(device->host, host_mark);

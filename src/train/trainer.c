@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/range.h"
 #include "base/rng.h"
 #include "base/time.h"
 #include "model/flops.h"
@@ -276,9 +277,13 @@ static wn_status one_step(trainer *t, bool *stop) {
   double gpu_wait_s;
   wn_world_take_wait_s(run->world); /* what evaluations, saves and unlogged steps waited is not this step's */
   WN_TRY(wn_store_take_wait_s(run->store, &gpu_wait_s));
+  wn_range_begin("step", step + 1);
   WN_TRY(wn_step_run(run, step, with_stats, &t->sums));
   losses(t, &row);
+  wn_range_begin("update", -1);
   WN_TRY(update(t, step, &row));
+  wn_range_end();
+  wn_range_end();
   double step_s = wn_time_s() - start, wait_s = wn_world_take_wait_s(run->world);
   WN_TRY(wn_store_take_wait_s(run->store, &gpu_wait_s));
   wait_s += gpu_wait_s;
