@@ -2,6 +2,8 @@
 #include "kernels/cuda/cuda.h"
 #include "support/ranks.h"
 
+#include <signal.h>
+
 static void needs_two_gpus(void) {
   const char *why;
   if (wn_cuda_count(&why) >= 2) return;
@@ -76,6 +78,39 @@ static void state_halves(void **state) {
   assert_true(one > 0 && two > 0.48 * one && two < 0.56 * one);
 }
 
+/* A run of two ranks with `signal_number` sent to the second after a few steps: how it ended. */
+static void disturbed(void **state, const char *run, int signal_number, wn_program *p) {
+  const shared *at = *state;
+  char table[WN_PATH_BYTES];
+  pid_t rank[8];
+  OK(wn_path(table, "%s/%s/metrics/train.csv", at->dir, run));
+  wn_running running = wn_winnow_start(2,
+                                       "pretrain %s/job.yaml init=%s/base run_dir=%s/%s training.steps=1000000 "
+                                       "training.micro_batch_seqs=1 parallelism.timeout_s=5 %s",
+                                       at->dir, at->dir, at->dir, run, at->options);
+  wn_wait_for_lines(&running, table, 4);
+  assert_int_equal(wn_children(running.pid, rank, 8), 2);
+  kill(rank[1], signal_number);
+  wn_winnow_wait(running, p);
+}
+
+static void a_stopped_rank_ends_all(void **state) {
+  needs_two_gpus();
+  wn_program p;
+  disturbed(state, "stopped", SIGSTOP, &p);
+  if (p.code != WN_E_WORLD || !strstr(p.err, " waited ") || !strstr(p.err, "rank "))
+    fail_msg("ended with %d and said: %s", p.code, p.err);
+  assert_true(p.seconds < 60);
+}
+
+static void a_killed_rank_ends_all(void **state) {
+  needs_two_gpus();
+  wn_program p;
+  disturbed(state, "killed", SIGKILL, &p);
+  if (p.code == 0 || !strstr(p.err, "rank")) fail_msg("ended with %d and said: %s", p.code, p.err);
+  assert_true(p.seconds < 60);
+}
+
 static void a_third_rank_is_refused(void **state) {
   needs_two_gpus();
   if (wn_cuda_count(NULL) > 2) skip();
@@ -96,9 +131,14 @@ int main(int argc, char **argv) {
                .first_loss_bar = 1e-6,
                .loss_bar = 2e-2};
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test_prestate(pretrain_is_the_same, &at), cmocka_unit_test_prestate(warmup_is_the_same, &at),
-      cmocka_unit_test_prestate(adapt_is_the_same, &at),    cmocka_unit_test_prestate(two_gpus_repeat_and_resume, &at),
-      cmocka_unit_test_prestate(state_halves, &at),         cmocka_unit_test_prestate(a_third_rank_is_refused, &at),
+      cmocka_unit_test_prestate(pretrain_is_the_same, &at),
+      cmocka_unit_test_prestate(warmup_is_the_same, &at),
+      cmocka_unit_test_prestate(adapt_is_the_same, &at),
+      cmocka_unit_test_prestate(two_gpus_repeat_and_resume, &at),
+      cmocka_unit_test_prestate(state_halves, &at),
+      cmocka_unit_test_prestate(a_stopped_rank_ends_all, &at),
+      cmocka_unit_test_prestate(a_killed_rank_ends_all, &at),
+      cmocka_unit_test_prestate(a_third_rank_is_refused, &at),
   };
   void *state = &at;
   if (ranks_setup(&state)) return 1;
