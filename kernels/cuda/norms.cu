@@ -4,14 +4,26 @@
  * of 128 has 4 threads, one of 7168 the whole block. A block walks over rows with its part of the weights in registers.
  *
  * Forward: each row is read once, the next one while this one is summed.
- * Backward: x and dy are read once and dx is written in the same pass. A block owns a fixed range of rows and keeps its
- * share of dw (and db) in registers; blocks write theirs to scratch, and a second kernel adds them in order.
+ * Backward: x and dy are read once, the next row's on its way to shared memory while this row's sums are made, and dx
+ * is written in the same pass. A block owns a fixed range of rows and keeps its share of dw (and db) in registers;
+ * blocks write theirs to scratch, and a second kernel adds them in order.
  *
- * Widths that are no multiple of 8, too wide, or rows off 16-byte addresses take the plain kernels at the end. */
+ * Ladder, one H200, n = 131072 rows, share of the copy rate of 4.24 TB/s:
+ *                                             [n,7168]        [n,1536]        [n,512]
+ *   rms_norm                                  0.98 ms  90%    0.218 ms  87%   0.082 ms  77%
+ *   rms_norm_backward, rows to registers      1.54 ms  86%    0.372 ms  77%   0.125 ms  76%
+ *   the next row on its way to shared memory  1.43 ms  93%    0.324 ms  88%   0.127 ms  75%
+ *
+ * Widths that are no multiple of 8, too wide (8192; 4096 for LayerNorm), or rows off 16-byte addresses take the plain
+ * kernels at the end. */
 #include "kernels/cuda/operations.cuh"
 #include "kernels/cuda/pack.cuh"
 
-enum { THREADS = 256, PACK = 8, PACKS = 4, MOST_WIDTH = THREADS * PACKS * PACK };
+enum { THREADS = 256, PACK = 8 };
+/* The most packs of a row that a thread has: LayerNorm, which is for narrow rows, keeps two sums a column. */
+__host__ __device__ constexpr int packs_of(bool layer) {
+  return layer ? 2 : 4;
+}
 /* Blocks of a backward: two on each of 132 multiprocessors. Sums depend on it, so it does not follow the GPU. */
 enum { PARTS = 264, PLAIN_PARTS = 64 };
 
@@ -47,7 +59,7 @@ __device__ __forceinline__ float row_sum(float x, int lanes, row_sums *shared, i
 }
 
 /* This thread's packs of a row; zeros where it has none. */
-template <typename T>
+template <int PACKS, typename T>
 __device__ __forceinline__ void load_row(wn_pack<T, PACK> p[PACKS], const T *row, bool live, int lane, int lanes,
                                          int packs) {
 #pragma unroll
@@ -64,8 +76,9 @@ typedef struct norm_stat {
 } norm_stat;
 
 template <bool LAYER>
-__device__ __forceinline__ norm_stat row_stat(const eight x[PACKS], const norm_shape &s, int lane, row_sums *shared,
+__device__ __forceinline__ norm_stat row_stat(const eight *x, const norm_shape &s, int lane, row_sums *shared,
                                               int *turn) {
+  constexpr int PACKS = packs_of(LAYER);
   const int packs = s.width / PACK;
   const float by = 1.0f / (float)s.width;
   norm_stat stat = {0, 0};
@@ -92,20 +105,21 @@ __device__ __forceinline__ norm_stat row_stat(const eight x[PACKS], const norm_s
 
 /* stat: [n] r, or with LAYER [n,2] mean and r, rows stat_row apart. */
 template <bool LAYER>
-__global__ void __launch_bounds__(THREADS, LAYER ? 2 : 3)
+__global__ void __launch_bounds__(THREADS, 3)
     norm_kernel(view y, float *stat, int64_t stat_row, view x, const wn_bf16 *w, const wn_bf16 *b, norm_shape s) {
+  constexpr int PACKS = packs_of(LAYER);
   __shared__ row_sums shared;
   const int group = (int)threadIdx.x / s.lanes, lane = (int)threadIdx.x % s.lanes, groups = THREADS / s.lanes;
   const int packs = s.width / PACK;
   const int64_t step = (int64_t)gridDim.x * groups;
   int turn = 0;
   eight now[PACKS], next[PACKS], weight[PACKS], bias[PACKS];
-  load_row(weight, w, true, lane, s.lanes, packs);
-  if (LAYER) load_row(bias, b, true, lane, s.lanes, packs);
+  load_row<PACKS>(weight, w, true, lane, s.lanes, packs);
+  if (LAYER) load_row<PACKS>(bias, b, true, lane, s.lanes, packs);
   int64_t row = (int64_t)blockIdx.x * groups + group;
-  load_row(now, x.data + row * x.row, row < s.n, lane, s.lanes, packs);
+  load_row<PACKS>(now, x.data + row * x.row, row < s.n, lane, s.lanes, packs);
   for (int64_t first = (int64_t)blockIdx.x * groups; first < s.n; first += step, row += step) {
-    load_row(next, x.data + (row + step) * x.row, row + step < s.n, lane, s.lanes, packs);
+    load_row<PACKS>(next, x.data + (row + step) * x.row, row + step < s.n, lane, s.lanes, packs);
     const norm_stat of = row_stat<LAYER>(now, s, lane, &shared, &turn);
     if (row < s.n) {
       if (lane == 0) {
@@ -147,6 +161,7 @@ template <typename TDy> struct backward_operands {
 
 /* Sums one thread's columns over the block's rows: through shared memory, group by group, to row `blockIdx.x` of
  * part. */
+template <int PACKS>
 __device__ __forceinline__ void write_part(float *part, float sum[PACKS][PACK], float *shared, const norm_shape &s) {
   const int group = (int)threadIdx.x / s.lanes, lane = (int)threadIdx.x % s.lanes, groups = THREADS / s.lanes;
   const int room = s.lanes * PACKS * PACK; /* columns a group has room for */
@@ -161,16 +176,59 @@ __device__ __forceinline__ void write_part(float *part, float sum[PACKS][PACK], 
   }
 }
 
-/* g = w dy, and its two sums over the row: of g and of g xhat (LAYER), or of g x. */
+/* What a thread of a backward has under way of one row, in shared memory: only the thread itself reads it, so that no
+ * barrier is needed. */
+template <int PACKS, typename TDy> struct row_stage {
+  wn_pack<wn_bf16, PACK> x[PACKS][THREADS], old[PACKS][THREADS];
+  wn_pack<TDy, PACK> dy[PACKS][THREADS];
+};
+template <int PACKS, typename TDy> union backward_shared {
+  row_stage<PACKS, TDy> stage[2];
+  float fold[THREADS * PACKS * PACK];
+};
+
+template <typename T>
+__device__ __forceinline__ void fetch_pack(wn_pack<T, PACK> *to, const T *from, bool live, const T *valid) {
+  const char *source = (const char *)(live ? from : valid);
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof *to / 16); i++)
+    wn_cp_async_16(wn_shared_address(to) + 16 * i, source + 16 * i, live ? 16 : 0);
+}
+
+/* This thread's packs of row `row` of x, dy and, accumulating, dx; zeros where it has none. */
+template <int PACKS, typename TDy>
+__device__ __forceinline__ void fetch_row(row_stage<PACKS, TDy> *stage, const backward_operands<TDy> &o, int64_t row,
+                                          bool live, int lane, const norm_shape &s) {
+#pragma unroll
+  for (int v = 0; v < PACKS; v++) {
+    const int at = lane + v * s.lanes, t = (int)threadIdx.x;
+    const bool mine = live && at < s.width / PACK;
+    const int64_t column = (int64_t)at * PACK;
+    fetch_pack(&stage->x[v][t], o.x.data + row * o.x.row + column, mine, o.x.data);
+    fetch_pack(&stage->dy[v][t], o.dy.data + row * o.dy.row + column, mine, o.dy.data);
+    if (s.accumulate) fetch_pack(&stage->old[v][t], o.dx.data + row * o.dx.row + column, mine, o.dx.data);
+  }
+  wn_cp_async_commit();
+}
+
 template <bool LAYER, typename TDy>
-__device__ __forceinline__ float2 backward_sums(const wn_pack<TDy, PACK> dy[PACKS], const eight x[PACKS],
-                                                const eight w[PACKS], norm_stat of) {
+__device__ __forceinline__ norm_stat fetch_stat(const backward_operands<TDy> &o, int64_t row, bool live) {
+  norm_stat of = {0, 0};
+  if (live && LAYER) of.mean = o.stat[row * o.stat_row];
+  if (live) of.r = o.stat[row * o.stat_row + LAYER];
+  return of;
+}
+
+/* g = w dy, and its two sums over the row: of g and of g xhat (LAYER), or of g x. */
+template <bool LAYER, int PACKS, typename TDy>
+__device__ __forceinline__ float2 backward_sums(const row_stage<PACKS, TDy> *stage, const eight w[PACKS],
+                                                norm_stat of) {
   float2 sum = {0, 0};
 #pragma unroll
   for (int v = 0; v < PACKS; v++) {
     float d[PACK], e[PACK], we[PACK];
-    wn_unpack<PACK>(d, dy[v]);
-    wn_unpack<PACK>(e, x[v]);
+    wn_unpack<PACK>(d, stage->dy[v][threadIdx.x]);
+    wn_unpack<PACK>(e, stage->x[v][threadIdx.x]);
     wn_unpack<PACK>(we, w[v]);
 #pragma unroll
     for (int j = 0; j < PACK; j++) {
@@ -185,42 +243,39 @@ __device__ __forceinline__ float2 backward_sums(const wn_pack<TDy, PACK> dy[PACK
 /* rms: dx (+)= r (g - x r^2 mean(g x)), dw += dy x r; LAYER: dx (+)= r (g - mean(g) - xhat mean(g xhat)),
  * dw += dy xhat, db += dy. */
 template <bool LAYER, typename TDy>
-__global__ void __launch_bounds__(THREADS, LAYER ? 1 : 2) norm_backward_kernel(backward_operands<TDy> o, norm_shape s) {
+__global__ void __launch_bounds__(THREADS, 2) norm_backward_kernel(backward_operands<TDy> o, norm_shape s) {
+  constexpr int PACKS = packs_of(LAYER);
+  extern __shared__ __align__(16) char dynamic[];
+  backward_shared<PACKS, TDy> *shared = (backward_shared<PACKS, TDy> *)dynamic;
   __shared__ row_sums sums;
-  __shared__ __align__(16) float fold[MOST_WIDTH];
   const int group = (int)threadIdx.x / s.lanes, lane = (int)threadIdx.x % s.lanes, groups = THREADS / s.lanes;
-  const int packs = s.width / PACK;
   const float by = 1.0f / (float)s.width;
   const int64_t from = blockIdx.x * o.rows_per_part, end = from + o.rows_per_part < s.n ? from + o.rows_per_part : s.n;
-  int turn = 0;
+  int turn = 0, now = 0;
   float dw[PACKS][PACK] = {}, db[PACKS][PACK] = {};
   eight w[PACKS];
-  load_row(w, o.w, true, lane, s.lanes, packs);
-  for (int64_t first = from; first < end; first += groups) {
-    const int64_t row = first + group;
-    const bool live = row < end;
-    eight x[PACKS], old[PACKS];
-    wn_pack<TDy, PACK> dy[PACKS];
-    load_row(x, o.x.data + row * o.x.row, live, lane, s.lanes, packs);
-    load_row(dy, o.dy.data + row * o.dy.row, live, lane, s.lanes, packs);
-    load_row(old, o.dx.data + row * o.dx.row, live && s.accumulate, lane, s.lanes, packs);
-    norm_stat of = {0, 0};
-    if (live && LAYER) of.mean = o.stat[row * o.stat_row];
-    if (live) of.r = o.stat[row * o.stat_row + LAYER];
-    const float2 sum = backward_sums<LAYER, TDy>(dy, x, w, of);
+  int64_t row = from + group;
+  fetch_row<PACKS, TDy>(&shared->stage[0], o, row, row < end, lane, s);
+  norm_stat next = fetch_stat<LAYER, TDy>(o, row, row < end);
+  load_row<PACKS>(w, o.w, true, lane, s.lanes, s.width / PACK);
+  for (int64_t first = from; first < end; first += groups, row += groups, now ^= 1) {
+    const norm_stat of = next;
+    fetch_row<PACKS, TDy>(&shared->stage[now ^ 1], o, row + groups, row + groups < end, lane, s);
+    next = fetch_stat<LAYER, TDy>(o, row + groups, row + groups < end);
+    wn_cp_async_wait<1>();
+    const row_stage<PACKS, TDy> *stage = &shared->stage[now];
+    const float2 sum = backward_sums<LAYER, PACKS, TDy>(stage, w, of);
     const float shift = LAYER ? row_sum(sum.x, s.lanes, &sums, &turn) * by : 0.0f;
     const float pull = row_sum(sum.y, s.lanes, &sums, &turn) * by * (LAYER ? 1.0f : of.r * of.r);
 #pragma unroll
     for (int v = 0; v < PACKS; v++) {
       const int at = lane + v * s.lanes;
-      float d[PACK], e[PACK], we[PACK], to[PACK];
-      wn_pack_forget(dy[v]);
-      wn_pack_forget(x[v]);
+      float d[PACK], e[PACK], we[PACK], to[PACK] = {};
       wn_pack_forget(w[v]);
-      wn_unpack<PACK>(d, dy[v]);
-      wn_unpack<PACK>(e, x[v]);
+      wn_unpack<PACK>(d, stage->dy[v][threadIdx.x]);
+      wn_unpack<PACK>(e, stage->x[v][threadIdx.x]);
       wn_unpack<PACK>(we, w[v]);
-      wn_unpack<PACK>(to, old[v]);
+      if (s.accumulate) wn_unpack<PACK>(to, stage->old[v][threadIdx.x]);
 #pragma unroll
       for (int j = 0; j < PACK; j++) {
         if (LAYER) e[j] = (e[j] - of.mean) * of.r;
@@ -228,24 +283,28 @@ __global__ void __launch_bounds__(THREADS, LAYER ? 1 : 2) norm_backward_kernel(b
         dw[v][j] += d[j] * (LAYER ? e[j] : e[j] * of.r);
         if (LAYER) db[v][j] += d[j];
       }
-      if (live && at < packs && o.dx.data) wn_pack_store<PACK>(o.dx.data + row * o.dx.row + (int64_t)at * PACK, to);
+      if (row < end && at < s.width / PACK && o.dx.data)
+        wn_pack_store<PACK>(o.dx.data + row * o.dx.row + (int64_t)at * PACK, to);
     }
   }
-  if (o.part_w) write_part(o.part_w, dw, fold, s);
-  if (LAYER) write_part(o.part_b, db, fold, s);
+  wn_cp_async_wait<0>(); /* the memory is about to hold other things */
+  if (o.part_w) write_part<PACKS>(o.part_w, dw, shared->fold, s);
+  if (LAYER) write_part<PACKS>(o.part_b, db, shared->fold, s);
 }
 
-/* dw[c] += sum over parts of part[p][c]: eight threads a column, each with every eighth part. */
-__global__ static void fold_kernel(float *dw, const float *part, int parts, int width) {
+/* dw[c] += sum over parts of part[p][c], and below it in the grid the same of db: eight threads a column, each with
+ * every eighth part. */
+__global__ static void fold_kernel(float *dw, float *db, const float *part, int parts, int width) {
   __shared__ double sums[8][32];
   const int x = (int)threadIdx.x, y = (int)threadIdx.y, c = (int)blockIdx.x * 32 + x;
+  const float *from = part + (int64_t)blockIdx.y * parts * width;
   double sum = 0;
-  for (int p = y; c < width && p < parts; p += 8) sum += (double)part[(int64_t)p * width + c];
+  for (int p = y; c < width && p < parts; p += 8) sum += (double)from[(int64_t)p * width + c];
   sums[y][x] = sum;
   __syncthreads();
   if (y != 0 || c >= width) return;
   for (int i = 1; i < 8; i++) sum += sums[i][x];
-  dw[c] += (float)sum;
+  (blockIdx.y == 0 ? dw : db)[c] += (float)sum;
 }
 
 /* ---- any width, any alignment: a block a row, the row read again for each step ---- */
@@ -336,10 +395,10 @@ template <typename T> static T *vector_of(const wn_tensor *t, int64_t width) {
   return wn_view_of<T>(t).data;
 }
 
-static norm_shape shape_of(const wn_tensor *x, const wn_norm_params *params) {
+static norm_shape shape_of(const wn_tensor *x, const wn_norm_params *params, bool layer) {
   WN_ASSERT(x->rank == 2 && x->dim[1] >= 1 && x->dim[1] < INT32_MAX, "a norm over rank %d", x->rank);
   norm_shape s = {x->dim[0], (int32_t)x->dim[1], 1, (float)params->eps, params->accumulate};
-  while (s.lanes < THREADS && (int64_t)s.lanes * PACKS * PACK < s.width) s.lanes *= 2;
+  while (s.lanes < THREADS && (int64_t)s.lanes * packs_of(layer) * PACK < s.width) s.lanes *= 2;
   return s;
 }
 
@@ -352,6 +411,10 @@ static float *stat_of(const wn_tensor *t, int64_t n, bool layer, int64_t *row) {
   return v.data;
 }
 
+static int32_t most_width(bool layer) {
+  return THREADS * packs_of(layer) * PACK;
+}
+
 static bool packs(const void *p) {
   return (uintptr_t)p % 16 == 0;
 }
@@ -359,7 +422,7 @@ static bool packs(const void *p) {
 template <bool LAYER>
 static wn_status forward(wn_device *device, wn_tensor *y, wn_tensor *stat, const wn_tensor *x, const wn_tensor *w,
                          const wn_tensor *b, const wn_norm_params *params) {
-  const norm_shape s = shape_of(x, params);
+  const norm_shape s = shape_of(x, params, LAYER);
   const view from = matrix_of<wn_bf16>(x, s.n, s.width), to = matrix_of<wn_bf16>(y, s.n, s.width);
   const wn_bf16 *weight = vector_of<wn_bf16>(w, s.width), *bias = b ? vector_of<wn_bf16>(b, s.width) : NULL;
   int64_t stat_row;
@@ -367,8 +430,8 @@ static wn_status forward(wn_device *device, wn_tensor *y, wn_tensor *stat, const
   if (s.n == 0) return NULL;
   const int64_t sms = wn_cuda_of(device)->n_sms;
   cudaStream_t stream = wn_cuda_stream(device);
-  if (s.width <= MOST_WIDTH && wn_view_vectors(from) && wn_view_vectors(to) && packs(weight) && packs(bias)) {
-    const int64_t blocks = wn_ceil_div(s.n, THREADS / s.lanes), most = sms * (LAYER ? 2 : 3);
+  if (s.width <= most_width(LAYER) && wn_view_vectors(from) && wn_view_vectors(to) && packs(weight) && packs(bias)) {
+    const int64_t blocks = wn_ceil_div(s.n, THREADS / s.lanes), most = sms * 3;
     norm_kernel<LAYER>
         <<<(unsigned)(blocks < most ? blocks : most), THREADS, 0, stream>>>(to, stats, stat_row, from, weight, bias, s);
   } else {
@@ -380,9 +443,10 @@ static wn_status forward(wn_device *device, wn_tensor *y, wn_tensor *stat, const
   return NULL;
 }
 
-static wn_status fold(wn_device *device, float *dw, const float *part, int64_t parts, int32_t width) {
-  fold_kernel<<<(unsigned)wn_ceil_div(width, 32), dim3(32, 8), 0, wn_cuda_stream(device)>>>(dw, part, (int)parts,
-                                                                                            width);
+/* db may be null. */
+static wn_status fold(wn_device *device, float *dw, float *db, const float *part, int64_t parts, int32_t width) {
+  const dim3 grid((unsigned)wn_ceil_div(width, 32), db ? 2 : 1);
+  fold_kernel<<<grid, dim3(32, 8), 0, wn_cuda_stream(device)>>>(dw, db, part, (int)parts, width);
   WN_CUDA_LAUNCHED("norm weight gradient");
   return NULL;
 }
@@ -392,7 +456,10 @@ static wn_status launch_backward(wn_device *device, backward_operands<TDy> *o, n
                                  bool packed) {
   cudaStream_t stream = wn_cuda_stream(device);
   if (packed) {
-    norm_backward_kernel<LAYER, TDy><<<(unsigned)parts, THREADS, 0, stream>>>(*o, s);
+    const size_t bytes = sizeof(backward_shared<packs_of(LAYER), TDy>);
+    WN_CUDA_TRY(cudaFuncSetAttribute(norm_backward_kernel<LAYER, TDy>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     (int)bytes));
+    norm_backward_kernel<LAYER, TDy><<<(unsigned)parts, THREADS, bytes, stream>>>(*o, s);
     WN_CUDA_LAUNCHED("norm backward");
     return NULL;
   }
@@ -413,7 +480,7 @@ static wn_status launch_backward(wn_device *device, backward_operands<TDy> *o, n
 template <bool LAYER, typename TDy>
 static wn_status backward(wn_device *device, wn_tensor *dx, wn_tensor *dw, wn_tensor *db, const wn_tensor *dy,
                           const wn_tensor *x, const wn_tensor *stat, const wn_tensor *w, const wn_norm_params *params) {
-  norm_shape s = shape_of(x, params);
+  norm_shape s = shape_of(x, params, LAYER);
   backward_operands<TDy> o = {};
   if (dx)
     o.dx = matrix_of<wn_bf16>(dx, s.n, s.width);
@@ -425,7 +492,7 @@ static wn_status backward(wn_device *device, wn_tensor *dx, wn_tensor *dw, wn_te
   o.w = vector_of<wn_bf16>(w, s.width);
   float *to_w = dw ? vector_of<float>(dw, s.width) : NULL, *to_b = db ? vector_of<float>(db, s.width) : NULL;
   if (s.n == 0) return NULL;
-  const bool packed = s.width <= MOST_WIDTH && wn_view_vectors(o.x) && wn_view_vectors(o.dy) &&
+  const bool packed = s.width <= most_width(LAYER) && wn_view_vectors(o.x) && wn_view_vectors(o.dy) &&
                       (!dx || wn_view_vectors(o.dx)) && packs(o.w);
   /* a part takes whole rounds of the block's groups */
   const int64_t groups = packed ? THREADS / s.lanes : 1, rounds = wn_ceil_div(s.n, groups);
@@ -440,8 +507,7 @@ static wn_status backward(wn_device *device, wn_tensor *dx, wn_tensor *dw, wn_te
     o.part_b = LAYER ? o.part_w + parts * s.width : NULL;
   }
   WN_TRY((launch_backward<LAYER, TDy>(device, &o, s, parts, packed)));
-  if (dw) WN_TRY(fold(device, to_w, o.part_w, parts, s.width));
-  if (LAYER) WN_TRY(fold(device, to_b, o.part_b, parts, s.width));
+  if (dw) WN_TRY(fold(device, to_w, to_b, o.part_w, parts, s.width));
   wn_arena_release(device->scratch, mark);
   return NULL;
 }
