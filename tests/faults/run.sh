@@ -31,7 +31,7 @@ build() {
   wanted=
   for name in "$@"; do wanted="$wanted $(targets "$name")"; done
   # shellcheck disable=SC2086
-  make -j"$JOBS" CFLAGS="$CFLAGS" $wanted >"$work/build.log" 2>&1
+  make -j"$JOBS" NVCC= CFLAGS="$CFLAGS" $wanted >"$work/build.log" 2>&1
 }
 
 # Runs the test `$1` up to its first failure. Prints "passed", "out of time", or the name of what failed.
