@@ -201,8 +201,16 @@ static wn_status do_chunk(wn_device *device, const wn_kl_chunk *chunk, const wn_
       *chunk, t->kl.data + row0 * t->kl.row, t->kl.row, t->gradients);
   WN_CUDA_LAUNCHED("indexer_kl_dense's loss");
   if (!t->gradients) return NULL;
-  return wn_kl_gradients(device, chunk, shares, rows_from(t->dq, row0), t->dk, rows_from(t->dw, row0), q, t->k, w,
-                         (float)(params->coeff * params->scale));
+  const wn_kl_gradient gradient = {*chunk,
+                                   *shares,
+                                   q,
+                                   t->k,
+                                   rows_from(t->dq, row0),
+                                   w,
+                                   rows_from(t->dw, row0),
+                                   t->dk,
+                                   (float)(params->coeff * params->scale)};
+  return wn_kl_gradients(device, &gradient);
 }
 
 wn_status wn_cuda_indexer_kl_dense(wn_device *device, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,

@@ -2,6 +2,8 @@
 #ifndef WN_KERNELS_CUDA_INDEXER_KL_DENSE_CUH
 #define WN_KERNELS_CUDA_INDEXER_KL_DENSE_CUH
 
+#include <cuda.h>
+
 #include "kernels/cuda/ptx/mma.cuh"
 #include "kernels/cuda/support.cuh"
 
@@ -56,15 +58,35 @@ typedef struct wn_kl_shares {
   int32_t n_splits, tiles_per_split, width;
 } wn_kl_shares;
 
-/* From g in chunk->p: dq = and dw = for the chunk's rows, dk +=. factor: coeff * scale. indexer_kl_gradients.cu */
-WN_MUST_USE wn_status wn_kl_gradients(wn_device *device, const wn_kl_chunk *chunk, const wn_kl_shares *shares,
-                                      const wn_view<wn_bf16> &dq, const wn_view<float> &dk, const wn_view<float> &dw,
-                                      const wn_view<wn_bf16> &q, const wn_view<wn_bf16> &k, const wn_view<float> &w,
-                                      float factor);
+typedef struct wn_kl_gradient {
+  wn_kl_chunk chunk;
+  wn_kl_shares shares;
+  wn_view<wn_bf16> q, k, dq; /* the chunk's rows of q, dq, w, dw */
+  wn_view<float> w, dw, dk;
+  float factor; /* coeff * scale */
+} wn_kl_gradient;
+
+/* From g in chunk.p: dq = and dw = for the chunk's rows, dk +=. indexer_kl_gradients.cu */
+WN_MUST_USE wn_status wn_kl_gradients(wn_device *device, const wn_kl_gradient *a);
+/* dq =, dw =, and dk's shares, by warpgroups, for shapes that wn_kl_gradients_fit. indexer_kl_gradients_wide.cu */
+WN_MUST_USE wn_status wn_kl_gradients_wide(wn_device *device, const wn_kl_gradient *a);
+bool wn_kl_gradients_fit(const wn_kl_gradient *a);
 /* The width that the gradients' kernels pad dI to. */
 int32_t wn_kl_padded_width(int32_t width);
 
+/* A map for the copy engine of v's first n_rows rows: boxes of `columns` columns (64 bf16: in rows of 128 bytes,
+ * swizzled), `heads` heads, `rows` rows; what lies past the tensor reads as 0. indexer_kl_scores_wide.cu */
+WN_MUST_USE wn_status wn_kl_map(CUtensorMap *map, const wn_view<wn_bf16> &v, int64_t n_rows, int32_t columns,
+                                int32_t heads, int32_t rows);
+WN_MUST_USE wn_status wn_kl_map(CUtensorMap *map, const wn_view<float> &v, int64_t n_rows, int32_t columns,
+                                int32_t heads, int32_t rows);
+
 /* ---- in kernels ---- */
+
+__device__ __forceinline__ bool wn_kl_sees(const wn_kl_chunk &chunk, int32_t row_tile, int32_t key) {
+  const int2 seen = chunk.seen[row_tile];
+  return key >= seen.x && key < seen.y;
+}
 
 /* 4 bytes from global to shared memory, asynchronously; zeros unless `exists` (the address must be valid anyway) */
 __device__ __forceinline__ void wn_kl_copy_4(uint32_t shared, const void *global, bool exists) {

@@ -21,11 +21,7 @@ template <int WIDTH, int M_TILES> struct shape {
 };
 
 typedef struct gradient_params {
-  wn_kl_chunk chunk;
-  wn_kl_shares shares;
-  wn_view<wn_bf16> q, k, dq;
-  wn_view<float> w, dw, dk;
-  float factor;
+  wn_kl_gradient in;
   int32_t heads, head_groups; /* of a tile of pairs: min(HI, tile); how many such tiles make HI */
   int32_t group;              /* rows of a tile of pairs: a power of two */
   uint32_t g_bytes;           /* of a stage */
@@ -110,8 +106,8 @@ __device__ static void load_g(uint32_t shared, const float *g, int64_t columns, 
 /* Keys that the block's rows see: x .. y - 1 (0, 0: none) */
 __device__ static int2 keys_of_rows(const gradient_params &a, int32_t t0) {
   int2 keys = make_int2(INT32_MAX, 0);
-  for (int32_t t = t0; t < t0 + a.group && t < a.chunk.n_rows; t++) {
-    const int32_t first = a.chunk.first_key[t], last = a.chunk.last_key[t];
+  for (int32_t t = t0; t < t0 + a.group && t < a.in.chunk.n_rows; t++) {
+    const int32_t first = a.in.chunk.first_key[t], last = a.in.chunk.last_key[t];
     if (last <= first) continue;
     keys.x = min(keys.x, first);
     keys.y = max(keys.y, last + 1);
@@ -125,11 +121,11 @@ __device__ static void load_keys(const gradient_params &a, uint32_t stage, int32
 #pragma unroll
   for (int i = 0; i < STREAMED * S::parts / THREADS; i++) {
     const int32_t row = (threadIdx.x + i * THREADS) / S::parts, part = (threadIdx.x + i * THREADS) % S::parts;
-    wn_kl_copy_8(stage + row * S::row_bytes + ((part ^ (row % 8)) << 4), a.k, (key0 + row) * a.k.row, part * 8,
-                 key0 + row < a.chunk.n_keys, a.k_vectors);
+    wn_kl_copy_8(stage + row * S::row_bytes + ((part ^ (row % 8)) << 4), a.in.k, (key0 + row) * a.in.k.row, part * 8,
+                 key0 + row < a.in.chunk.n_keys, a.k_vectors);
   }
-  load_g(stage + S::tile_bytes, a.chunk.p + (int64_t)t0 * a.chunk.columns + key0, a.chunk.columns, a.group, STREAMED,
-         QUERY_G_STRIDE);
+  load_g(stage + S::tile_bytes, a.in.chunk.p + (int64_t)t0 * a.in.chunk.columns + key0, a.in.chunk.columns, a.group,
+         STREAMED, QUERY_G_STRIDE);
 }
 
 /* P of 16 keys, and what they add to dw. g_at[slot]: offsets of the slots' rows of g; together: all slots are of one
@@ -155,17 +151,17 @@ template <int WIDTH>
 __device__ static void write_dq(const gradient_params &a, const float sum[WIDTH / 8][4], int side, int32_t t,
                                 int32_t head) {
   const int32_t lane = threadIdx.x % 32;
-  const float factor = a.factor * a.w.data[t * a.w.row + head];
-  wn_bf16 *to = a.dq.data + t * a.dq.row + head * a.dq.head;
+  const float factor = a.in.factor * a.in.w.data[t * a.in.w.row + head];
+  wn_bf16 *to = a.in.dq.data + t * a.in.dq.row + head * a.in.dq.head;
 #pragma unroll
   for (int n = 0; n < WIDTH / 8; n++) {
     const int32_t column = n * 8 + lane % 4 * 2;
     const float x = sum[n][side * 2] * factor, y = sum[n][side * 2 + 1] * factor;
     if (a.dq_pairs) {
-      if (column < a.dq.width) *(uint32_t *)(to + column) = wn_pack_bf16(x, y);
+      if (column < a.in.dq.width) *(uint32_t *)(to + column) = wn_pack_bf16(x, y);
     } else {
-      if (column < a.dq.width) to[column] = __float2bfloat16_rn(x);
-      if (column + 1 < a.dq.width) to[column + 1] = __float2bfloat16_rn(y);
+      if (column < a.in.dq.width) to[column] = __float2bfloat16_rn(x);
+      if (column + 1 < a.in.dq.width) to[column + 1] = __float2bfloat16_rn(y);
     }
   }
 }
@@ -185,12 +181,12 @@ __global__ static void __launch_bounds__(THREADS, 2) query_kernel(const gradient
 #pragma unroll
   for (int slot = 0; slot < S::slots; slot++) {
     const int32_t pair = warp_row + slot * 8, t = pair / a.heads, h = h0 + pair % a.heads;
-    const bool exists = t < a.group && t0 + t < a.chunk.n_rows && h < a.q.heads;
-    row[slot] = exists ? a.q.data + (t0 + t) * a.q.row + h * a.q.head : NULL;
+    const bool exists = t < a.group && t0 + t < a.in.chunk.n_rows && h < a.in.q.heads;
+    row[slot] = exists ? a.in.q.data + (t0 + t) * a.in.q.row + h * a.in.q.head : NULL;
     g_at[slot] = (t < a.group ? t : 0) * QUERY_G_STRIDE + lane % 4 * 2;
   }
   uint32_t x[M_TILES][S::steps][4];
-  load_x<WIDTH, M_TILES>(x, row, a.q.width, a.q_vectors);
+  load_x<WIDTH, M_TILES>(x, row, a.in.q.width, a.q_vectors);
   float sum[M_TILES][WIDTH / 8][4] = {}, dw[S::slots] = {};
   const int2 keys = keys_of_rows(a, t0);
   const int32_t begin = keys.x / STREAMED * STREAMED, tiles = (keys.y - begin + STREAMED - 1) / STREAMED;
@@ -222,9 +218,9 @@ __global__ static void __launch_bounds__(THREADS, 2) query_kernel(const gradient
     dw[slot] += __shfl_xor_sync(~0u, dw[slot], 1);
     dw[slot] += __shfl_xor_sync(~0u, dw[slot], 2);
     const int32_t pair = warp_row + slot * 8, t = pair / a.heads, h = h0 + pair % a.heads;
-    if (t >= a.group || t0 + t >= a.chunk.n_rows || h >= a.q.heads) continue;
+    if (t >= a.group || t0 + t >= a.in.chunk.n_rows || h >= a.in.q.heads) continue;
     write_dq<WIDTH>(a, sum[slot / 2], slot % 2, t0 + t, h);
-    if (lane % 4 == 0) a.dw.data[(t0 + t) * a.dw.row + h] = dw[slot] * (0.5f * a.factor);
+    if (lane % 4 == 0) a.in.dw.data[(t0 + t) * a.in.dw.row + h] = dw[slot] * (0.5f * a.in.factor);
   }
 }
 
@@ -238,24 +234,19 @@ typedef struct pair_table {
   int32_t n_visible;
 } pair_table;
 
-__device__ static bool sees(const wn_kl_chunk &chunk, int32_t row_tile, int32_t key0) {
-  const int2 seen = chunk.seen[row_tile];
-  return key0 >= seen.x && key0 < seen.y;
-}
-
 __device__ static void fill_table(pair_table *table, const gradient_params &a, int32_t key0) {
   if (threadIdx.x < STREAMED) {
     const int32_t row = threadIdx.x / a.heads, head = threadIdx.x % a.heads;
     const bool used = row < a.group;
     table->row[threadIdx.x] = used ? row : 0;
     table->head[threadIdx.x] = used ? head : INT32_MAX / 2; /* past every head: weight 0 */
-    table->offset[threadIdx.x] = used ? row * a.q.row + head * a.q.head : 0;
+    table->offset[threadIdx.x] = used ? row * a.in.q.row + head * a.in.q.head : 0;
   }
   if (threadIdx.x == 0) {
-    const int32_t from = blockIdx.y * a.shares.tiles_per_split;
+    const int32_t from = blockIdx.y * a.in.shares.tiles_per_split;
     table->n_visible = 0;
-    for (int32_t i = from; i < from + a.shares.tiles_per_split && i < a.chunk.n_row_tiles; i++)
-      if (sees(a.chunk, i, key0)) table->visible[table->n_visible++] = i;
+    for (int32_t i = from; i < from + a.in.shares.tiles_per_split && i < a.in.chunk.n_row_tiles; i++)
+      if (wn_kl_sees(a.in.chunk, i, key0)) table->visible[table->n_visible++] = i;
   }
   __syncthreads();
 }
@@ -266,21 +257,22 @@ template <int WIDTH, int M_TILES>
 __device__ static void load_pairs(const gradient_params &a, const pair_table *table, uint32_t stage, int32_t t0,
                                   int32_t h0, int32_t key0) {
   typedef shape<WIDTH, M_TILES> S;
-  const int64_t origin = t0 * a.q.row + h0 * a.q.head;
+  const int64_t origin = t0 * a.in.q.row + h0 * a.in.q.head;
 #pragma unroll
   for (int i = 0; i < STREAMED * S::parts / THREADS; i++) {
     const int32_t pair = (threadIdx.x + i * THREADS) / S::parts, part = (threadIdx.x + i * THREADS) % S::parts;
-    const bool exists = t0 + table->row[pair] < a.chunk.n_rows && h0 + table->head[pair] < a.q.heads;
-    wn_kl_copy_8(stage + pair * S::row_bytes + ((part ^ (pair % 8)) << 4), a.q, origin + table->offset[pair], part * 8,
-                 exists, a.q_vectors);
+    const bool exists = t0 + table->row[pair] < a.in.chunk.n_rows && h0 + table->head[pair] < a.in.q.heads;
+    wn_kl_copy_8(stage + pair * S::row_bytes + ((part ^ (pair % 8)) << 4), a.in.q, origin + table->offset[pair],
+                 part * 8, exists, a.q_vectors);
   }
   const uint32_t w = stage + S::tile_bytes, g = w + STREAMED * 4;
   if (threadIdx.x < STREAMED) {
     const int32_t t = t0 + table->row[threadIdx.x], h = h0 + table->head[threadIdx.x];
-    const bool exists = t < a.chunk.n_rows && h < a.q.heads;
-    wn_kl_copy_4(w + threadIdx.x * 4, exists ? a.w.data + t * a.w.row + h : a.w.data, exists);
+    const bool exists = t < a.in.chunk.n_rows && h < a.in.q.heads;
+    wn_kl_copy_4(w + threadIdx.x * 4, exists ? a.in.w.data + t * a.in.w.row + h : a.in.w.data, exists);
   }
-  load_g(g, a.chunk.p + (int64_t)t0 * a.chunk.columns + key0, a.chunk.columns, a.group, S::block_rows, KEY_G_STRIDE);
+  load_g(g, a.in.chunk.p + (int64_t)t0 * a.in.chunk.columns + key0, a.in.chunk.columns, a.group, S::block_rows,
+         KEY_G_STRIDE);
 }
 
 /* P of 16 pairs from pair `at` on (the thread's first). g: the thread's first key. */
@@ -307,7 +299,7 @@ __device__ static void weigh_pairs(uint32_t p[M_TILES][4], const float z[M_TILES
 template <int WIDTH, int M_TILES>
 __device__ static void write_share(const gradient_params &a, const float sum[M_TILES][WIDTH / 8][4], int32_t key) {
   const int32_t lane = threadIdx.x % 32;
-  float *to = a.shares.data + ((int64_t)blockIdx.y * a.chunk.columns + key) * WIDTH + lane % 4 * 2;
+  float *to = a.in.shares.data + ((int64_t)blockIdx.y * a.in.chunk.columns + key) * WIDTH + lane % 4 * 2;
 #pragma unroll
   for (int slot = 0; slot < M_TILES * 2; slot++)
 #pragma unroll
@@ -332,10 +324,10 @@ __global__ static void __launch_bounds__(THREADS, 2) key_kernel(const gradient_p
 #pragma unroll
   for (int slot = 0; slot < S::slots; slot++) {
     const int32_t key = key0 + warp_row + slot * 8;
-    row[slot] = key < a.chunk.n_keys ? a.k.data + key * a.k.row : NULL;
+    row[slot] = key < a.in.chunk.n_keys ? a.in.k.data + key * a.in.k.row : NULL;
   }
   uint32_t x[M_TILES][S::steps][4];
-  load_x<WIDTH, M_TILES>(x, row, a.k.width, a.k_vectors);
+  load_x<WIDTH, M_TILES>(x, row, a.in.k.width, a.k_vectors);
   float sum[M_TILES][WIDTH / 8][4] = {};
   const bool one_row = a.group == 1;
   const int32_t units = WN_KL_TILE / a.group * a.head_groups, tiles = table.n_visible * units;
@@ -377,14 +369,14 @@ __global__ static void __launch_bounds__(THREADS, 2) key_kernel(const gradient_p
 }
 
 /* dk += factor * the shares of those splits that have one, in order. A block owns SUM_KEYS keys. */
-__global__ static void __launch_bounds__(SUM_THREADS) add_shares_kernel(const gradient_params a) {
+__global__ static void __launch_bounds__(SUM_THREADS) add_shares_kernel(const wn_kl_gradient a) {
   __shared__ int32_t has[WN_KL_MAX_TILES];
   const int32_t key0 = blockIdx.x * SUM_KEYS;
   if ((int32_t)threadIdx.x < a.shares.n_splits) {
     const int32_t from = threadIdx.x * a.shares.tiles_per_split;
     bool any = false;
     for (int32_t i = from; i < from + a.shares.tiles_per_split && i < a.chunk.n_row_tiles; i++)
-      any |= sees(a.chunk, i, key0);
+      any |= wn_kl_sees(a.chunk, i, key0);
     has[threadIdx.x] = any;
   }
   __syncthreads();
@@ -414,7 +406,7 @@ static int32_t power_of_two_within(int32_t x) {
 
 /* Tiles of `pairs` (row, head) pairs; g_floats: floats of g that one row of the tile needs in a stage. */
 static void tile_pairs(gradient_params *a, int32_t pairs, int32_t g_floats, int32_t other_floats) {
-  const int32_t n_heads = a->q.heads;
+  const int32_t n_heads = a->in.q.heads;
   a->heads = n_heads < pairs ? n_heads : pairs;
   a->head_groups = (n_heads + a->heads - 1) / a->heads;
   a->group = power_of_two_within(pairs / a->heads);
@@ -427,17 +419,15 @@ template <int WIDTH, int M_TILES> static wn_status launch(wn_device *device, gra
   tile_pairs(&a, S::block_rows, QUERY_G_STRIDE, 0);
   int bytes = STAGES * (S::tile_bytes + (int)a.g_bytes) + ALIGN_BYTES;
   WN_CUDA_TRY(cudaFuncSetAttribute(query_kernel<WIDTH, M_TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  const dim3 queries((unsigned)wn_ceil_div(a.chunk.n_rows, a.group), (unsigned)a.head_groups);
+  const dim3 queries((unsigned)wn_ceil_div(a.in.chunk.n_rows, a.group), (unsigned)a.head_groups);
   query_kernel<WIDTH, M_TILES><<<queries, THREADS, bytes, stream>>>(a);
   WN_CUDA_LAUNCHED("indexer_kl_dense's query gradient");
   tile_pairs(&a, STREAMED, KEY_G_STRIDE, STREAMED);
   bytes = STAGES * (S::tile_bytes + (int)a.g_bytes) + ALIGN_BYTES;
   WN_CUDA_TRY(cudaFuncSetAttribute(key_kernel<WIDTH, M_TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  const dim3 keys((unsigned)(a.chunk.columns / S::block_rows), (unsigned)a.shares.n_splits);
+  const dim3 keys((unsigned)(a.in.chunk.columns / S::block_rows), (unsigned)a.in.shares.n_splits);
   key_kernel<WIDTH, M_TILES><<<keys, THREADS, bytes, stream>>>(a);
   WN_CUDA_LAUNCHED("indexer_kl_dense's key gradient");
-  add_shares_kernel<<<(unsigned)(a.chunk.columns / SUM_KEYS), SUM_THREADS, 0, stream>>>(a);
-  WN_CUDA_LAUNCHED("indexer_kl_dense's sum of shares");
   return NULL;
 }
 
@@ -446,25 +436,22 @@ int32_t wn_kl_padded_width(int32_t width) {
   return width <= 64 ? 64 : width <= 128 ? 128 : 256;
 }
 
-wn_status wn_kl_gradients(wn_device *device, const wn_kl_chunk *chunk, const wn_kl_shares *shares,
-                          const wn_view<wn_bf16> &dq, const wn_view<float> &dk, const wn_view<float> &dw,
-                          const wn_view<wn_bf16> &q, const wn_view<wn_bf16> &k, const wn_view<float> &w, float factor) {
+static wn_status by_warps(wn_device *device, const wn_kl_gradient *g) {
   gradient_params a = {};
-  a.chunk = *chunk;
-  a.shares = *shares;
-  a.q = q;
-  a.k = k;
-  a.dq = dq;
-  a.w = w;
-  a.dw = dw;
-  a.dk = dk;
-  a.factor = factor;
-  a.q_vectors = wn_view_vectors(q);
-  a.k_vectors = wn_view_vectors(k);
-  a.dq_pairs = wn_view_vectors(dq);
-  switch (wn_kl_padded_width(q.width)) {
+  a.in = *g;
+  a.q_vectors = wn_view_vectors(a.in.q);
+  a.k_vectors = wn_view_vectors(a.in.k);
+  a.dq_pairs = wn_view_vectors(a.in.dq);
+  switch (a.in.shares.width) {
   case 64: return launch<64, 2>(device, a);
   case 128: return launch<128, 2>(device, a);
   default: return launch<256, 1>(device, a);
   }
+}
+
+wn_status wn_kl_gradients(wn_device *device, const wn_kl_gradient *a) {
+  WN_TRY(wn_kl_gradients_fit(a) ? wn_kl_gradients_wide(device, a) : by_warps(device, a));
+  add_shares_kernel<<<(unsigned)(a->chunk.columns / SUM_KEYS), SUM_THREADS, 0, wn_cuda_stream(device)>>>(*a);
+  WN_CUDA_LAUNCHED("indexer_kl_dense's sum of shares");
+  return NULL;
 }

@@ -111,23 +111,33 @@ __global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_co
   }
 }
 
-/* A map whose boxes are `rows` rows of one head's slice; what lies past n_rows or the width reads as 0. */
-static wn_status map_rows(CUtensorMap *map, const wn_view<wn_bf16> &v, int64_t n_rows, int32_t rows) {
+template <typename T>
+static wn_status make_map(CUtensorMap *map, CUtensorMapDataType type, CUtensorMapSwizzle swizzle, const wn_view<T> &v,
+                          int64_t n_rows, int32_t columns, int32_t heads, int32_t rows) {
   decltype(&cuTensorMapEncodeTiled) encode;
   cudaDriverEntryPointQueryResult found;
   WN_CUDA_TRY(
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
   WN_ASSERT(found == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
-  const cuuint64_t heads = v.head ? (cuuint64_t)v.heads : 1, row = (cuuint64_t)v.row * 2;
-  const cuuint64_t dim[3] = {(cuuint64_t)v.width, heads, (cuuint64_t)n_rows};
-  const cuuint64_t stride[2] = {v.head ? (cuuint64_t)v.head * 2 : row, row};
-  const cuuint32_t box[3] = {SLICE, 1, (cuuint32_t)rows}, step[3] = {1, 1, 1};
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, v.data, dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint64_t row = (cuuint64_t)v.row * sizeof(T); /* heads that share a row have no stride of their own */
+  const cuuint64_t dim[3] = {(cuuint64_t)v.width, v.head ? (cuuint64_t)v.heads : 1, (cuuint64_t)n_rows};
+  const cuuint64_t stride[2] = {v.head ? (cuuint64_t)v.head * sizeof(T) : row, row};
+  const cuuint32_t box[3] = {(cuuint32_t)columns, (cuuint32_t)heads, (cuuint32_t)rows}, step[3] = {1, 1, 1};
+  const CUresult result = encode(map, type, 3, v.data, dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   WN_ASSERT(result == CUDA_SUCCESS, "a tensor map of [%lld, %d, %d], strides %lld, %lld: %d", (long long)n_rows,
             v.heads, v.width, (long long)v.row, (long long)v.head, (int)result);
   return NULL;
+}
+
+wn_status wn_kl_map(CUtensorMap *map, const wn_view<wn_bf16> &v, int64_t n_rows, int32_t columns, int32_t heads,
+                    int32_t rows) {
+  return make_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, v, n_rows, columns, heads, rows);
+}
+
+wn_status wn_kl_map(CUtensorMap *map, const wn_view<float> &v, int64_t n_rows, int32_t columns, int32_t heads,
+                    int32_t rows) {
+  return make_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, v, n_rows, columns, heads, rows);
 }
 
 template <bool TARGET> static wn_status launch(wn_device *device, const wide_params *a) {
@@ -141,7 +151,7 @@ template <bool TARGET> static wn_status launch(wn_device *device, const wide_par
 wn_status wn_kl_sum_wide(wn_device *device, const wn_kl_sum *sum, bool target) {
   wide_params a = {};
   a.sum = *sum;
-  WN_TRY(map_rows(&a.x, sum->x, sum->chunk.n_rows, ROWS));
-  WN_TRY(map_rows(&a.y, sum->y, sum->chunk.n_keys, KEYS));
+  WN_TRY(wn_kl_map(&a.x, sum->x, sum->chunk.n_rows, SLICE, 1, ROWS));
+  WN_TRY(wn_kl_map(&a.y, sum->y, sum->chunk.n_keys, SLICE, 1, KEYS));
   return target ? launch<true>(device, &a) : launch<false>(device, &a);
 }

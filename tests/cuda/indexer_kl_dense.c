@@ -180,6 +180,17 @@ static void agrees_on_many_heads_and_wide_ones(void **state) {
       {.n = 150, .heads = 2, .width = 32, .n_index = 3, .index_width = 200, .w_deviation = 1},
       {.n = 150, .heads = 2, .width = 32, .n_index = 70, .index_width = 256, .w_deviation = 0.2, .document = 64},
       {.n = 150, .heads = 2, .width = 32, .n_index = 32, .index_width = 128, .w_deviation = 0.2, .document = 13},
+      {.n = 331,
+       .heads = 2,
+       .width = 32,
+       .n_index = 8,
+       .index_width = 128,
+       .w_deviation = 0.4,
+       .holes = true,
+       .margin = 8},
+      {.n = 200, .heads = 2, .width = 32, .n_index = 128, .index_width = 128, .w_deviation = 0.1, .document = 90},
+      {.n = 1, .heads = 2, .width = 32, .n_index = 64, .index_width = 128, .w_deviation = 0.2},
+      {.n = 131, .heads = 2, .width = 32, .n_index = 5, .index_width = 128, .w_deviation = 0.4},
   };
   agrees_on(state, shapes, sizeof shapes / sizeof *shapes);
 }
