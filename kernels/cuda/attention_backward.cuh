@@ -26,7 +26,7 @@ __device__ __forceinline__ void wn_logit_gradients(float (&s)[8][4], const float
     for (int j = 0; j < 8; j++)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const float p = wn_exp2((s[j][2 * r + e] * scale - lse[r]) * WN_LOG2E);
+        const float p = wn_exp2(s[j][2 * r + e] * (scale * WN_LOG2E) - lse[r] * WN_LOG2E);
         const bool seen = full || ((half[j >> 2] >> (8 * (j & 3) + e)) & 1);
         s[j][2 * r + e] = seen ? p * (dp[j][2 * r + e] - delta[r]) : 0;
       }
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
     __syncthreads(); /* the stage is done with */
     if (STAGES == 1) load(next, 0);
   }
-  wn_put_rows<false>(job.dq, row0, job.n, head, dq[0], job.scale);
+  wn_put_rows<false>(job.dq, row0, job.n, 0, head, dq[0], job.scale);
 }
 
 /* ---- keys ---- */
@@ -150,42 +150,40 @@ __device__ __forceinline__ int wn_next_rows(const wn_attend_job &job, int tile, 
   return tile;
 }
 
-/* s: P^T of a warp's [16 keys, 32 rows] from its products. seen: two bits for each of the lane's eight rows. */
-template <bool MASKED>
-__device__ __forceinline__ uint32_t wn_key_weights(float (&s)[4][4], const wn_row_facts *facts, int r0, int rows_left,
-                                                   int key, int tile, bool full, float scale) {
+/* s: from products to P^T of a warp's [16 keys, 8 NT rows]; 0 where the row does not see the key. */
+template <bool MASKED, int NT>
+__device__ __forceinline__ void wn_key_weights(float (&s)[NT][4], const wn_row_facts *facts, int r0, int rows_left,
+                                               int key, int tile, bool full, float scale) {
   const int col = (threadIdx.x & 3) * 2;
-  uint32_t seen = 0xffff;
+  uint32_t seen = ~0u; /* two bits for each of the lane's rows */
   if (!full) {
     seen = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 2 * NT; i++)
       seen |= (uint32_t)wn_keys_seen<MASKED>(facts, r0 + 8 * (i >> 1) + col + (i & 1), rows_left, key, tile) << 2 * i;
   }
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
+  for (int j = 0; j < NT; j++) {
     const float2 lse = *(const float2 *)&facts->lse[r0 + 8 * j + col];
+    const float base[2] = {lse.x * WN_LOG2E, lse.y * WN_LOG2E};
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const float p = wn_exp2((s[j][e] * scale - (e & 1 ? lse.y : lse.x)) * WN_LOG2E);
+      const float p = wn_exp2(s[j][e] * (scale * WN_LOG2E) - base[e & 1]);
       s[j][e] = seen >> (4 * j + 2 * (e & 1) + (e >> 1)) & 1 ? p : 0;
     }
   }
-  return seen;
 }
 
-/* s: from P^T to dS^T */
-__device__ __forceinline__ void wn_key_gradients(float (&s)[4][4], const float (&dp)[4][4], const wn_row_facts *facts,
-                                                 int r0, uint32_t seen) {
+/* dp: from dP^T to dS^T, given P^T */
+template <int NT>
+__device__ __forceinline__ void wn_key_gradients(float (&dp)[NT][4], const float (&p)[NT][4], const wn_row_facts *facts,
+                                                 int r0) {
   const int col = (threadIdx.x & 3) * 2;
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
+  for (int j = 0; j < NT; j++) {
     const float2 delta = *(const float2 *)&facts->delta[r0 + 8 * j + col];
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const float ds = s[j][e] * (dp[j][e] - (e & 1 ? delta.y : delta.x));
-      s[j][e] = seen >> (4 * j + 2 * (e & 1) + (e >> 1)) & 1 ? ds : 0;
-    }
+    for (int e = 0; e < 4; e++) dp[j][e] = p[j][e] * (dp[j][e] - (e & 1 ? delta.y : delta.x));
   }
 }
 
@@ -249,8 +247,7 @@ __global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
       uint32_t left[1][2][4];
       wn_clear(s);
       wn_product_shared<1, 4, DQ / 16, WN_BLOCK_ROWS, WN_TILE>(s, k, warp_key, q, r0);
-      const uint32_t seen =
-          wn_key_weights<MASKED>(s[0], facts, r0, job.n - t * WN_TILE, key, warp_key / WN_TILE, full, job.scale);
+      wn_key_weights<MASKED>(s[0], facts, r0, job.n - t * WN_TILE, key, warp_key / WN_TILE, full, job.scale);
       if constexpr ((MAKE & WN_MAKE_DV) != 0) {
         wn_fragments<4>(left[0], s[0]);
         wn_product_registers<1, DV / 8, 2, WN_TILE>(dv, left, d_o, r0);
@@ -258,8 +255,8 @@ __global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
       if constexpr ((MAKE & WN_MAKE_DK) != 0) {
         wn_clear(dp);
         wn_product_shared<1, 4, DV / 16, WN_BLOCK_ROWS, WN_TILE>(dp, v, warp_key, d_o, r0);
-        wn_key_gradients(s[0], dp[0], facts, r0, seen);
-        wn_fragments<4>(left[0], s[0]);
+        wn_key_gradients(dp[0], s[0], facts, r0);
+        wn_fragments<4>(left[0], dp[0]);
         wn_product_registers<1, DQ / 8, 2, WN_TILE>(dk, left, q, r0);
       }
     }
@@ -267,30 +264,182 @@ __global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
     if (layout::stages == 1) load(next, 0);
   }
   const int first = block * WN_BLOCK_ROWS + warp_key;
-  if constexpr ((MAKE & WN_MAKE_DK) != 0) wn_put_rows<true>(job.dk, first, job.m, head, dk[0], job.scale);
-  if constexpr ((MAKE & WN_MAKE_DV) != 0) wn_put_rows<true>(job.dv, first, job.m, head, dv[0], 1);
+  if constexpr ((MAKE & WN_MAKE_DK) != 0) wn_put_rows<true>(job.dk, first, job.m, 0, head, dk[0], job.scale);
+  if constexpr ((MAKE & WN_MAKE_DV) != 0) wn_put_rows<true>(job.dv, first, job.m, 0, head, dv[0], 1);
+}
+
+/* ---- widths up to 192/128: the products of warpgroups ---- */
+
+/* Two warpgroups of 64 rows each. The products of the next S and dP and of this dQ run while the next dS is made; three
+ * stages of keys and values. */
+template <int DQ, int DV, bool MASKED>
+__global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
+    wn_attend_rows_group_kernel(const __grid_constant__ wn_attend_job job) {
+  constexpr int THREADS = WN_BACKWARD_THREADS, STAGE = WN_TILE * (DQ + DV) * 2, STAGES = 3;
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t q = wn_shared_address(shared), d_o = q + WN_BLOCK_ROWS * DQ * 2, stages = d_o + WN_BLOCK_ROWS * DV * 2;
+  const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, warp_row = (int)(threadIdx.x >> 5) * 16;
+  const int group_row = warp_row / 64 * 64;
+  int head, block, stage = 0;
+  wn_block_place(job, blocks, &head, &block);
+  block = blocks - 1 - block;
+  const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + (int)(threadIdx.x & 31) / 4;
+  float lse[2], delta[2], dq[DQ / 64][8][4];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const bool real = mine + 8 * r < job.n;
+    lse[r] = real ? job.lse.data[(mine + 8 * r) * job.lse.row + head] : 0;
+    delta[r] = real ? job.delta.data[(mine + 8 * r) * job.delta.row + head] : 0;
+  }
+  wn_clear(dq);
+  wn_key_walk walk;
+  int t = wn_begin_walk<MASKED>(job, block, &walk);
+  auto load = [&](int tile, int to) {
+    if (tile < walk.end) {
+      wn_tile_load<WN_TILE, DQ, THREADS>(stages + to * STAGE, job.k, head, tile * WN_TILE, job.m);
+      wn_tile_load<WN_TILE, DV, THREADS>(stages + to * STAGE + WN_TILE * DQ * 2, job.v, head, tile * WN_TILE, job.m);
+    }
+    wn_cp_async_commit();
+  };
+  if (t < walk.end) {
+    uint32_t ds[4][4] = {}; /* of the tile before: of the first, nothing */
+    wn_tile_load<WN_BLOCK_ROWS, DQ, THREADS>(q, job.q, head, block * WN_BLOCK_ROWS, job.n);
+    wn_tile_load<WN_BLOCK_ROWS, DV, THREADS>(d_o, job.d_o, head, block * WN_BLOCK_ROWS, job.n);
+    load(t, 0);
+    for (int before = 0; t < walk.end;) {
+      const uint32_t k = stages + stage * STAGE, v = k + WN_TILE * DQ * 2;
+      const int next = wn_next_tile<MASKED>(job, walk, block, t + 1), after = stage + 1 == STAGES ? 0 : stage + 1;
+      float s[8][4], dp[8][4];
+      wn_cp_async_wait<0>();
+      wn_fence_shared_for_products();
+      __syncthreads(); /* tile t has come; the one two tiles before is done with */
+      load(next, after);
+      wn_wgmma_begin();
+      wn_group_product<8, DQ, WN_BLOCK_ROWS>(s, q, group_row, k);
+      wn_group_product<8, DV, WN_BLOCK_ROWS>(dp, d_o, group_row, v);
+      wn_wgmma_commit();
+      wn_group_accumulate<DQ / 64, 4>(dq, ds, stages + before * STAGE);
+      wn_wgmma_commit();
+      const bool full = !MASKED && t >= walk.full_low && t < walk.full_end;
+      uint64_t words[2] = {0, 0};
+      if (!full)
+#pragma unroll
+        for (int r = 0; r < 2; r++) words[r] = wn_row_word<MASKED>(job, mine + 8 * r, t);
+      wn_wgmma_wait<1>();
+      wn_pin(s);
+      wn_pin(dp);
+      wn_logit_gradients(s, dp, words, full, lse, delta, job.scale);
+      wn_wgmma_wait<0>();
+      wn_pin_blocks(dq);
+      wn_fragments<8>(ds, s);
+      before = stage;
+      stage = after;
+      t = next;
+    }
+    wn_wgmma_begin();
+    wn_group_accumulate<DQ / 64, 4>(dq, ds, stages + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE);
+    wn_wgmma_commit();
+    wn_wgmma_wait<0>();
+    wn_pin_blocks(dq);
+  }
+#pragma unroll
+  for (int c = 0; c < DQ / 64; c++) wn_put_rows<false>(job.dq, row0, job.n, 64 * c, head, dq[c], job.scale);
+}
+
+/* Two warpgroups of 64 keys each; two stages of rows. */
+template <int DQ, int DV, bool MASKED>
+__global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
+    wn_attend_keys_group_kernel(const __grid_constant__ wn_attend_job job) {
+  typedef wn_keys_layout<DQ, DV> layout;
+  constexpr int THREADS = WN_BACKWARD_THREADS;
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t k = wn_shared_address(shared), v = k + WN_BLOCK_ROWS * DQ * 2;
+  const int blocks = (job.m + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, tiles = (job.n + WN_TILE - 1) / WN_TILE;
+  const int warp_key = (int)(threadIdx.x >> 5) * 16, group_key = warp_key / 64 * 64;
+  int head, block, stage = 0;
+  wn_block_place(job, blocks, &head, &block); /* the first keys are seen by most rows: they go first */
+  const int key = block * WN_BLOCK_ROWS + warp_key + (int)(threadIdx.x & 31) / 4;
+  float dk[DQ / 64][8][4], dv[DV / 64][8][4];
+  wn_clear(dk);
+  wn_clear(dv);
+  auto load = [&](int tile, int to) {
+    if (tile < tiles) {
+      const uint32_t q = k + layout::kept + to * layout::stage;
+      wn_tile_load<WN_TILE, DQ, THREADS>(q, job.q, head, tile * WN_TILE, job.n);
+      wn_tile_load<WN_TILE, DV, THREADS>(q + WN_TILE * DQ * 2, job.d_o, head, tile * WN_TILE, job.n);
+      wn_load_facts<MASKED>((wn_row_facts *)(shared + layout::kept + to * layout::stage + layout::tiles), job, head,
+                            tile * WN_TILE, block);
+    }
+    wn_cp_async_commit();
+  };
+  int t = wn_next_rows<MASKED>(job, 0, tiles, block);
+  if (t >= tiles) return;
+  wn_tile_load<WN_BLOCK_ROWS, DQ, THREADS>(k, job.k, head, block * WN_BLOCK_ROWS, job.m);
+  wn_tile_load<WN_BLOCK_ROWS, DV, THREADS>(v, job.v, head, block * WN_BLOCK_ROWS, job.m);
+  load(t, 0);
+  for (int next; t < tiles; t = next, stage ^= 1) {
+    const char *here = shared + layout::kept + stage * layout::stage;
+    const wn_row_facts *facts = (const wn_row_facts *)(here + layout::tiles);
+    const uint32_t q = wn_shared_address(here), d_o = q + WN_TILE * DQ * 2;
+    float s[8][4], dp[8][4];
+    uint32_t p[4][4], ds[4][4];
+    wn_cp_async_wait<0>();
+    wn_fence_shared_for_products();
+    __syncthreads(); /* this stage has come, the other is done with */
+    wn_wgmma_begin();
+    wn_group_product<8, DQ, WN_BLOCK_ROWS>(s, k, group_key, q);
+    wn_wgmma_commit();
+    wn_group_product<8, DV, WN_BLOCK_ROWS>(dp, v, group_key, d_o);
+    wn_wgmma_commit();
+    next = wn_next_rows<MASKED>(job, t + 1, tiles, block);
+    load(next, stage ^ 1);
+    const bool full = !MASKED && job.bounds[t].highest_first <= block * WN_BLOCK_ROWS &&
+                      job.bounds[t].lowest_last >= (block + 1) * WN_BLOCK_ROWS - 1;
+    wn_wgmma_wait<1>();
+    wn_pin(s);
+    wn_key_weights<MASKED>(s, facts, 0, job.n - t * WN_TILE, key, group_key / WN_TILE, full, job.scale);
+    wn_fragments<8>(p, s);
+    wn_wgmma_wait<0>();
+    wn_pin(dp);
+    wn_key_gradients(dp, s, facts, 0);
+    wn_fragments<8>(ds, dp);
+    wn_wgmma_begin();
+    wn_group_accumulate<DV / 64, 4>(dv, p, d_o);
+    wn_group_accumulate<DQ / 64, 4>(dk, ds, q);
+    wn_wgmma_commit();
+    wn_wgmma_wait<0>();
+    wn_pin_blocks(dv);
+    wn_pin_blocks(dk);
+  }
+  const int first = block * WN_BLOCK_ROWS + warp_key;
+#pragma unroll
+  for (int c = 0; c < DQ / 64; c++) wn_put_rows<true>(job.dk, first, job.m, 64 * c, head, dk[c], job.scale);
+#pragma unroll
+  for (int c = 0; c < DV / 64; c++) wn_put_rows<true>(job.dv, first, job.m, 64 * c, head, dv[c], 1);
 }
 
 template <bool MASKED> struct wn_attend_backward_launch {
   wn_device *device;
   const wn_attend_job *job;
 
-  template <int DQ, int DV, int MAKE> wn_status keys() const {
-    return wn_attend_launch(device, wn_attend_keys_kernel<DQ, DV, MAKE, MASKED>,
-                            wn_ceil_div(job->m, WN_BLOCK_ROWS) * job->heads, WN_BACKWARD_THREADS,
-                            wn_keys_layout<DQ, DV>::bytes, *job);
+  template <typename Kernel> wn_status rows(Kernel kernel, int bytes) const {
+    return wn_attend_launch(device, kernel, wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads, WN_BACKWARD_THREADS, bytes,
+                            *job);
+  }
+  template <typename Kernel> wn_status keys(Kernel kernel, int bytes) const {
+    return wn_attend_launch(device, kernel, wn_ceil_div(job->m, WN_BLOCK_ROWS) * job->heads, WN_BACKWARD_THREADS, bytes,
+                            *job);
   }
   template <int DQ, int DV> wn_status run() const {
     constexpr int kept = WN_BLOCK_ROWS * (DQ + DV) * 2, stage = WN_TILE * (DQ + DV) * 2;
-    constexpr int stages = kept + 2 * stage <= 227 * 1024 ? 2 : 1;
-    WN_TRY(wn_attend_launch(device, wn_attend_rows_kernel<DQ, DV, stages, MASKED>,
-                            wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads, WN_BACKWARD_THREADS, kept + stages * stage,
-                            *job));
+    constexpr int keys_bytes = wn_keys_layout<DQ, DV>::bytes;
     if constexpr (DV <= 128) {
-      WN_TRY((keys<DQ, DV, WN_MAKE_DK | WN_MAKE_DV>()));
+      WN_TRY(rows(wn_attend_rows_group_kernel<DQ, DV, MASKED>, kept + 3 * stage));
+      WN_TRY(keys(wn_attend_keys_group_kernel<DQ, DV, MASKED>, keys_bytes));
     } else {
-      WN_TRY((keys<DQ, DV, WN_MAKE_DK>()));
-      WN_TRY((keys<DQ, DV, WN_MAKE_DV>()));
+      WN_TRY(rows(wn_attend_rows_kernel<DQ, DV, 1, MASKED>, kept + stage));
+      WN_TRY(keys(wn_attend_keys_kernel<DQ, DV, WN_MAKE_DK, MASKED>, keys_bytes));
+      WN_TRY(keys(wn_attend_keys_kernel<DQ, DV, WN_MAKE_DV, MASKED>, keys_bytes));
     }
     return NULL;
   }

@@ -13,6 +13,7 @@
 #include "kernels/cuda/operations.cuh"
 #include "kernels/cuda/ptx/async.cuh"
 #include "kernels/cuda/ptx/mma.cuh"
+#include "kernels/cuda/ptx/warpgroup.cuh"
 
 enum { WN_TILE = 64 /* rows or keys */, WN_BLOCK_ROWS = 128 /* rows, or keys, that a block keeps */ };
 
@@ -147,6 +148,35 @@ template <int MT, int NT> __device__ __forceinline__ void wn_clear(float (&acc)[
       for (int e = 0; e < 4; e++) acc[i][j][e] = 0;
 }
 
+/* ---- products of a warpgroup, under way until wn_wgmma_wait ---- */
+
+/* s = A[rows a_row.., WIDTH] B[8 NT rows, WIDTH]^T */
+template <int NT, int WIDTH, int A_ROWS>
+__device__ __forceinline__ void wn_group_product(float (&s)[NT][4], uint32_t a, int a_row, uint32_t b) {
+  const uint64_t left = wn_tile_descriptor(a + a_row * 128, 0), right = wn_tile_descriptor(b, 0);
+#pragma unroll
+  for (int ks = 0; ks < WIDTH / 16; ks++)
+    wn_warpgroup_shared(s, left + (uint64_t)((ks / 4 * (A_ROWS * 128) + ks % 4 * 32) >> 4),
+                        right + (uint64_t)((ks / 4 * (8 * NT * 128) + ks % 4 * 32) >> 4), ks > 0);
+}
+
+/* acc[64, 64 BLOCKS] += A[64, 16 KS] B[16 KS rows, 64 BLOCKS], A in registers */
+template <int BLOCKS, int KS>
+__device__ __forceinline__ void wn_group_accumulate(float (&acc)[BLOCKS][8][4], const uint32_t (&a)[KS][4],
+                                                    uint32_t b) {
+  const uint64_t right = wn_tile_descriptor(b, KS * 16 * 128);
+#pragma unroll
+  for (int ks = 0; ks < KS; ks++)
+#pragma unroll
+    for (int c = 0; c < BLOCKS; c++)
+      wn_warpgroup_registers(acc[c], a[ks], right + (uint64_t)((c * (KS * 16 * 128) + ks * 2048) >> 4));
+}
+
+template <int BLOCKS> __device__ __forceinline__ void wn_pin_blocks(float (&x)[BLOCKS][8][4]) {
+#pragma unroll
+  for (int c = 0; c < BLOCKS; c++) wn_pin(x[c]);
+}
+
 /* ---- visibility ---- */
 
 /* Keys of tile `t` that a row sees, as bits. Rows past the end see none. */
@@ -163,7 +193,8 @@ typedef struct wn_key_walk {
   int32_t full_low, full_end; /* dense: tiles in between are visible to every row */
 } wn_key_walk;
 
-/* The first tile from `t` on that is not dark to all rows of the block; walk->end or more: none. */
+/* The first tile from `t` on that is not dark to all rows of the block; none: walk.end or more, and so for the pair
+ * that it is in. */
 template <bool MASKED>
 __device__ __forceinline__ int wn_next_tile(const wn_attend_job &job, const wn_key_walk &walk, int block, int t) {
   if (!MASKED) return t;
@@ -173,7 +204,7 @@ __device__ __forceinline__ int wn_next_tile(const wn_attend_job &job, const wn_k
     if (w == t >> 5) bits &= ~0u << (t & 31);
     if (bits) return w * 32 + __ffs((int)bits) - 1;
   }
-  return walk.end;
+  return walk.end + 1;
 }
 
 /* Fills *walk and returns the first tile. */
@@ -204,13 +235,24 @@ __device__ __forceinline__ void wn_block_place(const wn_attend_job &job, int til
 
 /* ---- results ---- */
 
+/* Whether neighbouring columns, from an even one on, may be accessed together. */
+__device__ __forceinline__ bool wn_pairs(const wn_view<wn_bf16> &y) {
+  return (((uintptr_t)y.data | (uintptr_t)(y.row * 2) | (uintptr_t)(y.head * 2)) & 3) == 0;
+}
+
+/* Two neighbouring columns from an even one on; 0 past the width. */
+__device__ __forceinline__ float2 wn_get_pair(const wn_view<wn_bf16> &x, int row, int head, int col) {
+  const wn_bf16 *from = x.data + row * x.row + head * x.head + col;
+  if (wn_pairs(x) && col + 1 < x.width) return __bfloat1622float2(*(const __nv_bfloat162 *)from);
+  return {col < x.width ? __bfloat162float(from[0]) : 0, col + 1 < x.width ? __bfloat162float(from[1]) : 0};
+}
+
 /* Two neighbouring columns from an even one on, cut at the width; (+)= */
 template <bool ADD>
 __device__ __forceinline__ void wn_put_pair(const wn_view<wn_bf16> &y, int row, int head, int col, float a, float b) {
   if (col >= y.width) return;
   wn_bf16 *to = y.data + row * y.row + head * y.head + col;
-  const bool pairs = (((uintptr_t)y.data | (uintptr_t)(y.row * 2) | (uintptr_t)(y.head * 2)) & 3) == 0;
-  if (pairs && col + 1 < y.width) {
+  if (wn_pairs(y) && col + 1 < y.width) {
     if (ADD) {
       const float2 old = __bfloat1622float2(*(const __nv_bfloat162 *)to);
       a += old.x;
@@ -223,11 +265,11 @@ __device__ __forceinline__ void wn_put_pair(const wn_view<wn_bf16> &y, int row, 
   if (col + 1 < y.width) to[1] = __float2bfloat16_rn(ADD ? b + __bfloat162float(to[1]) : b);
 }
 
-/* A warp's sums [16, 8 NT], times `factor`, to rows row0 .. of y. */
+/* A warp's sums [16, 8 NT], times `factor`, to rows row0 .. and columns col0 .. of y. */
 template <bool ADD, int NT>
-__device__ __forceinline__ void wn_put_rows(const wn_view<wn_bf16> &y, int row0, int rows, int head,
+__device__ __forceinline__ void wn_put_rows(const wn_view<wn_bf16> &y, int row0, int rows, int col0, int head,
                                             const float (&acc)[NT][4], float factor) {
-  const int lane = threadIdx.x & 31, row = row0 + (lane >> 2), col = (lane & 3) * 2;
+  const int lane = threadIdx.x & 31, row = row0 + (lane >> 2), col = col0 + (lane & 3) * 2;
 #pragma unroll
   for (int j = 0; j < NT; j++) {
     if (row < rows) wn_put_pair<ADD>(y, row, head, 8 * j + col, acc[j][0] * factor, acc[j][1] * factor);

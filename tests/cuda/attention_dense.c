@@ -53,17 +53,22 @@ static void backward(twin_bench *b, attention *a) {
 }
 
 /* delta and dq are sums that cancel: in a row that sees few keys, or whose weight is all on one, next to nothing is
- * left, while each term keeps the rounding of its BF16 weight. So the whole is held to a tighter bar than the rows. */
+ * left, while each term keeps the rounding of its BF16 weight. So the whole is held to a tighter bar than the rows,
+ * unless it is a few rows itself. */
 static void close_sum(twin_bench *b, const char *what, const twin *t) {
   twin_error e = twin_compare(b, what, t);
   print_message("  %-40s norm %.2e  worst row %.2e (row %lld)\n", what, e.norm, e.worst, (long long)e.worst_row);
-  if (!(e.norm <= 5e-3 && e.worst <= 0.2))
+  bool few = wn_tensor_count(&t->cpu) / t->cpu.dim[t->cpu.rank - 1] < 16;
+  if (!(e.norm <= (few ? 5e-2 : 5e-3) && e.worst <= 0.2))
     fail_msg("%s: off by %.3e in norm and %.3e in row %lld", what, e.norm, e.worst, (long long)e.worst_row);
 }
 
 static void both_ways(twin_bench *b, attention *a) {
   forward(b, a);
-  twin_close(b, "o", &a->o, twin_bf16);
+  if (a->o.cpu.dim[2] > 1)
+    twin_close(b, "o", &a->o, twin_bf16);
+  else
+    close_sum(b, "o", &a->o); /* a row is one number */
   twin_close(b, "lse", &a->lse, twin_f32);
   close_sum(b, "delta", &a->delta);
   backward(b, a);
@@ -171,10 +176,18 @@ static void values_beside_keys(void **state) {
   twin_end(b);
 }
 
+/* Weights are nearly all 0 or 1, so most of dk is next to nothing, too. */
 static void large_logits(void **state) {
   twin_bench *b = twin_begin(state);
   attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_causal(b, 257, 0, false), 300, 0);
-  both_ways(b, &a);
+  forward(b, &a);
+  twin_close(b, "o", &a.o, twin_bf16);
+  twin_close(b, "lse", &a.lse, twin_f32);
+  close_sum(b, "delta", &a.delta);
+  backward(b, &a);
+  close_sum(b, "dq", &a.dq);
+  close_sum(b, "dk", &a.dk);
+  twin_close(b, "dv", &a.dv, twin_bf16);
   twin_end(b);
 }
 
