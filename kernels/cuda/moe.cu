@@ -11,7 +11,16 @@
 #include "kernels/cuda/operations.cuh"
 #include "kernels/cuda/pack.cuh"
 
-enum { WARP = 32, WARPS = 4, PAIRS = 512, SCAN_THREADS = 256, ROW_THREADS = 128, AT_ONCE = 8, MAX_EXPERTS = 2048 };
+enum {
+  WARP = 32,
+  WARPS = 4,
+  PAIRS = 512,
+  SCAN_THREADS = 256,
+  ROW_THREADS = 448,
+  AT_ONCE = 8,
+  MAX_EXPERTS = 2048,
+  MAX_CHOICES = 2048
+};
 #define FULL_WARP 0xffffffffu
 
 /* ---- sorting ---- */
@@ -112,86 +121,108 @@ __global__ static void place_kernel(wn_view<int32_t> slot, sorting s) {
 
 /* ---- rows ---- */
 
+/* PACK neighbours as they are in memory, so that many may be under way in few registers. */
+template <int PACK> struct piece;
+template <> struct piece<8> {
+  wn_pack<wn_bf16, 8> raw;
+  __device__ void fetch(const wn_bf16 *from) { raw = wn_pack_load<wn_bf16, 8>(from); }
+  __device__ void put(wn_bf16 *to) const { *(uint4 *)to = raw.raw[0]; }
+  __device__ void widen(float x[8]) const { wn_unpack<8>(x, raw); }
+};
+template <> struct piece<1> {
+  wn_bf16 raw;
+  __device__ void fetch(const wn_bf16 *from) { raw = from[0]; }
+  __device__ void put(wn_bf16 *to) const { to[0] = raw; }
+  __device__ void widen(float x[1]) const { x[0] = wn_wide(raw); }
+};
+
+/* Where the row's choices lie, and their weights, to shared memory: each thread needs them for every piece. */
+typedef struct places {
+  int64_t at;
+  float by;
+} places;
+__device__ __forceinline__ const places *row_places(const wn_view<int32_t> &slot, const wn_view<float> &weight,
+                                                    int32_t n_choices) {
+  extern __shared__ uint4 memory[];
+  places *place = (places *)memory;
+  const int64_t row = blockIdx.x;
+  for (int32_t k = (int32_t)threadIdx.x; k < n_choices; k += ROW_THREADS)
+    place[k] = places{slot.data[(row * n_choices + k) * slot.row], weight.data ? weight.data[row * weight.row + k] : 1};
+  __syncthreads();
+  return place;
+}
+
 /* A row a block: its copies, in every place the row goes to. */
 template <int PACK>
 __global__ static void __launch_bounds__(ROW_THREADS)
     copy_kernel(wn_view<wn_bf16> xp, wn_view<wn_bf16> x, wn_view<int32_t> slot, int32_t n_choices) {
+  const places *place = row_places(slot, wn_view<float>{}, n_choices);
   const int64_t row = blockIdx.x;
   for (int32_t at = (int32_t)threadIdx.x * PACK; at < x.width; at += ROW_THREADS * PACK) {
-    const wn_bf16 *from = x.data + row * x.row + at;
-    uint4 wide;
-    wn_bf16 one;
-    if (PACK == 1)
-      one = from[0];
-    else
-      wide = *(const uint4 *)from;
-    for (int32_t k = 0; k < n_choices; k++) {
-      wn_bf16 *to = xp.data + (int64_t)slot.data[(row * n_choices + k) * slot.row] * xp.row + at;
-      if (PACK == 1)
-        to[0] = one;
-      else
-        *(uint4 *)to = wide;
-    }
+    piece<PACK> own;
+    own.fetch(x.data + row * x.row + at);
+    for (int32_t k = 0; k < n_choices; k++) own.put(xp.data + place[k].at * xp.row + at);
   }
 }
 
-/* A row a block: y += sum over choices of weight * yp[slot] (weight 1 without WEIGHTED), one choice after another. */
-template <int PACK, bool WEIGHTED>
-__global__ static void __launch_bounds__(ROW_THREADS)
+/* A row a block: y += sum over choices of weight * yp[slot] (weight 1 where there is none), one choice after another.
+ */
+template <int PACK>
+__global__ static void __launch_bounds__(ROW_THREADS, 2)
     gather_kernel(wn_view<wn_bf16> y, wn_view<wn_bf16> yp, wn_view<int32_t> slot, wn_view<float> weight,
                   int32_t n_choices) {
-  const int64_t row = blockIdx.x;
+  const places *place = row_places(slot, weight, n_choices);
+  wn_bf16 *own = y.data + blockIdx.x * y.row;
   for (int32_t at = (int32_t)threadIdx.x * PACK; at < y.width; at += ROW_THREADS * PACK) {
     float sum[PACK];
-    wn_read<wn_bf16, PACK>(sum, y.data + row * y.row + at);
+    wn_read<wn_bf16, PACK>(sum, own + at);
     for (int32_t from = 0; from < n_choices; from += AT_ONCE) {
-      float part[AT_ONCE][PACK];
+      piece<PACK> part[AT_ONCE];
 #pragma unroll
       for (int32_t j = 0; j < AT_ONCE; j++)
-        if (from + j < n_choices)
-          wn_read<wn_bf16, PACK>(part[j],
-                                 yp.data + (int64_t)slot.data[(row * n_choices + from + j) * slot.row] * yp.row + at);
+        if (from + j < n_choices) part[j].fetch(yp.data + place[from + j].at * yp.row + at);
 #pragma unroll
       for (int32_t j = 0; j < AT_ONCE; j++) {
         if (from + j >= n_choices) break;
-        const float by = WEIGHTED ? weight.data[row * weight.row + from + j] : 1;
+        float x[PACK];
+        part[j].widen(x);
 #pragma unroll
-        for (int i = 0; i < PACK; i++) sum[i] = fmaf(by, part[j][i], sum[i]);
+        for (int i = 0; i < PACK; i++) sum[i] = fmaf(place[from + j].by, x[i], sum[i]);
       }
     }
-    wn_write<wn_bf16, PACK>(y.data + row * y.row + at, sum);
+    wn_write<wn_bf16, PACK>(own + at, sum);
   }
 }
 
 /* A row a block: dyp[slot] = weight * dy, dweight = dy . yp[slot]. */
 template <int PACK>
-__global__ static void __launch_bounds__(ROW_THREADS)
+__global__ static void __launch_bounds__(ROW_THREADS, 2)
     combine_backward_kernel(wn_view<wn_bf16> dyp, wn_view<float> dweight, wn_view<wn_bf16> dy, wn_view<wn_bf16> yp,
                             wn_view<int32_t> slot, wn_view<float> weight, int32_t n_choices) {
   __shared__ float sums[ROW_THREADS / WARP][AT_ONCE];
+  const places *place = row_places(slot, weight, n_choices);
   const int64_t row = blockIdx.x;
   const int32_t lane = (int32_t)threadIdx.x % WARP, warp = (int32_t)threadIdx.x / WARP;
   for (int32_t from = 0; from < n_choices; from += AT_ONCE) {
     float dot[AT_ONCE] = {0};
     for (int32_t at = (int32_t)threadIdx.x * PACK; at < dy.width; at += ROW_THREADS * PACK) {
-      float d[PACK], out[AT_ONCE][PACK], scaled[PACK];
-      wn_read<wn_bf16, PACK>(d, dy.data + row * dy.row + at);
+      float d[PACK];
+      piece<PACK> out[AT_ONCE];
 #pragma unroll
       for (int32_t j = 0; j < AT_ONCE; j++)
-        if (from + j < n_choices)
-          wn_read<wn_bf16, PACK>(out[j],
-                                 yp.data + (int64_t)slot.data[(row * n_choices + from + j) * slot.row] * yp.row + at);
+        if (from + j < n_choices) out[j].fetch(yp.data + place[from + j].at * yp.row + at);
+      wn_read<wn_bf16, PACK>(d, dy.data + row * dy.row + at);
 #pragma unroll
       for (int32_t j = 0; j < AT_ONCE; j++) {
         if (from + j >= n_choices) break;
-        const int64_t place = slot.data[(row * n_choices + from + j) * slot.row];
-        const float by = weight.data[row * weight.row + from + j];
+        float x[PACK], scaled[PACK];
+        out[j].widen(x);
 #pragma unroll
         for (int i = 0; i < PACK; i++) {
-          dot[j] = fmaf(d[i], out[j][i], dot[j]);
-          scaled[i] = by * d[i];
+          dot[j] = fmaf(d[i], x[i], dot[j]);
+          scaled[i] = place[from + j].by * d[i];
         }
-        wn_write<wn_bf16, PACK>(dyp.data + place * dyp.row + at, scaled);
+        wn_write<wn_bf16, PACK>(dyp.data + place[from + j].at * dyp.row + at, scaled);
       }
     }
 #pragma unroll
@@ -210,6 +241,11 @@ __global__ static void __launch_bounds__(ROW_THREADS)
 }
 
 /* ---- operations ---- */
+
+static size_t places_bytes(int64_t n_choices) {
+  WN_ASSERT(n_choices <= MAX_CHOICES, "%lld experts a row", (long long)n_choices);
+  return (size_t)n_choices * sizeof(places);
+}
 
 /* Enqueues the sort; the offsets are on their way into pinned[staged], which its event tells. */
 static wn_status sort_pairs(wn_device *device, wn_view<int32_t> slot, sorting *s, int32_t staged) {
@@ -247,17 +283,17 @@ wn_status wn_cuda_moe_permute(wn_device *device, wn_tensor *xp, wn_tensor *slot,
   WN_ASSERT(n_experts > 0 && n_experts <= MAX_EXPERTS, "%d experts", n_experts);
   wn_cuda *c = wn_cuda_of(device);
   const wn_view<wn_bf16> to = wn_view_of<wn_bf16>(xp), from = wn_view_of<wn_bf16>(x);
-  const wn_view<int32_t> places = wn_view_of<int32_t>(slot);
+  const wn_view<int32_t> at = wn_view_of<int32_t>(slot);
   const size_t mark = wn_arena_mark(device->scratch);
   sorting s = {
       wn_view_of<int32_t>(index), pairs, wn_ceil_div(pairs, PAIRS), (int32_t)n_choices, n_experts, NULL, NULL, NULL};
   const int32_t staged = c->next_pinned;
   c->next_pinned = 1 - staged;
-  WN_TRY(sort_pairs(device, places, &s, staged));
+  WN_TRY(sort_pairs(device, at, &s, staged));
   if (n > 0 && wn_view_vectors(to) && wn_view_vectors(from))
-    copy_kernel<8><<<(unsigned)n, ROW_THREADS, 0, c->compute>>>(to, from, places, (int32_t)n_choices);
+    copy_kernel<8><<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), c->compute>>>(to, from, at, (int32_t)n_choices);
   else if (n > 0)
-    copy_kernel<1><<<(unsigned)n, ROW_THREADS, 0, c->compute>>>(to, from, places, (int32_t)n_choices);
+    copy_kernel<1><<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), c->compute>>>(to, from, at, (int32_t)n_choices);
   WN_CUDA_LAUNCHED("moe_permute");
   WN_TRY(wn_cuda_await(device, c->staged[staged])); /* the offsets only; places and copies go on */
   memcpy(offset, c->pinned[staged], ((size_t)n_experts + 1) * sizeof *offset);
@@ -265,18 +301,18 @@ wn_status wn_cuda_moe_permute(wn_device *device, wn_tensor *xp, wn_tensor *slot,
   return NULL;
 }
 
-template <bool WEIGHTED>
 static wn_status gather(wn_device *device, const wn_tensor *y, const wn_tensor *yp, const wn_tensor *slot,
-                        wn_view<float> weight, int64_t n_choices) {
+                        const wn_view<float> &weight, int64_t n_choices) {
   const wn_view<wn_bf16> to = wn_view_of<wn_bf16>(y), from = wn_view_of<wn_bf16>(yp);
-  const wn_view<int32_t> places = wn_view_of<int32_t>(slot);
-  if (to.n == 0) return NULL;
+  const wn_view<int32_t> at = wn_view_of<int32_t>(slot);
+  const size_t bytes = places_bytes(n_choices);
+  const unsigned rows = (unsigned)to.n;
+  cudaStream_t stream = wn_cuda_stream(device);
+  if (rows == 0) return NULL;
   if (wn_view_vectors(to) && wn_view_vectors(from))
-    gather_kernel<8, WEIGHTED>
-        <<<(unsigned)to.n, ROW_THREADS, 0, wn_cuda_stream(device)>>>(to, from, places, weight, (int32_t)n_choices);
+    gather_kernel<8><<<rows, ROW_THREADS, bytes, stream>>>(to, from, at, weight, (int32_t)n_choices);
   else
-    gather_kernel<1, WEIGHTED>
-        <<<(unsigned)to.n, ROW_THREADS, 0, wn_cuda_stream(device)>>>(to, from, places, weight, (int32_t)n_choices);
+    gather_kernel<1><<<rows, ROW_THREADS, bytes, stream>>>(to, from, at, weight, (int32_t)n_choices);
   WN_CUDA_LAUNCHED("gathering expert rows");
   return NULL;
 }
@@ -286,7 +322,7 @@ wn_status wn_cuda_moe_permute_backward(wn_device *device, wn_tensor *dx, const w
   wn_cuda_expect("dx", dx, WN_BF16, 2, n, dx->dim[1], 0);
   wn_cuda_expect("dxp", dxp, WN_BF16, 2, n * n_choices, dx->dim[1], 0);
   wn_cuda_expect("slot", slot, WN_I32, 1, n * n_choices, 0, 0);
-  return gather<false>(device, dx, dxp, slot, wn_view<float>{}, n_choices);
+  return gather(device, dx, dxp, slot, wn_view<float>{}, n_choices);
 }
 
 wn_status wn_cuda_moe_combine(wn_device *device, wn_tensor *y, const wn_tensor *yp, const wn_tensor *slot,
@@ -296,7 +332,7 @@ wn_status wn_cuda_moe_combine(wn_device *device, wn_tensor *y, const wn_tensor *
   wn_cuda_expect("yp", yp, WN_BF16, 2, n * n_choices, y->dim[1], 0);
   wn_cuda_expect("slot", slot, WN_I32, 1, n * n_choices, 0, 0);
   wn_cuda_expect("weight", weight, WN_F32, 2, n, n_choices, 0);
-  return gather<true>(device, y, yp, slot, wn_view_of<float>(weight), n_choices);
+  return gather(device, y, yp, slot, wn_view_of<float>(weight), n_choices);
 }
 
 wn_status wn_cuda_moe_combine_backward(wn_device *device, wn_tensor *dyp, wn_tensor *dweight, const wn_tensor *dy,
@@ -310,13 +346,15 @@ wn_status wn_cuda_moe_combine_backward(wn_device *device, wn_tensor *dyp, wn_ten
   wn_cuda_expect("weight", weight, WN_F32, 2, n, n_choices, 0);
   const wn_view<wn_bf16> to = wn_view_of<wn_bf16>(dyp), d = wn_view_of<wn_bf16>(dy), out = wn_view_of<wn_bf16>(yp);
   const wn_view<float> dw = wn_view_of<float>(dweight), by = wn_view_of<float>(weight);
-  const wn_view<int32_t> places = wn_view_of<int32_t>(slot);
+  const wn_view<int32_t> at = wn_view_of<int32_t>(slot);
   cudaStream_t stream = wn_cuda_stream(device);
   if (n == 0) return NULL;
   if (wn_view_vectors(to) && wn_view_vectors(d) && wn_view_vectors(out))
-    combine_backward_kernel<8><<<(unsigned)n, ROW_THREADS, 0, stream>>>(to, dw, d, out, places, by, (int32_t)n_choices);
+    combine_backward_kernel<8>
+        <<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), stream>>>(to, dw, d, out, at, by, (int32_t)n_choices);
   else
-    combine_backward_kernel<1><<<(unsigned)n, ROW_THREADS, 0, stream>>>(to, dw, d, out, places, by, (int32_t)n_choices);
+    combine_backward_kernel<1>
+        <<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), stream>>>(to, dw, d, out, at, by, (int32_t)n_choices);
   WN_CUDA_LAUNCHED("moe_combine_backward");
   return NULL;
 }
