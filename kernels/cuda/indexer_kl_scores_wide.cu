@@ -3,23 +3,27 @@
  * A block owns 128 rows x 192 keys: two warpgroups of 64 rows multiply and keep the sum over heads in registers (96 for
  * a head's product, 96 for the sum), one thread of a third feeds them through a ring of slices of 64 columns with the
  * bulk copy engine. The two warpgroups share the ring but nothing orders them: they fall into step by themselves, one
- * taking exponentials while the other multiplies. */
+ * taking exponentials while the other multiplies.
+ *
+ * What limits it is what the second-level cache delivers: a block alone reads 128 + 192 rows a head. So two blocks with
+ * the same keys make a cluster, each fetches half of the keys and the copy engine gives them to both. */
 #include "kernels/cuda/indexer_kl_dense.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
 
-enum { ROWS = 128, KEYS = 192, SLICE = 64, STAGES = 5, GROUPS = 2, THREADS = (GROUPS + 1) * 128 };
+enum { ROWS = 128, KEYS = 192, SLICE = 64, STAGES = 5, GROUPS = 2, THREADS = (GROUPS + 1) * 128, PAIR = 2 };
 enum { X_BYTES = ROWS * SLICE * 2, Y_BYTES = KEYS * SLICE * 2, STAGE_BYTES = X_BYTES + Y_BYTES, ALIGN_BYTES = 1024 };
 enum { SHARED_BYTES = STAGES * STAGE_BYTES + ALIGN_BYTES, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 };
 
 typedef struct wide_params {
   wn_kl_sum sum;
-  CUtensorMap x, y; /* [rows, heads, width], boxes of a tile's rows, one head, a slice */
+  CUtensorMap x, y; /* [rows, heads, width], boxes of a tile's rows (y: of half a tile's), one head, a slice */
 } wide_params;
 
 typedef struct ring {
   uint32_t data, full, empty; /* addresses: stages; a barrier a stage each */
   int32_t stage;
   uint32_t parity;
+  uint32_t rank; /* of the block in its pair */
 } ring;
 
 __device__ static void advance(ring *r) {
@@ -36,9 +40,15 @@ __device__ static void produce(const wide_params &a, ring r, int32_t row0, int32
       wn_barrier_wait(r.empty + r.stage * 8, r.parity ^ 1);
       wn_barrier_expect(full, STAGE_BYTES);
       wn_copy_tile(at, &a.x, slice * SLICE, head, row0, full);
-      wn_copy_tile(at + X_BYTES, &a.y, slice * SLICE, a.sum.y.head ? head : 0, key0, full);
+      wn_copy_tile_to(at + X_BYTES + r.rank * (Y_BYTES / PAIR), &a.y, slice * SLICE, a.sum.y.head ? head : 0,
+                      key0 + (int32_t)r.rank * (KEYS / PAIR), full, (1 << PAIR) - 1);
       advance(&r);
     }
+}
+
+/* The stage is done with: both blocks of the pair write to it. */
+__device__ static void release(uint32_t empty) {
+  if (threadIdx.x % 32 < PAIR) wn_barrier_arrive_at(empty, threadIdx.x % 32);
 }
 
 template <bool TARGET>
@@ -65,17 +75,18 @@ __device__ static void consume(const wide_params &a, ring r, int32_t row0, int32
       wn_wgmma_commit();
       if (slice > 0) {
         wn_wgmma_wait<1>();
-        if (lane == 0) wn_barrier_arrive(used);
+        release(used);
       }
       used = r.empty + r.stage * 8;
       advance(&r);
     }
     wn_wgmma_wait<0>();
     wn_wgmma_settle(s);
-    if (lane == 0) wn_barrier_arrive(used);
+    release(used);
 #pragma unroll
     for (int i = 0; i < KEYS / 2; i++) sum[i] = wn_kl_folded<TARGET>(sum[i], s[i], t[i / 2 % 2], scale);
   }
+  if (row0 >= a.sum.chunk.n_row_tiles * ROWS) return;
   float *out = a.sum.out + (int64_t)row * a.sum.chunk.columns + key0 + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < KEYS / 2; i += 2)
@@ -85,23 +96,32 @@ __device__ static void consume(const wide_params &a, ring r, int32_t row0, int32
 }
 
 template <bool TARGET>
-__global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_constant__ wide_params a) {
+__global__ static void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(THREADS, 1)
+    wide_kernel(const __grid_constant__ wide_params a) {
   extern __shared__ char memory[];
   __shared__ uint64_t barriers[2 * STAGES];
   const int32_t row0 = blockIdx.x * ROWS, key0 = blockIdx.y * KEYS;
   const int32_t slices = (a.sum.x.width + SLICE - 1) / SLICE;
-  const int2 seen = a.sum.chunk.seen[blockIdx.x];
-  if (key0 + KEYS <= seen.x || key0 >= seen.y) return;
-  ring r = {(wn_shared_address(memory) + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1u), wn_shared_address(barriers), 0, 0, 0};
+  bool seen = false; /* by a row of either block: they go together */
+  for (int32_t i = blockIdx.x / PAIR * PAIR; i < a.sum.chunk.n_row_tiles && i <= ((int32_t)blockIdx.x | (PAIR - 1));
+       i++)
+    seen |= key0 + KEYS > a.sum.chunk.seen[i].x && key0 < a.sum.chunk.seen[i].y;
+  if (!seen) return;
+  ring r = {(wn_shared_address(memory) + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1u),
+            wn_shared_address(barriers),
+            0,
+            0,
+            0,
+            wn_cluster_rank()};
   r.empty = r.full + STAGES * 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       wn_barrier_init(r.full + i * 8, 1);
-      wn_barrier_init(r.empty + i * 8, GROUPS * 4); /* a lane of each multiplying warp */
+      wn_barrier_init(r.empty + i * 8, PAIR * GROUPS * 4); /* each multiplying warp of both blocks */
     }
     wn_barrier_init_fence();
   }
-  __syncthreads();
+  wn_cluster_sync();
   if (threadIdx.x < 128) {
     wn_registers_shrink<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce(a, r, row0, key0, slices);
@@ -109,6 +129,7 @@ __global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_co
     wn_registers_grow<CONSUMER_REGISTERS>();
     consume<TARGET>(a, r, row0, key0, slices);
   }
+  wn_cluster_sync(); /* a block's memory stays while the other may still write or arrive there */
 }
 
 template <typename T>
@@ -142,7 +163,8 @@ wn_status wn_kl_map(CUtensorMap *map, const wn_view<float> &v, int64_t n_rows, i
 
 template <bool TARGET> static wn_status launch(wn_device *device, const wide_params *a) {
   WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel<TARGET>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-  const dim3 grid((unsigned)a->sum.chunk.n_row_tiles, (unsigned)wn_ceil_div(a->sum.chunk.columns, KEYS));
+  const dim3 grid((unsigned)wn_ceil_div(a->sum.chunk.n_row_tiles, PAIR) * PAIR,
+                  (unsigned)wn_ceil_div(a->sum.chunk.columns, KEYS));
   wide_kernel<TARGET><<<grid, THREADS, SHARED_BYTES, wn_cuda_stream(device)>>>(*a);
   WN_CUDA_LAUNCHED("indexer_kl_dense's head sums");
   return NULL;
@@ -152,6 +174,6 @@ wn_status wn_kl_sum_wide(wn_device *device, const wn_kl_sum *sum, bool target) {
   wide_params a = {};
   a.sum = *sum;
   WN_TRY(wn_kl_map(&a.x, sum->x, sum->chunk.n_rows, SLICE, 1, ROWS));
-  WN_TRY(wn_kl_map(&a.y, sum->y, sum->chunk.n_keys, SLICE, 1, KEYS));
+  WN_TRY(wn_kl_map(&a.y, sum->y, sum->chunk.n_keys, SLICE, 1, KEYS / PAIR));
   return target ? launch<true>(device, &a) : launch<false>(device, &a);
 }

@@ -23,6 +23,13 @@ __device__ __forceinline__ void wn_barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void wn_barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+/* Arrives at the barrier that stands at this address in block `rank` of the cluster. */
+__device__ __forceinline__ void wn_barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+               "r"(rank)
+               : "memory");
+}
 /* Until the phase of this parity is over. */
 __device__ __forceinline__ void wn_barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile("{\n.reg .pred done;\nagain:\n"
@@ -46,6 +53,27 @@ __device__ __forceinline__ void wn_copy_tile(uint32_t shared, const CUtensorMap 
                "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared),
                "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
                : "memory");
+}
+
+/* The same to this address in every block of the cluster whose bit is set, arriving at each block's barrier. */
+__device__ __forceinline__ void wn_copy_tile_to(uint32_t shared, const CUtensorMap *map, int32_t c0, int32_t c1,
+                                                int32_t c2, uint32_t barrier, uint16_t blocks) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared),
+               "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(blocks)
+               : "memory");
+}
+
+/* ---- clusters ---- */
+
+__device__ __forceinline__ uint32_t wn_cluster_rank(void) {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/* All threads of all blocks of the cluster; what they wrote before is seen after. */
+__device__ __forceinline__ void wn_cluster_sync(void) {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 /* ---- products ---- */
