@@ -67,7 +67,8 @@ static void weight_gradients_match(void **state) {
 /* What three BF16 terms must get right: values whose low bits count, tiny ones, and infinities that stay infinities. */
 static void an_fp32_gradient_keeps_its_bits(void **state) {
   twin_bench *b = twin_begin(state);
-  static const double gradient[] = {1.0 + 0x1p-23, -0x1.fffffep+5, 0x1.abcdeep-40, 3.0, -0x1p100, 0, INFINITY, -INFINITY};
+  static const double gradient[] = {1.0 + 0x1p-23, -0x1.fffffep+5, 0x1.abcdeep-40, 3.0, -0x1p100, 0,
+                                    INFINITY,      -INFINITY};
   enum { N = sizeof gradient / sizeof *gradient };
   twin dy = twin_tensor(b, WN_STAT, 2, 1, N, 0), x = twin_tensor(b, WN_ACT, 2, 1, 1, 0);
   twin dw = twin_tensor(b, WN_WGRAD, 2, N, 1, 0);
@@ -133,44 +134,110 @@ typedef struct expert_weights {
   twin each[EXPERTS];
 } expert_weights;
 
-static void make_experts(twin_bench *b, expert_weights *w, wn_role role, uint64_t seed, int64_t outputs,
+/* Each of another stride: `margin` times its number. */
+static void make_experts(twin_bench *b, expert_weights *w, wn_role role, uint64_t seed, int64_t margin, int64_t outputs,
                          int64_t inputs) {
   for (int e = 0; e < EXPERTS; e++) {
-    w->each[e] = twin_random(b, role, seed + (uint64_t)e, 1, e, 2, outputs, inputs, 0);
+    w->each[e] = twin_random(b, role, seed + (uint64_t)e, 1, margin * e, 2, outputs, inputs, 0);
     w->cpu[e] = w->each[e].cpu;
     w->cuda[e] = w->each[e].cuda;
   }
 }
 
-/* Empty first, middle and last experts; all rows with one; no rows at all. */
-static const int64_t expert_offsets[][EXPERTS + 1] = {
-    {0, 0, 40, 41, 41, 170, 170}, {0, 7, 15, 64, 65, 100, 131}, {0, 0, 0, 90, 90, 90, 90}, {0, 0, 0, 0, 0, 0, 0}};
+/* Empty first, middle and last experts; all rows with one; no rows at all; more than a tile of rows. */
+static const int64_t expert_offsets[][EXPERTS + 1] = {{0, 0, 40, 41, 41, 170, 170},
+                                                      {0, 7, 15, 64, 65, 100, 131},
+                                                      {0, 0, 0, 90, 90, 90, 90},
+                                                      {0, 0, 0, 0, 0, 0, 0},
+                                                      {0, 300, 428, 428, 431, 700, 829}};
+
+/* Widths and strides that the one-launch form takes, and odd ones. */
+static const struct expert_shape {
+  int64_t inputs, outputs, margin;
+} expert_shapes[] = {{96, 64, 0}, {328, 520, 8}, {8, 264, 16}, {45, 27, 5}, {64, 60, 0}};
+
+static void check_experts(twin_bench *b, const int64_t *offset, struct expert_shape s, wn_accumulate params) {
+  const int64_t n = offset[EXPERTS];
+  expert_weights w, dw;
+  make_experts(b, &w, WN_ACT, 1, s.margin, s.outputs, s.inputs);
+  make_experts(b, &dw, WN_WGRAD, 101, s.margin, s.outputs, s.inputs);
+  twin x = twin_random(b, WN_ACT, 11, 1, s.margin, 2, n, s.inputs, 0);
+  twin dy = twin_random(b, WN_ACT, 12, 1, s.margin, 2, n, s.outputs, 0);
+  twin y = twin_strided(b, WN_ACT, s.margin, 2, n, s.outputs, 0);
+  twin dx = twin_strided(b, WN_ACT, s.margin, 2, n, s.inputs, 0);
+  begin_output(b, &y, params.accumulate, 13);
+  begin_output(b, &dx, params.accumulate, 14);
+  OK(b->cuda->ops->grouped_linear(b->cuda, &y.cuda, &x.cuda, w.cuda, EXPERTS, offset, &params));
+  OK(b->cpu->ops->grouped_linear(b->cpu, &y.cpu, &x.cpu, w.cpu, EXPERTS, offset, &params));
+  twin_close(b, "grouped_linear", &y, twin_bf16);
+  OK(b->cuda->ops->grouped_linear_backward_input(b->cuda, &dx.cuda, &dy.cuda, w.cuda, EXPERTS, offset, &params));
+  OK(b->cpu->ops->grouped_linear_backward_input(b->cpu, &dx.cpu, &dy.cpu, w.cpu, EXPERTS, offset, &params));
+  twin_close(b, "grouped_linear_backward_input", &dx, twin_bf16);
+  OK(b->cuda->ops->grouped_linear_backward_weight(b->cuda, dw.cuda, &dy.cuda, &x.cuda, EXPERTS, offset));
+  OK(b->cpu->ops->grouped_linear_backward_weight(b->cpu, dw.cpu, &dy.cpu, &x.cpu, EXPERTS, offset));
+  for (int e = 0; e < EXPERTS; e++) twin_close(b, "grouped_linear_backward_weight", &dw.each[e], twin_f32);
+}
 
 static void experts_match(void **state) {
   twin_bench *b = twin_begin(state);
   for (size_t i = 0; i < sizeof expert_offsets / sizeof *expert_offsets; i++)
-    for (int form = 0; form < 4; form++) {
-      const int64_t *offset = expert_offsets[i], n = offset[EXPERTS], margin = form & 2 ? 5 : 0;
-      const int64_t inputs = form & 2 ? 45 : 96, outputs = form & 2 ? 27 : 64;
-      wn_accumulate params = {.accumulate = form & 1};
-      expert_weights w, dw;
-      make_experts(b, &w, WN_ACT, 1, outputs, inputs);
-      make_experts(b, &dw, WN_WGRAD, 101, outputs, inputs);
-      twin x = twin_random(b, WN_ACT, 11, 1, margin, 2, n, inputs, 0);
-      twin dy = twin_random(b, WN_ACT, 12, 1, margin, 2, n, outputs, 0);
-      twin y = twin_strided(b, WN_ACT, margin, 2, n, outputs, 0), dx = twin_strided(b, WN_ACT, margin, 2, n, inputs, 0);
-      begin_output(b, &y, params.accumulate, 13);
-      begin_output(b, &dx, params.accumulate, 14);
-      OK(b->cuda->ops->grouped_linear(b->cuda, &y.cuda, &x.cuda, w.cuda, EXPERTS, offset, &params));
-      OK(b->cpu->ops->grouped_linear(b->cpu, &y.cpu, &x.cpu, w.cpu, EXPERTS, offset, &params));
-      twin_close(b, "grouped_linear", &y, twin_bf16);
-      OK(b->cuda->ops->grouped_linear_backward_input(b->cuda, &dx.cuda, &dy.cuda, w.cuda, EXPERTS, offset, &params));
-      OK(b->cpu->ops->grouped_linear_backward_input(b->cpu, &dx.cpu, &dy.cpu, w.cpu, EXPERTS, offset, &params));
-      twin_close(b, "grouped_linear_backward_input", &dx, twin_bf16);
-      OK(b->cuda->ops->grouped_linear_backward_weight(b->cuda, dw.cuda, &dy.cuda, &x.cuda, EXPERTS, offset));
-      OK(b->cpu->ops->grouped_linear_backward_weight(b->cpu, dw.cpu, &dy.cpu, &x.cpu, EXPERTS, offset));
-      for (int e = 0; e < EXPERTS; e++) twin_close(b, "grouped_linear_backward_weight", &dw.each[e], twin_f32);
-    }
+    for (size_t s = 0; s < sizeof expert_shapes / sizeof *expert_shapes; s++)
+      for (int form = 0; form < 2; form++)
+        check_experts(b, expert_offsets[i], expert_shapes[s], (wn_accumulate){.accumulate = form});
+  twin_end(b);
+}
+
+/* What lies around the rows and columns of an output stays as it is. */
+static void experts_write_only_their_own(void **state) {
+  enum { OUTPUTS = 72, INPUTS = 40, ROWS = 150 };
+  static const int64_t offset[] = {3, 60, 140};
+  twin_bench *b = twin_begin(state);
+  twin w[2], x = twin_random(b, WN_ACT, 1, 1, 0, 2, ROWS, INPUTS, 0);
+  twin whole = twin_random(b, WN_ACT, 2, 1, 0, 2, ROWS, OUTPUTS + 16, 0), y = twin_slice(whole, 1, 8, OUTPUTS);
+  wn_tensor cpu[2], cuda[2];
+  for (int e = 0; e < 2; e++) {
+    w[e] = twin_random(b, WN_ACT, 3 + (uint64_t)e, 1, 0, 2, OUTPUTS, INPUTS, 0);
+    cpu[e] = w[e].cpu;
+    cuda[e] = w[e].cuda;
+  }
+  OK(b->cuda->ops->grouped_linear(b->cuda, &y.cuda, &x.cuda, cuda, 2, offset, &(wn_accumulate){0}));
+  OK(b->cpu->ops->grouped_linear(b->cpu, &y.cpu, &x.cpu, cpu, 2, offset, &(wn_accumulate){0}));
+  twin_close(b, "grouped_linear, a slice", &whole, twin_bf16);
+  const twin before = twin_slice(whole, 0, 0, 3), after = twin_slice(whole, 0, 140, 10);
+  const twin left = twin_slice(whole, 1, 0, 8), right = twin_slice(whole, 1, 8 + OUTPUTS, 8);
+  twin_close(b, "rows before", &before, 0);
+  twin_close(b, "rows after", &after, 0);
+  twin_close(b, "columns before", &left, 0);
+  twin_close(b, "columns after", &right, 0);
+  twin_end(b);
+}
+
+/* More experts than one launch takes; every third has no rows. */
+static void hundreds_of_experts_match(void **state) {
+  enum { N = 201, INPUTS = 24, OUTPUTS = 16 };
+  twin_bench *b = twin_begin(state);
+  int64_t offset[N + 1] = {0};
+  wn_tensor cpu[N], cuda[N], dcpu[N], dcuda[N];
+  for (int e = 0; e < N; e++) offset[e + 1] = offset[e] + (e % 3 ? e % 5 : 0);
+  twin w = twin_random(b, WN_ACT, 1, 1, 0, 3, N, OUTPUTS, INPUTS),
+       dw = twin_random(b, WN_WGRAD, 2, 1, 0, 3, N, OUTPUTS, INPUTS);
+  for (int e = 0; e < N; e++) {
+    const twin we = twin_slice(w, 0, e, 1), de = twin_slice(dw, 0, e, 1);
+    cpu[e] = wn_tensor_view(we.cpu, 2, OUTPUTS, INPUTS, 0, 0);
+    cuda[e] = wn_tensor_view(we.cuda, 2, OUTPUTS, INPUTS, 0, 0);
+    dcpu[e] = wn_tensor_view(de.cpu, 2, OUTPUTS, INPUTS, 0, 0);
+    dcuda[e] = wn_tensor_view(de.cuda, 2, OUTPUTS, INPUTS, 0, 0);
+  }
+  twin x = twin_random(b, WN_ACT, 3, 1, 0, 2, offset[N], INPUTS, 0),
+       y = twin_tensor(b, WN_ACT, 2, offset[N], OUTPUTS, 0);
+  twin_poison(b, &y);
+  OK(b->cuda->ops->grouped_linear(b->cuda, &y.cuda, &x.cuda, cuda, N, offset, &(wn_accumulate){0}));
+  OK(b->cpu->ops->grouped_linear(b->cpu, &y.cpu, &x.cpu, cpu, N, offset, &(wn_accumulate){0}));
+  twin_close(b, "grouped_linear", &y, twin_bf16);
+  twin dy = twin_random(b, WN_ACT, 4, 1, 0, 2, offset[N], OUTPUTS, 0);
+  OK(b->cuda->ops->grouped_linear_backward_weight(b->cuda, dcuda, &dy.cuda, &x.cuda, N, offset));
+  OK(b->cpu->ops->grouped_linear_backward_weight(b->cpu, dcpu, &dy.cpu, &x.cpu, N, offset));
+  twin_close(b, "grouped_linear_backward_weight", &dw, twin_f32);
   twin_end(b);
 }
 
@@ -200,14 +267,14 @@ typedef struct repeated {
 
 static void run_all(wn_device *device, void *context) {
   repeated *r = context;
-  wn_tensor w[3], dw[3];
+  wn_tensor w[3], dw[3], one = wn_tensor_slice(r->dw.cuda, 0, 0, r->w.cuda.dim[0]);
   for (int e = 0; e < 3; e++) {
     w[e] = r->w.cuda;
-    dw[e] = r->dw.cuda;
+    dw[e] = wn_tensor_slice(r->dw.cuda, 0, e * one.dim[0], one.dim[0]);
   }
   OK(device->ops->linear(device, &r->y.cuda, &r->x.cuda, &r->w.cuda, &(wn_accumulate){0}));
   OK(device->ops->linear_backward_input(device, &r->dx.cuda, &r->dy.cuda, &r->w.cuda, &(wn_accumulate){0}));
-  OK(device->ops->linear_backward_weight(device, &r->dw.cuda, &r->dy.cuda, &r->x.cuda));
+  OK(device->ops->linear_backward_weight(device, &one, &r->dy.cuda, &r->x.cuda));
   OK(device->ops->linear_backward_weight(device, &r->dw32.cuda, &r->dy32.cuda, &r->x.cuda));
   OK(device->ops->per_head_linear(device, &r->yh.cuda, &r->xh.cuda, &r->wh.cuda, &(wn_per_head_params){0}));
   OK(device->ops->per_head_linear_backward_weight(device, &r->dwh.cuda, &r->xh.cuda, &r->dyh.cuda));
@@ -225,7 +292,7 @@ static void repeats_bit_for_bit(void **state) {
                 .w = twin_random(b, WN_ACT, 3, 1, 0, 2, O, I, 0),
                 .y = twin_tensor(b, WN_ACT, 2, N, O, 0),
                 .dx = twin_tensor(b, WN_ACT, 2, N, I, 0),
-                .dw = twin_tensor(b, WN_WGRAD, 2, O, I, 0),
+                .dw = twin_tensor(b, WN_WGRAD, 2, 3 * O, I, 0),
                 .dy32 = twin_random(b, WN_STAT, 4, 1, 0, 2, N, O, 0),
                 .dw32 = twin_tensor(b, WN_WGRAD, 2, O, I, 0),
                 .xh = twin_random(b, WN_ACT, 5, 1, 0, 3, N, 4, 32),
@@ -284,6 +351,8 @@ int main(void) {
       cmocka_unit_test(no_rows_are_fine),
       cmocka_unit_test(per_head_matches),
       cmocka_unit_test(experts_match),
+      cmocka_unit_test(experts_write_only_their_own),
+      cmocka_unit_test(hundreds_of_experts_match),
       cmocka_unit_test(more_than_two_to_the_31_elements),
       cmocka_unit_test(repeats_bit_for_bit),
       cmocka_unit_test(pieces_are_summed_as_on_the_cpu),
