@@ -179,7 +179,7 @@ static wn_status one(wn_bench *b, const wn_bench_case *c, bool *first, const cha
   wn_arena_release(b->device->scratch, scratch);
   wn_arena_release(b->device->host, host);
   b->s = sizes;
-  return status ? wn_status_prefix(status, "%s: ", c->name) : NULL;
+  return status ? wn_status_prefix(status, "%s", c->name) : NULL;
 }
 
 /* Whether `status` ends the run: not where one of many does not fit or has nothing to begin with, nor where a check
