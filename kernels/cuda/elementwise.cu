@@ -213,8 +213,7 @@ __device__ __forceinline__ float2 turn_of(float angle) {
  * rows, makes their sines and cosines once, and uses them for every head. */
 template <typename T, int N, bool INTERLEAVED>
 __global__ void __launch_bounds__(THREADS) rope_kernel(wn_view<T> x, const __grid_constant__ rope_angles a) {
-  extern __shared__ float2 turns[];     /* [rows_per_block, pairs] cosine and sine */
-  __shared__ float inv_freq[ROPE_HALF]; /* lanes that read different parameters wait for each other: once is enough */
+  extern __shared__ float2 turns[]; /* [rows_per_block, pairs] cosine and sine */
   const int pairs = x.width / 2, units = (INTERLEAVED ? x.width : pairs) / N;
   const int64_t row0 = (int64_t)blockIdx.x * a.rows_per_block;
   const int rows = (int)(x.n - row0 < a.rows_per_block ? x.n - row0 : a.rows_per_block);
@@ -236,10 +235,8 @@ __global__ void __launch_bounds__(THREADS) rope_kernel(wn_view<T> x, const __gri
       if (!INTERLEAVED) wn_read<T, N>(u[i].high, at[i] + pairs);
     }
     if (first == 0) { /* after the loads, which take their time anyway */
-      for (int t = (int)threadIdx.x; t < pairs; t += THREADS) inv_freq[t] = a.inv_freq[t];
-      __syncthreads();
       for (int t = (int)threadIdx.x; t < rows * pairs; t += THREADS) {
-        const float angle = __fmul_rn((float)a.position[row0 + t / pairs], inv_freq[t % pairs]);
+        const float angle = __fmul_rn((float)a.position[row0 + t / pairs], a.inv_freq[t % pairs]);
         const float2 of = turn_of(angle);
         turns[t] = make_float2(of.x, of.y * a.sign);
       }
