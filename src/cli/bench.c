@@ -18,6 +18,15 @@ wn_status wn_bench_host(wn_bench *b, void **out, int64_t bytes) {
   return wn_arena_alloc(b->device->host, out, "bench", (size_t)bytes);
 }
 
+wn_status wn_bench_noise(wn_bench *b) {
+  void *memory;
+  WN_TRY(wn_bench_host(b, &memory, NOISE * (int64_t)sizeof *b->noise));
+  float *noise = b->noise = memory;
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < NOISE; i++) noise[i] = (float)wn_rng_normal(1, WN_RNG_TEST, (uint64_t)i);
+  return NULL;
+}
+
 /* ---- filling ---- */
 
 static wn_tensor flat(wn_tensor t) {

@@ -47,6 +47,8 @@ typedef struct wn_bench {
   wn_tensor *expert;    /* host, [experts] */
 } wn_bench;
 
+/* Makes `noise`; before anything else. */
+WN_MUST_USE wn_status wn_bench_noise(wn_bench *b);
 /* Operand `i`: random normal numbers times `deviation` (0: zeros), from the stash; its bytes count as work. */
 WN_MUST_USE wn_status wn_bench_in(wn_bench *b, wn_role role, double deviation, int32_t rank, int64_t d0, int64_t d1,
                                   int64_t d2);

@@ -1,5 +1,6 @@
-/* `winnow bench`: attention in its three forms, the indexer, selections. Work as in docs/performance.md counts it: a
- * causal row's visible pairs only, a selection's picks only; one multiply-add is two FLOP. */
+/* `winnow bench`: attention in its three forms, the indexer, selections. Work as src/model/flops.h counts it: a causal
+ * row's visible pairs only, a selection's picks only; one multiply-add is two FLOP. The masked form reads every tile
+ * that a row sees, so it counts visible pairs too. */
 #include <math.h>
 #include <stddef.h>
 #include <string.h>

@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/rng.h"
 #include "cli/bench.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
@@ -64,16 +63,6 @@ static wn_status complete(wn_bench_sizes *s, bool gpu) {
   if (s->experts_a_token > s->experts)
     return WN_FAIL(WN_E_USAGE, "--experts is %lld, but a token takes %lld", (long long)s->experts,
                    (long long)s->experts_a_token);
-  return NULL;
-}
-
-static wn_status make_noise(wn_bench *b) {
-  enum { NOISE = 1048573 }; /* as in bench.c */
-  void *memory;
-  WN_TRY(wn_bench_host(b, &memory, NOISE * (int64_t)sizeof *b->noise));
-  b->noise = memory;
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < NOISE; i++) b->noise[i] = (float)wn_rng_normal(1, WN_RNG_TEST, (uint64_t)i);
   return NULL;
 }
 
@@ -248,7 +237,7 @@ static wn_status bench(const bench_flags *f, const char *what, wn_world *world, 
                 .recent = strcmp(f->picks, "recent") == 0};
   bool layer = what && strcmp(what, "layer") == 0;
   WN_TRY_GOTO(status, done, complete(&b.s, device->kind == WN_CUDA));
-  WN_TRY_GOTO(status, done, make_noise(&b));
+  WN_TRY_GOTO(status, done, wn_bench_noise(&b));
   WN_TRY_GOTO(status, done, wn_bench_limits(&b));
   wn_info(log, "copies here: %.3g TB/s; products: %.4g TFLOP/s", b.copy_rate * 1e-12, b.product_rate * 1e-12);
   if (layer)
