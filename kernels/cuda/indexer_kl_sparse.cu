@@ -43,11 +43,14 @@ enum {
   SUM_KEYS = 2 * TILE,       /* of a step of the scatter */
   SUM_ROW = (WIDTH + 8) * 4, /* bytes; the padding keeps rows apart in the banks */
   SUM_BYTES = SUM_KEYS * SUM_ROW,
+  QUERY_BYTES = WARPS * QUERY_STAGES * QUERY_STAGE_BYTES,
+  GRADIENT_BYTES = QUERY_BYTES > 2 * SUM_BYTES ? QUERY_BYTES : 2 * SUM_BYTES,
   BOUND_BITS = 40, /* a bound's unit is 2^-40 of the largest B, or less */
   SUM_BITS = 30    /* of the magnitudes at a key's scale */
 };
 #define FULL_WARP 0xffffffffu
 static const int64_t chunk_pairs = (int64_t)1 << 24; /* picks whose bits and g exist at a time */
+static const int64_t cached_bytes = 32 << 20;        /* of sums at a time: what stays in the L2 cache */
 
 /* A chunk of rows; views begin at its first row. */
 typedef struct job {
@@ -58,6 +61,9 @@ typedef struct job {
   int32_t head0, heads; /* the group's */
   int32_t pitch;        /* picks a row, padded */
   int32_t sum_row;      /* integers a key */
+  int32_t k_row_bytes;
+  int32_t key_from, key_end; /* keys whose gradient this launch makes */
+  bool queries;              /* whether it makes the queries' */
   bool q_vectors, k_vectors, gradients;
   float scale, factor, coeff;
   float *index;            /* [n][pitch]: I, then g */
@@ -153,47 +159,59 @@ __device__ __forceinline__ int32_t tile_picks(const job &j, int64_t row, int32_t
   return threadIdx.x % WARP < TILE && at < n ? j.selection.data[row * j.selection.row + at] : -1;
 }
 
-/* Keys of a tile to a warp's stage. */
+/* Where `picks` end, the tile's first is taken again: its g is 0, and no key is read that the row has not picked. */
+__device__ __forceinline__ int32_t filled(const job &j, int32_t picks) {
+  const int32_t first = __shfl_sync(FULL_WARP, picks, 0);
+  return min(picks < 0 ? first : picks, (int32_t)j.n_keys - 1);
+}
+
+/* Keys of a tile to a warp's stage; the tile has a pick. */
 __device__ __forceinline__ void gather_tile(const job &j, uint32_t stage, int32_t picks) {
   const int32_t lane = (int32_t)threadIdx.x % WARP, chunk = lane % 16;
+  const bool there = chunk * 8 < j.k.width;
+  const char *from = (const char *)(j.k.data + (there ? chunk * 8 : 0));
+  picks = filled(j, picks);
 #pragma unroll
   for (int i = 0; i < TILE / 2; i++) {
     const int32_t r = lane / 16 + 2 * i, key = __shfl_sync(FULL_WARP, picks, r);
-    const bool there = (uint32_t)key < (uint32_t)j.n_keys;
-    stage_chunk(stage + place(r, chunk), j.k.data + (there ? key * j.k.row : 0), chunk * 8, there ? j.k.width : 0,
-                j.k_vectors);
+    if (j.k_vectors)
+      wn_cp_async_16(stage + place(r, chunk), from + (int64_t)key * j.k_row_bytes, there ? 16 : 0);
+    else
+      stage_chunk(stage + place(r, chunk), j.k.data + key * j.k.row, chunk * 8, j.k.width, false);
   }
 }
 
 /* The lane's 32 bits: bit 2 c + b is (key 8 b + lane / 4, head 8 c + 2 (lane % 4)), bit 16 above it the next head. */
 __device__ __forceinline__ uint32_t weigh_tile(float part[2], const float acc[8][4], const float weight[8][2]) {
-  uint32_t bits = 0;
+  uint32_t bits[4] = {0, 0, 0, 0}; /* short chains: few warps are there to hide them */
+  float sum[4][2] = {};
 #pragma unroll
   for (int c = 0; c < 8; c++)
 #pragma unroll
     for (int e = 0; e < 4; e++)
       if (!(acc[c][e] <= 0)) { /* NaN passes */
-        part[e / 2] = fmaf(weight[c][e % 2], acc[c][e], part[e / 2]);
-        bits |= 1u << (2 * c + e / 2 + 16 * (e % 2));
+        sum[c % 2 * 2 + e % 2][e / 2] = fmaf(weight[c][e % 2], acc[c][e], sum[c % 2 * 2 + e % 2][e / 2]);
+        bits[e] |= 1u << (2 * c + e / 2 + 16 * (e % 2));
       }
 #pragma unroll
   for (int b = 0; b < 2; b++) {
+    part[b] = sum[0][b] + sum[1][b] + (sum[2][b] + sum[3][b]);
     part[b] += __shfl_xor_sync(FULL_WARP, part[b], 1);
     part[b] += __shfl_xor_sync(FULL_WARP, part[b], 2);
   }
-  return bits;
+  return bits[0] | bits[1] | (bits[2] | bits[3]);
 }
 
 /* The same bits with keys and heads exchanged: bit 4 (c / 2) + 2 b + c % 2 is (head 8 c + lane / 4, key 8 b + 2 (lane %
  * 4)), bit 16 above it the next key. */
 __device__ __forceinline__ uint32_t turn_bits(uint32_t bits) {
-  uint32_t turned = 0;
+  uint32_t turned[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int c = 0; c < 8; c++)
 #pragma unroll
     for (int b = 0; b < 2; b++)
-      turned |= wn_transpose_8x8(bits >> (2 * c + b) & 0x00010001u) << (4 * (c / 2) + 2 * b + c % 2);
-  return turned;
+      turned[c % 2 * 2 + b] |= wn_transpose_8x8(bits >> (2 * c + b) & 0x00010001u) << (4 * (c / 2) + 2 * b + c % 2);
+  return turned[0] | turned[1] | (turned[2] | turned[3]);
 }
 
 /* A row a block; warp w makes tiles w, w + 4, ... */
@@ -236,7 +254,7 @@ template <bool GRADIENTS> __global__ static void __launch_bounds__(THREADS, 2) s
     }
   int32_t picks = tile_picks(j, row, warp, n);
   for (int32_t s = 0; s < SCORE_STAGES - 1; s++) {
-    gather_tile(j, stages + (uint32_t)(s * TILE_BYTES), picks);
+    if (warp + s * WARPS < tiles) gather_tile(j, stages + (uint32_t)(s * TILE_BYTES), picks);
     wn_cp_async_commit();
     picks = tile_picks(j, row, warp + (s + 1) * WARPS, n);
   }
@@ -245,10 +263,10 @@ template <bool GRADIENTS> __global__ static void __launch_bounds__(THREADS, 2) s
     wn_cp_async_wait<SCORE_STAGES - 2>();
     __syncwarp();
     const int32_t free_stage = (stage + SCORE_STAGES - 1) % SCORE_STAGES;
-    gather_tile(j, stages + (uint32_t)(free_stage * TILE_BYTES), picks);
+    if (t + (SCORE_STAGES - 1) * WARPS < tiles) gather_tile(j, stages + (uint32_t)(free_stage * TILE_BYTES), picks);
     wn_cp_async_commit();
     picks = tile_picks(j, row, t + SCORE_STAGES * WARPS, n);
-    float acc[8][4] = {}, part[2] = {0, 0};
+    float acc[8][4] = {}, part[2];
 #pragma unroll
     for (int s = 0; s < 8; s++) {
       uint32_t a[4];
@@ -342,11 +360,17 @@ __device__ __forceinline__ uint32_t slice_place(int32_t row, int32_t chunk) {
 __device__ __forceinline__ void gather_slice(const job &j, uint32_t stage, int64_t row, int32_t t,
                                              const int32_t picks[2]) {
   const int32_t lane = (int32_t)threadIdx.x % WARP, column = (int32_t)threadIdx.x / WARP * SLICE + lane % 4 * 8;
+  const bool there = column < j.k.width;
+  const char *from = (const char *)(j.k.data + (there ? column : 0));
+  const int32_t first = __shfl_sync(FULL_WARP, picks[0], 0);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const bool there = (uint32_t)picks[i] < (uint32_t)j.n_keys;
-    stage_chunk(stage + slice_place(lane / 4 + 8 * i, lane % 4), j.k.data + (there ? picks[i] * j.k.row : 0), column,
-                there ? j.k.width : 0, j.k_vectors);
+    const uint32_t to = stage + slice_place(lane / 4 + 8 * i, lane % 4);
+    const int32_t key = min(picks[i] < 0 ? first : picks[i], (int32_t)j.n_keys - 1);
+    if (j.k_vectors)
+      wn_cp_async_16(to, from + (int64_t)key * j.k_row_bytes, there ? 16 : 0);
+    else
+      stage_chunk(to, j.k.data + key * j.k.row, column, j.k.width, false);
   }
   const uint32_t *bits = j.turned + (row * (j.pitch / TILE) + t) * WARP;
   const float *g = j.index + row * j.pitch + t * TILE;
@@ -413,10 +437,8 @@ __device__ static void finish_queries(const job &j, const float u[4][4][4], int6
 }
 
 /* A row a block, 32 columns a warp: dq and dw. */
-__global__ static void __launch_bounds__(THREADS, 4) query_kernel(job j) {
-  extern __shared__ uint4 memory[];
+__device__ static void query_row(const job &j, int64_t row, uint4 *memory) {
   __shared__ float dots[WARPS][HEADS];
-  const int64_t row = blockIdx.x;
   const int32_t warp = (int32_t)threadIdx.x / WARP, n = j.count[row];
   const int32_t tiles = warp * SLICE < j.q.width ? (n + TILE - 1) / TILE : 0;
   const uint32_t stages = wn_shared_address(memory) + (uint32_t)(warp * QUERY_STAGES * QUERY_STAGE_BYTES);
@@ -508,39 +530,52 @@ __device__ __forceinline__ void step_sums(char *to, const uint32_t bits[2], cons
 
 /* What a lane knows of pick i: the first 8 lanes of a warp look after 8 keys of every step. */
 typedef struct pick {
-  int32_t key; /* -1: none */
+  int32_t key; /* -1: none of this launch's */
   float g;
 } pick;
 __device__ __forceinline__ pick pick_of(const job &j, int64_t row, int32_t i, int32_t n) {
   pick x = {-1, 0};
   if (i < n) x = pick{j.selection.data[row * j.selection.row + i], j.index[row * j.pitch + i]};
-  if ((uint32_t)x.key >= (uint32_t)j.n_keys) x.key = -1;
+  if (x.key < j.key_from || x.key >= j.key_end) x = pick{-1, 0};
   return x;
+}
+
+/* How many of a row's n ascending picks lie below `key`; the warp asks together. */
+__device__ static int32_t picks_below(const job &j, int64_t row, int32_t n, int32_t key) {
+  const int32_t lane = (int32_t)threadIdx.x % WARP, *picks = j.selection.data + row * j.selection.row;
+  int32_t low = 0, high = n; /* the answer is in low .. high */
+  while (low < high) {
+    const int32_t step = (high - low + WARP - 1) / WARP, at = low + lane * step;
+    const int32_t below = __popc(__ballot_sync(FULL_WARP, at < high && picks[at] < key));
+    high = min(high, low + below * step);
+    low = below ? low + (below - 1) * step + 1 : low;
+  }
+  return low;
 }
 
 /* A row a block, 32 columns a warp: each pick's contribution to dk, as integers, added to its key's by the copy engine.
  * Two buffers: while one is read, the other is written; a barrier a step. */
-__global__ static void __launch_bounds__(THREADS, 4) key_kernel(job j) {
-  extern __shared__ uint4 memory[];
+__device__ static void key_row(const job &j, int64_t row, uint4 *memory) {
   __shared__ float gain[2][SUM_KEYS];
-  const int64_t row = blockIdx.x;
-  const int32_t lane = (int32_t)threadIdx.x % WARP, warp = (int32_t)threadIdx.x / WARP, n = j.count[row];
+  const int32_t lane = (int32_t)threadIdx.x % WARP, warp = (int32_t)threadIdx.x / WARP, all = j.count[row];
   const int32_t own = warp * 8 + lane; /* of lanes below 8 */
   const bool keeper = lane < 8;
-  if (n == 0) return;
+  const int32_t begin = picks_below(j, row, all, j.key_from) / SUM_KEYS * SUM_KEYS;
+  const int32_t n = picks_below(j, row, all, j.key_end);
+  if (begin >= n) return;
   uint32_t b[4][4][2], bits[2];
   weighted_queries(b, j, row, memory);
   const uint32_t *words = j.bits + row * (j.pitch / TILE) * WARP + lane;
   pick now = {-1, 0}, next = {-1, 0};
   if (keeper) {
-    now = pick_of(j, row, own, n);
-    next = pick_of(j, row, own + SUM_KEYS, n);
+    now = pick_of(j, row, begin + own, n);
+    next = pick_of(j, row, begin + own + SUM_KEYS, n);
     gain[0][own] = now.key >= 0 ? now.g * j.key_scale[now.key] : 0.0f;
   }
-  bits[0] = words[0];
-  bits[1] = n > TILE ? words[WARP] : 0;
+  bits[0] = words[begin / TILE * WARP];
+  bits[1] = begin + TILE < n ? words[(begin / TILE + 1) * WARP] : 0;
   __syncthreads();
-  for (int32_t from = 0, buffer = 0; from < n; from += SUM_KEYS, buffer ^= 1) {
+  for (int32_t from = begin, buffer = 0; from < n; from += SUM_KEYS, buffer ^= 1) {
     char *sums = (char *)memory + buffer * SUM_BYTES;
     uint32_t coming[2] = {0, 0};
     pick after = {-1, 0};
@@ -570,6 +605,18 @@ __global__ static void __launch_bounds__(THREADS, 4) key_kernel(job j) {
     bits[1] = coming[1];
   }
   if (keeper) wn_bulk_wait_read();
+}
+
+/* Of a launch that makes both, even blocks make queries' gradients, which is arithmetic, odd ones those of keys, which
+ * is traffic: side by side on every multiprocessor each hides behind the other. */
+__global__ static void __launch_bounds__(THREADS, 4) gradients_kernel(job j) {
+  extern __shared__ uint4 memory[];
+  if (!j.queries)
+    key_row(j, blockIdx.x, memory);
+  else if (blockIdx.x % 2 == 0)
+    query_row(j, blockIdx.x / 2, memory);
+  else
+    key_row(j, blockIdx.x / 2, memory);
 }
 
 /* dk += sums / scale */
@@ -607,9 +654,7 @@ static wn_status lay_out(wn_device *device, job *j, int64_t rows, int64_t groups
 static wn_status ask_shared(void) {
   WN_CUDA_TRY(cudaFuncSetAttribute(scores_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, SCORE_BYTES));
   WN_CUDA_TRY(cudaFuncSetAttribute(scores_kernel<false>, cudaFuncAttributeMaxDynamicSharedMemorySize, SCORE_BYTES));
-  WN_CUDA_TRY(cudaFuncSetAttribute(query_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   WARPS * QUERY_STAGES * QUERY_STAGE_BYTES));
-  WN_CUDA_TRY(cudaFuncSetAttribute(key_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 2 * SUM_BYTES));
+  WN_CUDA_TRY(cudaFuncSetAttribute(gradients_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GRADIENT_BYTES));
   return NULL;
 }
 
@@ -626,19 +671,34 @@ static job group_of(const job *j, int32_t head0) {
   return g;
 }
 
+/* dq and dw, and the integer sums of dk: of all keys at once, or as many at a time as the cache holds. */
+static void launch_gradients(cudaStream_t stream, const job *j) {
+  const int64_t parts = wn_ceil_div(j->n_keys * j->sum_row * 4, cached_bytes);
+  const int64_t keys = parts ? wn_ceil_div(j->n_keys, parts) : 1;
+  const unsigned rows = (unsigned)j->n;
+  for (int32_t head0 = 0; head0 < j->q.heads; head0 += HEADS) {
+    job g = group_of(j, head0);
+    int64_t from = 0;
+    do {
+      g.key_from = (int32_t)from;
+      g.key_end = (int32_t)(j->n_keys - from < keys ? j->n_keys : from + keys);
+      g.queries = from == 0;
+      gradients_kernel<<<g.queries ? 2 * rows : rows, THREADS, GRADIENT_BYTES, stream>>>(g);
+      from += keys;
+    } while (from < j->n_keys);
+  }
+}
+
 static wn_status run_gradients(wn_device *device, const job *j) {
   cudaStream_t stream = wn_cuda_stream(device);
-  const unsigned rows = (unsigned)j->n;
-  scale_kernel<<<(unsigned)wn_ceil_div(j->n_keys, LOSS_THREADS), LOSS_THREADS, 0, stream>>>(*j);
-  WN_CUDA_TRY(cudaMemsetAsync(j->sums, 0, (size_t)(j->n_keys * j->sum_row * 4), stream));
-  for (int32_t head0 = 0; head0 < j->q.heads; head0 += HEADS) {
-    const job g = group_of(j, head0);
-    query_kernel<<<rows, THREADS, WARPS * QUERY_STAGES * QUERY_STAGE_BYTES, stream>>>(g);
-    key_kernel<<<rows, THREADS, 2 * SUM_BYTES, stream>>>(g);
-  }
   const int64_t blocks = wn_ceil_div(j->n_keys * j->dk.width, LOSS_THREADS);
   const int64_t most = (int64_t)wn_cuda_of(device)->n_sms * 16;
-  finish_kernel<<<(unsigned)(blocks < most ? blocks : most), LOSS_THREADS, 0, stream>>>(*j);
+  if (j->n_keys > 0) {
+    scale_kernel<<<(unsigned)wn_ceil_div(j->n_keys, LOSS_THREADS), LOSS_THREADS, 0, stream>>>(*j);
+    WN_CUDA_TRY(cudaMemsetAsync(j->sums, 0, (size_t)(j->n_keys * j->sum_row * 4), stream));
+  }
+  launch_gradients(stream, j);
+  if (j->n_keys > 0) finish_kernel<<<(unsigned)(blocks < most ? blocks : most), LOSS_THREADS, 0, stream>>>(*j);
   WN_CUDA_LAUNCHED("indexer_kl_sparse's gradients");
   return NULL;
 }
@@ -706,6 +766,8 @@ wn_status wn_cuda_indexer_kl_sparse(wn_device *device, wn_tensor *kl, wn_tensor 
   j.n_keys = rows->n_keys;
   j.pitch = (int32_t)(wn_ceil_div(picks, PAD_PICKS) * PAD_PICKS);
   j.sum_row = (int32_t)wn_ceil_div(width, 4) * 4;
+  WN_ASSERT(j.k.row * 2 <= INT32_MAX, "keys every %lld elements", (long long)j.k.row);
+  j.k_row_bytes = (int32_t)(j.k.row * 2);
   j.q_vectors = wn_view_vectors(j.q);
   j.k_vectors = wn_view_vectors(j.k);
   j.scale = (float)params->scale;

@@ -125,7 +125,7 @@ static const shape shapes[] = {
     {33, 50, 0, false, 3, 17, 9, 3, false},       {40, 300, 0, false, 64, 128, 256, 8, false},
     {20, 100, 0, false, 70, 96, 48, 0, false},    {130, 130, 37, true, 16, 64, 20, 0, false},
     {17, 90, 0, true, 130, 100, 33, 1, false},    {9, 700, 0, false, 64, 128, 600, 0, true},
-    {64, 2100, 0, false, 64, 128, 2048, 0, true},
+    {64, 2100, 0, false, 64, 128, 2048, 0, true}, {60, 70000, 0, true, 4, 128, 64, 0, true},
 };
 
 static void agrees_with_the_cpu(void **state) {
