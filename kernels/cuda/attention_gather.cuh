@@ -57,21 +57,28 @@ __device__ __forceinline__ void wn_store_shared_4(uint32_t at, uint32_t x) {
 }
 
 /* One row into a tile by eight threads (`eighth` 0 .. 7): `width` elements of `from` (NULL: zeros), zeros up to column
- * 8 `pieces`. aligned: from is a multiple of 16 bytes; `valid` is any address that may be named. */
+ * 8 `pieces`. aligned: from is a multiple of 16 bytes; `valid` is a row that may be named. */
 __device__ __forceinline__ void wn_load_row(uint32_t tile, int rows, int row, const wn_bf16 *from, int width,
                                             int pieces, int eighth, bool aligned, const wn_bf16 *valid) {
+  const uint32_t at = tile + wn_tile_at(rows, row, eighth), panel_bytes = (uint32_t)(rows * WN_PANEL_ROW_BYTES);
+  if (aligned) {
+    const wn_bf16 *source = (from ? from : valid) + eighth * WN_PIECE_COLUMNS;
+    const int whole = width / WN_PANEL_COLUMNS;
+#pragma unroll 3
+    for (int panel = 0; panel < whole; panel++)
+      wn_cp_async_16(at + panel * panel_bytes, source + panel * WN_PANEL_COLUMNS, from ? 16 : 0);
+    if (whole * 8 + eighth >= pieces) return;
+    const int left = from ? width - (whole * 8 + eighth) * WN_PIECE_COLUMNS : 0, bytes = left >= 8 ? 16 : 2 * left;
+    wn_cp_async_16(at + whole * panel_bytes, bytes > 0 ? source + whole * WN_PANEL_COLUMNS : valid,
+                   bytes > 0 ? (uint32_t)bytes : 0);
+    return;
+  }
   for (int piece = eighth; piece < pieces; piece += 8) {
-    const uint32_t at = tile + wn_tile_at(rows, row, piece);
     const int left = from ? width - piece * WN_PIECE_COLUMNS : 0;
-    if (aligned) {
-      const int bytes = left >= 8 ? 16 : left > 0 ? 2 * left : 0;
-      wn_cp_async_16(at, bytes ? from + piece * WN_PIECE_COLUMNS : valid, (uint32_t)bytes);
-      continue;
-    }
     __align__(16) uint16_t x[8];
 #pragma unroll
     for (int e = 0; e < 8; e++) x[e] = e < left ? ((const uint16_t *)from)[piece * WN_PIECE_COLUMNS + e] : 0;
-    wn_store_shared_16(at, *(const uint4 *)x);
+    wn_store_shared_16(at + (piece >> 3) * panel_bytes, *(const uint4 *)x);
   }
 }
 
@@ -184,10 +191,6 @@ __device__ __forceinline__ void wn_store_pair(wn_bf16 *row, int column, int widt
   if (column < width) row[column] = __float2bfloat16_rn(x);
   if (column + 1 < width) row[column + 1] = __float2bfloat16_rn(y);
 }
-
-/* How many keys attention_sparse_backward summed twice since the program began, for tests: waits for the device; -1
- * where that fails. */
-extern "C" int64_t wn_cuda_sparse_summed_again(wn_device *device);
 
 /* Rows that cp.async may read; pairs that one 4-byte store may write. */
 static inline bool wn_gather_aligned(const wn_view<wn_bf16> &v) {

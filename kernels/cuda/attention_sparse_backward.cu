@@ -1,74 +1,45 @@
 /* Absorbed attention over a selection, backward: one block per row and 64 (or 16) heads, as in the forward. For each
  * tile of 64 picks: four warps make s = q kv^T, four dp = d_o v^T; pairs swap halves, so that all make
  * p = exp(s - lse) and ds = p (dp - delta) scale; dq += ds kv stays in registers; the picks' gradients
- * ds^T q + p^T d_o, summed over the block's heads, leave for dkv while the next tile is gathered.
+ * ds^T q + p^T d_o, summed over the block's heads, leave for dkv while the next tile is gathered. dkv is summed in
+ * integers, in several launches: attention_sparse_sums.cuh.
  *
- * Any row may pick any key, so dkv is summed in 32-bit integers, which no order can change: x is added as
- * round(scale[key] x), two columns in one 64-bit addition, scale[key] a power of two. What makes this exact enough:
- * 1. Pick counts of every key, and a launch over every 64th row that keeps the largest contribution to each key. From
- *    both an estimate of the sum of magnitudes, with headroom, hence scale[key].
- * 2. The launch over all rows. Beside the sums it keeps, per key and warp, the sum of each contribution's largest
- *    magnitude in units, which bounds every partial sum, and the largest contribution.
- * 3. Keys whose bound passed 2^31, or whose contributions were too few units, get the scale that the largest
- *    contribution times the count allows (it cannot overflow), zeroed sums, and a second launch, which skips tiles
- *    without such keys; where there are none its blocks return at once. Nobody asks the host.
- * 4. dkv += sums / scale.
- */
+ * Ladder, 4096 rows, 8192 keys, 128 heads of 512 + 64, k 2048 (5.91 TFLOP), random picks, with p, all launches counted,
+ * on an H200:
+ *   1  mma.sync, gather with a test in front of every copy    43.5 ms, 136 TFLOP/s, 17% of cuBLAS's 780
+ *   2  wgmma, for values of 512 columns, more than 16 heads   21.1 ms, 280 TFLOP/s, 36%
+ * (local picks 21.0 ms; 32768 keys 22.4 and 21.1 ms; p alone 7.7 ms). 16 heads, 16384 keys, k 1024 (0.369 TFLOP):
+ * 5.87 ms at first, 6.2 ms now, 60 TFLOP/s. */
 #include <math.h>
 
 #include "kernels/cuda/attention_gather.cuh"
+#include "kernels/cuda/attention_sparse_sums.cuh"
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/ptx/panels.cuh"
 
 typedef enum pass {
   ALL_ROWS,     /* dq, p, sums and bounds */
-  SAMPLED_ROWS, /* every SAMPLE-th row, largest contributions only */
+  SAMPLED_ROWS, /* every WN_SPARSE_SAMPLE-th row, largest contributions only */
   AGAIN,        /* sums of the keys marked so */
   ONLY_P
 } pass;
-
-enum {
-  SAMPLE = 64,
-  SUM_BITS = 29,      /* bounds are scaled below 2^30: half of it is left for rounding */
-  FEW_UNITS = 256,    /* a mean contribution below this many units is summed again if that helps */
-  WORTH_IT = 4,       /* that is, if the scale rises by this factor */
-  WELL_SAMPLED = 512, /* picks of a key from which the sample's largest is close to the largest */
-  FINISH_THREADS = 256,
-  UNSAMPLED_LOG2 = 5 /* headroom over the typical key's largest, for keys that the sample missed */
-};
-
-/* What is kept for each key beside its sums. All of it begins as zeros. */
-typedef struct key_state {
-  int32_t *count;            /* rows that picked it */
-  uint32_t *sampled, *most;  /* bits of the largest |contribution|, in the sample and in all rows */
-  unsigned long long *bound; /* [m][8 warps]: sum of the largest |contribution| of the warp's columns, in units */
-  float *scale;              /* units per 1 */
-  uint32_t *again;           /* 1: summed again */
-  uint32_t *global;          /* of all keys: see GLOBAL_* */
-  int32_t *sums;             /* [m][pitch] */
-  int32_t pitch;
-} key_state;
-
-enum { GLOBAL_MOST, GLOBAL_EXPONENTS, GLOBAL_SAMPLED, GLOBAL_AGAIN, N_GLOBAL };
 
 typedef struct backward_args {
   wn_view<wn_bf16> q, kv, d_o, dq;
   wn_view<float> lse, delta, p; /* p.data NULL: not wanted. With groups > 1 it is the partial means, below */
   float *p_partial;             /* [groups][n][k] where groups > 1 */
   wn_view<int32_t> selection;
-  key_state keys;
+  wn_sparse_sums keys;
   float scale, scale_log2;
   int32_t v_width, groups;
   pass what;
   bool q_aligned, kv_aligned, d_o_aligned, dq_pairs;
 } backward_args;
 
-/* Keys that were summed twice since the program began: for tests, which have to see that it happened. */
-__device__ static unsigned long long summed_again;
-
 template <int MT> struct backward_layout {
   uint32_t q, d_o, kv, p, ds, bytes;
   float *lse, *delta; /* [HEADS], lse in log2 units */
-  float *p_sum;       /* [WM][64 keys] */
+  float *p_sum;       /* [up to 4 parts of the heads][64 keys] */
   float *scale;       /* [64 keys]; 0: no sum wanted */
   int32_t *key;       /* [64], -1 past the end */
   int *count;
@@ -94,7 +65,7 @@ __host__ __device__ static backward_layout<MT> lay_out(char *memory, uint32_t ba
   l.delta = (float *)(memory + at);
   at += S::HEADS * 4;
   l.p_sum = (float *)(memory + at);
-  at += S::WM * WN_SPARSE_KEYS * 4;
+  at += 4 * WN_SPARSE_KEYS * 4;
   l.scale = (float *)(memory + at);
   at += WN_SPARSE_KEYS * 4;
   l.key = (int32_t *)(memory + at);
@@ -219,15 +190,14 @@ __device__ __forceinline__ static void multiply_heads(float acc[2][NB][4], uint3
   }
 }
 
-__device__ __forceinline__ static uint32_t magnitude_bits(float x) {
-  return __float_as_uint(x) & 0x7fffffffu;
-}
-
-/* Both columns in one addition: the sum of such words is the sum of the low columns plus 2^32 times that of the high
- * ones, and comes apart again exactly while each fits 32 bits. */
-__device__ __forceinline__ static void add_pair(int32_t *at, int32_t low, int32_t high) {
-  const unsigned long long both = ((unsigned long long)(uint32_t)high << 32) + (unsigned long long)(long long)low;
-  atomicAdd((unsigned long long *)at, both);
+/* The largest magnitude of one contribution in a slice of columns, which four lanes hold. */
+__device__ __forceinline__ static void record_most(const backward_args &a, int32_t key, int slice, uint32_t most,
+                                                   float scale) {
+  most = max(most, __shfl_xor_sync(0xffffffffu, most, 1));
+  most = max(most, __shfl_xor_sync(0xffffffffu, most, 2));
+  if ((threadIdx.x & 3) != 0 || key < 0) return;
+  if (a.what == SAMPLED_ROWS) wn_add_sampled(a.keys, key, most);
+  if (a.what == ALL_ROWS) wn_add_bound(a.keys, key, slice, most, scale);
 }
 
 /* The tile's contributions to dkv, this warp's columns: into the sums, or (in the sample) only their largest. */
@@ -262,46 +232,31 @@ __device__ static void scatter(const backward_args &a, const backward_layout<MT>
             const float x = acc[mi][ni][2 * e], y = acc[mi][ni][2 * e + 1];
             const int column = (tile + ni) * 8 + 2 * (lane & 3);
             if (column >= a.kv.width) continue;
-            most[mi][e] = max(most[mi][e], max(magnitude_bits(x), magnitude_bits(y)));
+            most[mi][e] = max(most[mi][e], max(wn_magnitude_bits(x), wn_magnitude_bits(y)));
             if (a.what == SAMPLED_ROWS || scale[mi][e] == 0) continue;
-            add_pair(a.keys.sums + (int64_t)key[mi][e] * a.keys.pitch + column, __float2int_rn(x * scale[mi][e]),
-                     __float2int_rn(y * scale[mi][e]));
+            wn_add_pair(a.keys.sums + (int64_t)key[mi][e] * a.keys.pitch + column, x, y, scale[mi][e]);
           }
     }
 #pragma unroll
     for (int mi = 0; mi < 2; mi++)
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        uint32_t top = most[mi][e];
-        top = max(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = max(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        if ((lane & 3) != 0 || top == 0 || key[mi][e] < 0 || a.what == AGAIN) continue;
-        if (a.what == SAMPLED_ROWS) {
-          atomicMax(a.keys.sampled + key[mi][e], top);
-          atomicMax(a.keys.global + GLOBAL_MOST, top);
-          continue;
-        }
-        atomicMax(a.keys.most + key[mi][e], top);
-        atomicAdd(a.keys.bound + (int64_t)key[mi][e] * WN_SPARSE_WARPS + warp,
-                  (unsigned long long)__float2uint_ru(__uint_as_float(top) * scale[mi][e]));
-      }
+      for (int e = 0; e < 2; e++) record_most(a, key[mi][e], warp, most[mi][e], scale[mi][e]);
   }
 }
 
 /* The head means of this tile's p, of all heads or of this group's. */
-template <int MT>
-__device__ static void store_p(const backward_args &a, const backward_layout<MT> &l, int64_t row, int group, int t) {
+__device__ static void store_p(const backward_args &a, const float *p_sum, int parts, int64_t row, int group, int t) {
   const int j = t * WN_SPARSE_KEYS + threadIdx.x;
   if (threadIdx.x >= WN_SPARSE_KEYS || j >= a.selection.width) return;
   float sum = 0;
-  for (int wm = 0; wm < wn_split<MT>::WM; wm++) sum += l.p_sum[wm * WN_SPARSE_KEYS + threadIdx.x];
+  for (int i = 0; i < parts; i++) sum += p_sum[i * WN_SPARSE_KEYS + threadIdx.x];
   if (a.groups > 1)
     a.p_partial[((int64_t)group * a.selection.n + row) * a.selection.width + j] = sum;
   else
     a.p.data[row * a.p.row + j] = sum / (float)a.q.heads;
 }
 
-template <int MT> __device__ static void clear_p(const backward_args &a, int64_t row, int group, int from) {
+__device__ static void clear_p(const backward_args &a, int64_t row, int group, int from) {
   for (int j = from + threadIdx.x; j < a.selection.width; j += WN_SPARSE_THREADS)
     if (a.groups > 1)
       a.p_partial[((int64_t)group * a.selection.n + row) * a.selection.width + j] = 0;
@@ -340,33 +295,37 @@ __device__ static void load_row(const backward_args &a, const backward_layout<MT
   l.delta[threadIdx.x] = there && a.what != ONLY_P ? a.delta.data[row * a.delta.row + head] : 0;
 }
 
-/* This tile's keys and scales to shared memory, by the threads that gather its rows; in a launch AGAIN, whether any of
- * its keys is marked. */
+/* The scales of a tile's keys, by the threads that publish them; 0: no sum is wanted. */
+__device__ __forceinline__ static void read_scales(const backward_args &a, float scale[2], const int32_t key[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    scale[r] = 0;
+    if ((threadIdx.x & 7) != 0 || key[r] < 0) continue;
+    if (a.what == ALL_ROWS || (a.what == AGAIN && a.keys.again[key[r]])) scale[r] = a.keys.scale[key[r]];
+  }
+}
+
+/* This tile's keys and scales to shared memory, by the threads that gather its rows; whether there is something to do
+ * for any of them. */
 template <int MT>
-__device__ static bool publish_keys(const backward_args &a, const backward_layout<MT> &l, const int32_t key[2]) {
-  bool wanted = a.what != AGAIN;
+__device__ static bool publish_keys(const backward_args &a, const backward_layout<MT> &l, const int32_t key[2],
+                                    const float scale[2]) {
   if ((threadIdx.x & 7) == 0)
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int j = (threadIdx.x >> 3) + 32 * r;
-      float scale = 0;
-      if (key[r] >= 0 && (a.what == ALL_ROWS || (a.what == AGAIN && a.keys.again[key[r]]))) {
-        scale = a.keys.scale[key[r]];
-        wanted = true;
-      }
-      l.key[j] = key[r];
-      l.scale[j] = scale;
+      l.key[(threadIdx.x >> 3) + 32 * r] = key[r];
+      l.scale[(threadIdx.x >> 3) + 32 * r] = scale[r];
     }
-  return wanted;
+  return a.what != AGAIN || scale[0] != 0 || scale[1] != 0;
 }
 
 template <int MT, int NT>
 __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void backward_kernel(const backward_args a) {
   typedef wn_split<MT> S;
   extern __shared__ __align__(1024) char memory[];
-  if (a.what == AGAIN && a.keys.global[GLOBAL_AGAIN] == 0) return;
+  if (a.what == AGAIN && a.keys.global[WN_SPARSE_AGAIN] == 0) return;
   const backward_layout<MT> l = lay_out<MT>(memory, wn_shared_address(memory), a.kv.width, a.v_width);
-  const int64_t row = (int64_t)(blockIdx.x / a.groups) * (a.what == SAMPLED_ROWS ? SAMPLE : 1);
+  const int64_t row = (int64_t)(blockIdx.x / a.groups) * (a.what == SAMPLED_ROWS ? WN_SPARSE_SAMPLE : 1);
   const int group = (int)(blockIdx.x % a.groups), first_head = group * S::HEADS;
   const int warp = threadIdx.x >> 5, side = warp >> 2, block = warp & 3, wm = block % S::WM, wn = block / S::WM;
   const int32_t *pick = a.selection.data + row * a.selection.row;
@@ -387,7 +346,9 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void backward_kernel(c
   const int steps = ((side ? a.v_width : a.kv.width) + 15) / 16;
   for (int t = 0; t < tiles; t++) {
     wn_cp_async_wait<0>();
-    const bool mine = publish_keys<MT>(a, l, key);
+    float scale[2];
+    read_scales(a, scale, key);
+    const bool mine = publish_keys<MT>(a, l, key, scale);
     const bool wanted = __syncthreads_or(mine);
     wn_read_picks(key, pick, t + 1, count);
     if (wanted) {
@@ -399,7 +360,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void backward_kernel(c
       }
       make_p_ds<MT>(s, dp, l, a.scale, a.scale_log2, count - t * WN_SPARSE_KEYS, wm, wn, side);
       __syncthreads();
-      if (a.p.data && (a.what == ALL_ROWS || a.what == ONLY_P)) store_p<MT>(a, l, row, group, t);
+      if (a.p.data && (a.what == ALL_ROWS || a.what == ONLY_P)) store_p(a, l.p_sum, S::WM, row, group, t);
       if (a.what == ALL_ROWS) wn_multiply_columns<MT, NT>(dq, l.ds, l.kv, warp, a.kv.width);
     }
     __syncthreads(); /* the tile has served */
@@ -408,96 +369,251 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void backward_kernel(c
     if (wanted && a.what != ONLY_P) scatter<MT, NT>(a, l, warp);
     __syncthreads(); /* p, ds and the keys have served */
   }
-  if (a.p.data && (a.what == ALL_ROWS || a.what == ONLY_P)) clear_p<MT>(a, row, group, tiles * WN_SPARSE_KEYS);
+  if (a.p.data && (a.what == ALL_ROWS || a.what == ONLY_P)) clear_p(a, row, group, tiles * WN_SPARSE_KEYS);
   if (a.what == ALL_ROWS) store_dq<MT, NT>(a, dq, row, first_head, warp);
 }
 
-/* ---- scales ---- */
+/* ---- values of 512 columns, many heads: the same by two warpgroups ---- */
 
-__global__ static void count_kernel(wn_view<int32_t> selection, int32_t *count) {
-  const int64_t all = selection.n * selection.width, step = (int64_t)gridDim.x * blockDim.x;
-  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
-    const int32_t key = selection.data[i / selection.width * selection.row + i % selection.width];
-    if (key >= 0) atomicAdd(count + key, 1);
-  }
-}
+enum {
+  WIDE_HEADS = 64,
+  WIDE_VALUES = 512,
+  WIDE_MAIN = 32, /* n-tiles of dq that a group owns: 256 columns */
+  WIDE_REST = 4,  /* and half of the panel past the values */
+  ROW_STEP = 16 * WN_PANEL_ROW_BYTES,
+  PANEL_BYTES = 64 * WN_PANEL_ROW_BYTES,
+  REST_PANEL = WIDE_VALUES / WN_PANEL_COLUMNS
+};
 
-__device__ static bool finite_bits(uint32_t magnitude) {
-  return magnitude < 0x7f800000u;
-}
-
-/* The largest power of two that keeps a sum of magnitudes below 2^(SUM_BITS + 1) units. */
-__device__ static float scale_for(double sum) {
-  const int most = 120; /* the scale and its inverse stay normal numbers */
-  if (!(sum > 0)) return 1;
-  const int e = isfinite(sum) ? SUM_BITS - ilogb(sum) : -most;
-  return (float)ldexp(1.0, min(max(e, -most), most));
-}
-
-/* Sum of the exponents of what the sample saw, over keys: which order they come in does not matter. */
-enum { EXPONENT_OFFSET = 256 };
-__global__ static void exponents_kernel(key_state keys, int64_t m) {
-  const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  const uint32_t bits = i < m ? keys.sampled[i] : 0;
-  const bool counts = bits != 0 && finite_bits(bits);
-  const unsigned exponent = counts ? (unsigned)(ilogbf(__uint_as_float(bits)) + EXPONENT_OFFSET) : 0;
-  const unsigned sum = __reduce_add_sync(0xffffffffu, exponent), n = __reduce_add_sync(0xffffffffu, counts);
-  if ((threadIdx.x & 31) != 0 || n == 0) return;
-  atomicAdd(keys.global + GLOBAL_EXPONENTS, sum);
-  atomicAdd(keys.global + GLOBAL_SAMPLED, n);
-}
-
-/* The first scale: twice what the contributions would sum to, were each the largest that may be expected. */
-__global__ static void scale_kernel(key_state keys, int64_t m, int groups) {
-  const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= m) return;
-  const double most = __uint_as_float(keys.global[GLOBAL_MOST]), own = __uint_as_float(keys.sampled[i]);
-  const int sampled = (int)keys.global[GLOBAL_SAMPLED];
-  double each = own * (keys.count[i] >= WELL_SAMPLED ? 4 : 16);
-  if (own == 0 && sampled)
-    each = ldexp(1.0, (int)(keys.global[GLOBAL_EXPONENTS] / sampled) - EXPONENT_OFFSET + UNSAMPLED_LOG2);
-  keys.scale[i] = scale_for(2.0 * keys.count[i] * groups * fmin(each, most));
-}
-
-/* One warp per key: is its sum sound? */
-__global__ static void review_kernel(key_state keys, int64_t m, int groups) {
-  const int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+/* Group 0: s = q kv^T; group 1: dp = d_o v^T; 64 heads, 64 keys. Then they swap halves as in swap_sides: s and dp of
+ * the group's 32 keys; a thread's heads are 16 warp + lane / 4 and that plus 8. */
+__device__ static void wide_logits(float (&s)[4][4], float (&dp)[4][4], const backward_layout<4> &l, float4 *p_room,
+                                   float4 *ds_room, int steps, int group, int warp) {
   const int lane = threadIdx.x & 31;
-  if (i >= m || keys.most[i] == 0 || !finite_bits(keys.most[i])) return;
-  unsigned long long bound = lane < WN_SPARSE_WARPS ? keys.bound[i * WN_SPARSE_WARPS + lane] : 0;
-  for (int d = WN_SPARSE_WARPS / 2; d > 0; d /= 2) bound = max(bound, __shfl_xor_sync(0xffffffffu, bound, d));
-  bound = __shfl_sync(0xffffffffu, bound, 0);
-  const unsigned long long contributions = (unsigned long long)keys.count[i] * groups;
-  const float better = scale_for((double)contributions * __uint_as_float(keys.most[i]));
-  const bool over = bound >> 31 != 0, coarse = bound < contributions * FEW_UNITS;
-  if (!over && !(coarse && better >= WORTH_IT * keys.scale[i])) return;
-  for (int c = lane; c < keys.pitch; c += 32) keys.sums[i * keys.pitch + c] = 0;
-  __syncwarp();
-  if (lane != 0) return;
-  keys.scale[i] = better;
-  keys.again[i] = 1;
-  atomicMax(keys.global + GLOBAL_AGAIN, 1u);
-  atomicAdd(&summed_again, 1ull);
+  const uint32_t rows = group ? l.d_o : l.q;
+  float acc[8][4] = {};
+  wn_group_settle(acc);
+  wn_group_fence();
+  for (int step = 0; step < steps; step++) {
+    const uint32_t at = (uint32_t)((step >> 2) * PANEL_BYTES + (step & 3) * 32);
+    wn_group_multiply<WN_ALONG, WN_ALONG>(acc, wn_panel_operand(rows + at, 0), wn_panel_operand(l.kv + at, 0), true);
+  }
+  wn_group_commit();
+  wn_group_wait<0>();
+  wn_group_settle(acc);
+  float4 *give = (group ? ds_room : p_room) + lane, *get = (group ? p_room : ds_room) + lane;
+#pragma unroll
+  for (int t = 0; t < 4; t++)
+    give[t * 32] = group ? make_float4(acc[t][0], acc[t][1], acc[t][2], acc[t][3])
+                         : make_float4(acc[t + 4][0], acc[t + 4][1], acc[t + 4][2], acc[t + 4][3]);
+  wn_pair_sync(1 + warp, 64);
+#pragma unroll
+  for (int t = 0; t < 4; t++) {
+    const float4 got4 = get[t * 32];
+    const float got[4] = {got4.x, got4.y, got4.z, got4.w};
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+      s[t][x] = group ? got[x] : acc[t][x];
+      dp[t][x] = group ? acc[t + 4][x] : got[x];
+    }
+  }
+  wn_pair_sync(1 + warp, 64); /* both have read: p and ds may be written there */
 }
 
-/* dkv += sums / scale, two columns a thread. What was not finite becomes NaN. */
-__global__ static void finish_kernel(wn_view<float> dkv, key_state keys) {
-  const int pairs = keys.pitch / 2;
-  const int64_t all = dkv.n * pairs, step = (int64_t)gridDim.x * blockDim.x;
-  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
-    const int64_t key = i / pairs;
-    const int column = (int)(i % pairs) * 2;
-    const uint32_t most = keys.most[key];
-    if (most == 0 || column >= dkv.width) continue;
-    const unsigned long long both = *(const unsigned long long *)(keys.sums + key * keys.pitch + column);
-    const int32_t low = (int32_t)(uint32_t)both;
-    const int32_t high = (int32_t)(uint32_t)((both - (unsigned long long)(long long)low) >> 32);
-    const float unit = finite_bits(most) ? 1 / keys.scale[key] : NAN;
-    float *out = dkv.data + key * dkv.row + column;
-    out[0] += (float)low * unit;
-    if (column + 1 < dkv.width) out[1] += (float)high * unit;
+/* As make_p_ds; p and ds are tiles [64 heads][64 keys]. */
+__device__ static void wide_p_ds(float (&s)[4][4], float (&dp)[4][4], const backward_layout<4> &l, float scale,
+                                 float scale_log2, int left, int group, int warp) {
+  const int lane = threadIdx.x & 31, first = group * 32 + 2 * (lane & 3);
+  float sums[4][2] = {};
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const int head = warp * 16 + (lane >> 2) + 8 * e;
+    const float lse = l.lse[head], delta = l.delta[head];
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      float p[2], ds[2];
+#pragma unroll
+      for (int x = 0; x < 2; x++) {
+        const float here = wn_exp2(s[t][2 * e + x] * scale_log2 - lse);
+        p[x] = first + 8 * t + x < left ? here : 0;
+        ds[x] = p[x] * (dp[t][2 * e + x] - delta) * scale;
+        sums[t][x] += p[x];
+      }
+      const uint32_t at = wn_tile_at(WIDE_HEADS, head, group * 4 + t) + 4 * (lane & 3);
+      wn_store_shared_4(l.p + at, wn_pack_bf16(p[0], p[1]));
+      wn_store_shared_4(l.ds + at, wn_pack_bf16(ds[0], ds[1]));
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < 4; t++)
+#pragma unroll
+    for (int x = 0; x < 2; x++) {
+      const float sum = sum_of_heads(sums[t][x]);
+      if (lane < 4) l.p_sum[warp * WN_SPARSE_KEYS + first + 8 * t + x] = sum;
+    }
+}
+
+/* dq += ds kv: the group's 256 columns and its 32 past the values. */
+__device__ static void wide_dq(float (&main)[WIDE_MAIN][4], float (&rest)[WIDE_REST][4], const backward_layout<4> &l,
+                               int group) {
+  wn_group_settle(main);
+  wn_group_settle(rest);
+  wn_group_fence();
+#pragma unroll
+  for (int step = 0; step < WN_SPARSE_KEYS / 16; step++) {
+    const uint64_t ds = wn_panel_operand(l.ds + step * 32, 0);
+    wn_group_multiply<WN_ALONG, WN_ACROSS>(
+        main, ds, wn_panel_operand(l.kv + group * 4 * PANEL_BYTES + step * ROW_STEP, PANEL_BYTES), true);
+    wn_group_multiply<WN_ALONG, WN_ACROSS>(
+        rest, ds, wn_panel_operand(l.kv + REST_PANEL * PANEL_BYTES + group * 64 + step * ROW_STEP, PANEL_BYTES), true);
+  }
+  wn_group_commit();
+  wn_group_wait<0>();
+  wn_group_settle(main);
+  wn_group_settle(rest);
+}
+
+/* The tile's contributions to columns from `column` on: acc[64 keys][8 NT] = ds^T q (+ p^T d_o); q and d_o are given at
+ * the column. */
+template <int NT>
+__device__ static void wide_contributions(float (&acc)[NT][4], uint32_t ds, uint32_t q, uint32_t p, uint32_t d_o,
+                                          bool values) {
+  wn_group_settle(acc);
+  wn_group_fence();
+#pragma unroll
+  for (int step = 0; step < WIDE_HEADS / 16; step++)
+    wn_group_multiply<WN_ACROSS, WN_ACROSS>(acc, wn_panel_operand(ds + step * ROW_STEP, PANEL_BYTES),
+                                            wn_panel_operand(q + step * ROW_STEP, PANEL_BYTES), step > 0);
+  if (values)
+#pragma unroll
+    for (int step = 0; step < WIDE_HEADS / 16; step++)
+      wn_group_multiply<WN_ACROSS, WN_ACROSS>(acc, wn_panel_operand(p + step * ROW_STEP, PANEL_BYTES),
+                                              wn_panel_operand(d_o + step * ROW_STEP, PANEL_BYTES), true);
+  wn_group_commit();
+}
+
+/* A thread's two keys of the tile in the contributions: 16 warp + lane / 4 and that plus 8. */
+typedef struct wide_keys {
+  int32_t key[2];
+  float scale[2];
+  uint32_t most[2];
+} wide_keys;
+
+template <int NT>
+__device__ static void wide_add(const backward_args &a, wide_keys &keys, const float (&acc)[NT][4], int column) {
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    int32_t *sums = a.keys.sums + (int64_t)keys.key[e] * a.keys.pitch + column + 2 * (threadIdx.x & 3);
+    const bool add = keys.scale[e] != 0 && a.what != SAMPLED_ROWS;
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+      if (column + 8 * j >= a.kv.width) continue;
+      const float x = acc[j][2 * e], y = acc[j][2 * e + 1];
+      keys.most[e] = max(keys.most[e], max(wn_magnitude_bits(x), wn_magnitude_bits(y)));
+      if (add) wn_add_pair(sums + 8 * j, x, y, keys.scale[e]);
+    }
   }
 }
+
+__device__ static void wide_scatter(const backward_args &a, const backward_layout<4> &l, int group, int warp) {
+  const int lane = threadIdx.x & 31;
+  wide_keys keys = {};
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    keys.key[e] = l.key[warp * 16 + (lane >> 2) + 8 * e];
+    keys.scale[e] = l.scale[warp * 16 + (lane >> 2) + 8 * e];
+  }
+  for (int panel = group * 4; panel < group * 4 + 4; panel++) {
+    float acc[8][4];
+    const uint32_t at = (uint32_t)(panel * PANEL_BYTES);
+    wide_contributions(acc, l.ds, l.q + at, l.p, l.d_o + at, true);
+    wn_group_wait<0>();
+    wn_group_settle(acc);
+    wide_add(a, keys, acc, panel * WN_PANEL_COLUMNS);
+  }
+  {
+    float acc[WIDE_REST][4];
+    wide_contributions(acc, l.ds, l.q + REST_PANEL * PANEL_BYTES + group * 64, l.p, l.d_o, false);
+    wn_group_wait<0>();
+    wn_group_settle(acc);
+    wide_add(a, keys, acc, WIDE_VALUES + group * 32);
+  }
+#pragma unroll
+  for (int e = 0; e < 2; e++) record_most(a, keys.key[e], group, keys.most[e], keys.scale[e]);
+}
+
+template <int NT>
+__device__ static void wide_store(const backward_args &a, const float (&dq)[NT][4], int64_t row, int first_head,
+                                  int column, int warp) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const int head = first_head + warp * 16 + (lane >> 2) + 8 * e;
+    if (head >= a.q.heads) continue;
+    wn_bf16 *out = a.dq.data + row * a.dq.row + head * a.dq.head;
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+      wn_store_pair(out, column + 8 * j + 2 * (lane & 3), a.q.width, dq[j][2 * e], dq[j][2 * e + 1], a.dq_pairs);
+  }
+}
+
+/* MAIN: the launch over all rows; it alone has dq's registers, and no branch around its products. */
+template <bool MAIN> __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void wide_kernel(const backward_args a) {
+  extern __shared__ __align__(1024) char memory[];
+  if (a.what == AGAIN && a.keys.global[WN_SPARSE_AGAIN] == 0) return;
+  const backward_layout<4> l = lay_out<4>(memory, wn_shared_address(memory), a.kv.width, a.v_width);
+  const int64_t row = (int64_t)(blockIdx.x / a.groups) * (a.what == SAMPLED_ROWS ? WN_SPARSE_SAMPLE : 1);
+  const int head_group = (int)(blockIdx.x % a.groups), first_head = head_group * WIDE_HEADS;
+  const int of_block = wn_uniform(threadIdx.x >> 5), group = of_block >> 2, warp = of_block & 3;
+  const int32_t *pick = a.selection.data + row * a.selection.row;
+  float4 *p_room = (float4 *)(memory + (l.p - l.q) + warp * ROW_STEP);
+  float4 *ds_room = (float4 *)(memory + (l.ds - l.q) + warp * ROW_STEP);
+
+  if (threadIdx.x == 0) *l.count = 0;
+  __syncthreads();
+  const int count = wn_count_picks(l.count, pick, a.selection.width);
+  const int tiles = wn_uniform((count + WN_SPARSE_KEYS - 1) / WN_SPARSE_KEYS);
+  int32_t key[2];
+  float scale[2];
+  wn_read_picks(key, pick, 0, count);
+  if (tiles) {
+    load_row<4>(a, l, row, first_head);
+    wn_gather(l.kv, a.kv, key, a.kv_aligned);
+  }
+  wn_cp_async_commit();
+  read_scales(a, scale, key);
+
+  float main[WIDE_MAIN][4] = {}, rest[WIDE_REST][4] = {};
+  const int steps = group == 0 ? (a.kv.width + 15) / 16 : !MAIN && a.what == ONLY_P ? 0 : WIDE_VALUES / 16;
+  for (int t = 0; t < tiles; t++) {
+    wn_cp_async_wait<0>();
+    wn_group_publish();
+    const bool mine = publish_keys<4>(a, l, key, scale);
+    const bool wanted = wn_uniform(__syncthreads_or(mine)) || MAIN;
+    wn_read_picks(key, pick, t + 1, count);
+    if (wanted) {
+      float s[4][4], dp[4][4];
+      wide_logits(s, dp, l, p_room, ds_room, steps, group, warp);
+      wide_p_ds(s, dp, l, a.scale, a.scale_log2, count - t * WN_SPARSE_KEYS, group, warp);
+      wn_group_publish();
+      __syncthreads();
+      if (a.p.data && (MAIN || a.what == ONLY_P)) store_p(a, l.p_sum, 4, row, head_group, t);
+      if (MAIN) wide_dq(main, rest, l, group);
+    }
+    read_scales(a, scale, key);
+    __syncthreads(); /* the tile has served */
+    if (t + 1 < tiles) wn_gather(l.kv, a.kv, key, a.kv_aligned);
+    wn_cp_async_commit();
+    if (MAIN || (wanted && a.what != ONLY_P)) wide_scatter(a, l, group, warp);
+    __syncthreads(); /* p, ds and the keys have served */
+  }
+  if (a.p.data && (MAIN || a.what == ONLY_P)) clear_p(a, row, head_group, tiles * WN_SPARSE_KEYS);
+  if (!MAIN) return;
+  wide_store(a, main, row, first_head, group * (WIDE_VALUES / 2), warp);
+  wide_store(a, rest, row, first_head, WIDE_VALUES + group * 32, warp);
+}
+
+/* ---- host ---- */
 
 __global__ static void fold_p_kernel(wn_view<float> p, const float *partial, int groups, float heads) {
   const int64_t all = p.n * p.width, step = (int64_t)gridDim.x * blockDim.x;
@@ -508,75 +624,51 @@ __global__ static void fold_p_kernel(wn_view<float> p, const float *partial, int
   }
 }
 
-/* ---- host ---- */
+typedef wn_status launcher(wn_device *device, backward_args *a, pass what);
 
-static unsigned blocks_for(int64_t items, int64_t most) {
-  const int64_t blocks = wn_ceil_div(items, FINISH_THREADS);
-  return (unsigned)(blocks < 1 ? 1 : blocks < most ? blocks : most);
-}
-
-static wn_status make_keys(wn_device *device, key_state *keys, int64_t m, int32_t width) {
-  keys->pitch = (int32_t)wn_ceil_div(width, 16) * 16;
-  const int64_t sums = m * keys->pitch * 4, bound = m * WN_SPARSE_WARPS * 8;
-  const int64_t zeroed = sums + bound + 4 * m * 4 + N_GLOBAL * 4;
-  void *memory;
-  WN_TRY(wn_cuda_scratch(device, &memory, "dkv sums", zeroed + m * 4));
-  WN_CUDA_TRY(cudaMemsetAsync(memory, 0, (size_t)zeroed, wn_cuda_stream(device)));
-  char *at = (char *)memory;
-  keys->sums = (int32_t *)at;
-  keys->bound = (unsigned long long *)(at += sums);
-  keys->count = (int32_t *)(at += bound);
-  keys->sampled = (uint32_t *)(at += m * 4);
-  keys->most = (uint32_t *)(at += m * 4);
-  keys->again = (uint32_t *)(at += m * 4);
-  keys->global = (uint32_t *)(at += m * 4);
-  keys->scale = (float *)(at += N_GLOBAL * 4);
-  return NULL;
-}
-
-template <int MT, int NT> static wn_status launch(wn_device *device, backward_args *a, pass what) {
-  const size_t bytes = lay_out<MT>(NULL, 0, a->kv.width, a->v_width).bytes,
-               most = wn_cuda_of(device)->block_shared_bytes;
+static wn_status launch_kernel(wn_device *device, void (*kernel)(backward_args), size_t bytes, backward_args *a,
+                               pass what) {
+  const size_t most = wn_cuda_of(device)->block_shared_bytes;
   WN_ASSERT(bytes <= most, "sparse attention of width %d takes %zu bytes of shared memory, a block has %zu",
             a->kv.width, bytes, most);
-  const int64_t rows = what == SAMPLED_ROWS ? wn_ceil_div(a->q.n, SAMPLE) : a->q.n;
+  const int64_t rows = what == SAMPLED_ROWS ? wn_ceil_div(a->q.n, WN_SPARSE_SAMPLE) : a->q.n;
   a->what = what;
-  WN_CUDA_TRY(cudaFuncSetAttribute(backward_kernel<MT, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-  backward_kernel<MT, NT><<<(unsigned)(rows * a->groups), WN_SPARSE_THREADS, bytes, wn_cuda_stream(device)>>>(*a);
+  WN_CUDA_TRY(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+  kernel<<<(unsigned)(rows * a->groups), WN_SPARSE_THREADS, bytes, wn_cuda_stream(device)>>>(*a);
   WN_CUDA_LAUNCHED("attention_sparse_backward");
   return NULL;
 }
 
-/* All launches of one call, heads taken 16 MT at a time. */
-template <int MT, int NT> static wn_status run(wn_device *device, backward_args *a, wn_view<float> dkv) {
-  cudaStream_t stream = wn_cuda_stream(device);
-  const int64_t m = a->kv.n, many = (int64_t)wn_cuda_of(device)->n_sms * 16;
-  a->groups = (int32_t)wn_ceil_div(a->q.heads, wn_split<MT>::HEADS);
+template <int MT, int NT> static wn_status launch(wn_device *device, backward_args *a, pass what) {
+  return launch_kernel(device, backward_kernel<MT, NT>, lay_out<MT>(NULL, 0, a->kv.width, a->v_width).bytes, a, what);
+}
+static wn_status launch_wide(wn_device *device, backward_args *a, pass what) {
+  return launch_kernel(device, what == ALL_ROWS ? wide_kernel<true> : wide_kernel<false>,
+                       lay_out<4>(NULL, 0, a->kv.width, a->v_width).bytes, a, what);
+}
+
+/* All launches of one call; a block takes `heads` heads. */
+static wn_status run(wn_device *device, launcher *one, int heads, backward_args *a, wn_view<float> dkv) {
+  const int64_t m = a->kv.n;
+  a->groups = (int32_t)wn_ceil_div(a->q.heads, heads);
   if (a->groups > 1 && a->p.data)
     WN_TRY(wn_cuda_scratch(device, (void **)&a->p_partial, "p of head groups",
                            a->selection.n * a->selection.width * a->groups * 4));
   if (!dkv.data) {
-    WN_TRY((launch<MT, NT>(device, a, ONLY_P)));
+    WN_TRY(one(device, a, ONLY_P));
   } else {
-    key_state *keys = &a->keys;
-    WN_TRY(make_keys(device, keys, m, a->kv.width));
-    count_kernel<<<blocks_for(a->selection.n * a->selection.width, many), FINISH_THREADS, 0, stream>>>(a->selection,
-                                                                                                       keys->count);
-    WN_CUDA_LAUNCHED("attention_sparse_backward's counts");
-    WN_TRY((launch<MT, NT>(device, a, SAMPLED_ROWS)));
-    exponents_kernel<<<blocks_for(m, INT32_MAX), FINISH_THREADS, 0, stream>>>(*keys, m);
-    scale_kernel<<<blocks_for(m, INT32_MAX), FINISH_THREADS, 0, stream>>>(*keys, m, a->groups);
-    WN_CUDA_LAUNCHED("attention_sparse_backward's scales");
-    WN_TRY((launch<MT, NT>(device, a, ALL_ROWS)));
-    review_kernel<<<blocks_for(m * 32, INT32_MAX), FINISH_THREADS, 0, stream>>>(*keys, m, a->groups);
-    WN_CUDA_LAUNCHED("attention_sparse_backward's review");
-    WN_TRY((launch<MT, NT>(device, a, AGAIN)));
-    finish_kernel<<<blocks_for(m * keys->pitch / 2, many), FINISH_THREADS, 0, stream>>>(dkv, *keys);
-    WN_CUDA_LAUNCHED("attention_sparse_backward's sums");
+    WN_TRY(wn_sparse_sums_create(device, &a->keys, m, a->kv.width, a->groups, a->selection));
+    WN_TRY(one(device, a, SAMPLED_ROWS));
+    WN_TRY(wn_sparse_sums_estimate(device, a->keys, m));
+    WN_TRY(one(device, a, ALL_ROWS));
+    WN_TRY(wn_sparse_sums_review(device, a->keys, m));
+    WN_TRY(one(device, a, AGAIN));
+    WN_TRY(wn_sparse_sums_finish(device, a->keys, dkv));
   }
   if (a->groups == 1 || !a->p.data) return NULL;
-  fold_p_kernel<<<blocks_for(a->p.n * a->p.width, many), FINISH_THREADS, 0, stream>>>(a->p, a->p_partial, a->groups,
-                                                                                      (float)a->q.heads);
+  const int64_t blocks = wn_ceil_div(a->p.n * a->p.width, 256), most = (int64_t)wn_cuda_of(device)->n_sms * 16;
+  fold_p_kernel<<<(unsigned)(blocks < most ? blocks : most), 256, 0, wn_cuda_stream(device)>>>(
+      a->p, a->p_partial, a->groups, (float)a->q.heads);
   WN_CUDA_LAUNCHED("attention_sparse_backward's p");
   return NULL;
 }
@@ -629,24 +721,14 @@ wn_status wn_cuda_attention_sparse_backward(wn_device *device, wn_tensor *dq, wn
   const size_t mark = wn_arena_mark(device->scratch);
   const size_t most = wn_cuda_of(device)->block_shared_bytes;
   const bool tall = a.q.heads > 16 && a.q.width <= 576 && lay_out<4>(NULL, 0, a.q.width, a.v_width).bytes <= most;
-  if (tall && a.q.width <= 128)
-    WN_TRY((run<4, 2>(device, &a, sums)));
+  launcher *one = launch<1, 18>;
+  if (tall && a.v_width == WIDE_VALUES && a.q.width > WIDE_VALUES)
+    one = launch_wide;
   else if (tall)
-    WN_TRY((run<4, 9>(device, &a, sums)));
-  else if (a.q.width <= 128)
-    WN_TRY((run<1, 2>(device, &a, sums)));
+    one = a.q.width <= 128 ? launch<4, 2> : launch<4, 9>;
   else if (a.q.width <= 576)
-    WN_TRY((run<1, 9>(device, &a, sums)));
-  else
-    WN_TRY((run<1, 18>(device, &a, sums)));
+    one = a.q.width <= 128 ? launch<1, 2> : launch<1, 9>;
+  WN_TRY(run(device, one, tall ? 64 : 16, &a, sums));
   wn_arena_release(device->scratch, mark);
   return NULL;
-}
-
-extern "C" int64_t wn_cuda_sparse_summed_again(wn_device *device) {
-  unsigned long long n = 0;
-  cudaStream_t stream = wn_cuda_stream(device);
-  if (cudaMemcpyFromSymbolAsync(&n, summed_again, sizeof n, 0, cudaMemcpyDeviceToHost, stream) != cudaSuccess)
-    return -1;
-  return cudaStreamSynchronize(stream) == cudaSuccess ? (int64_t)n : -1;
 }

@@ -1,7 +1,7 @@
 /* Absorbed sparse attention on the GPU, forward and backward, against the FP64 CPU. */
 #include "support/twin.h"
 
-int64_t wn_cuda_sparse_summed_again(wn_device *device); /* kernels/cuda/attention_gather.cuh */
+int64_t wn_cuda_sparse_summed_again(wn_device *device); /* kernels/cuda/attention_sparse_sums.cuh */
 
 typedef enum rows_kind { CAUSAL, DOCUMENTS, HOLES } rows_kind;
 typedef enum picks_kind { RANDOM, SAME_FIRST, NONE } picks_kind;
