@@ -10,7 +10,17 @@
  * those, as q.k is made in C and in D.
  *
  * Tiles of rows that see nothing of a tile of keys cost nothing. A chunk's size depends on shapes only, and so does the
- * order of every sum. */
+ * order of every sum.
+ *
+ * Ladder: V3.1 width (H 128 x 192, HI 64 x 128), one causal sequence of T = 8192, 16384, 32768, value and gradients,
+ * medians of 10 or more on an H200, with TFLOP/s counted as above (executed: 8/7 of it) and the share of 989.5:
+ * - 1, mma.sync m16n8k16 everywhere: 18.6, 73.4, 289 ms; 207, 210, 213; 0.21.
+ * - 2, A by warpgroups (wgmma, copy engine), 128 x 192 tiles: 12.3, 48.5, 196 ms; 313, 317, 314; 0.32.
+ * - 3, C and D by warpgroups, 128 x 128 tiles: 9.3, 36.3, 145 ms; 413, 424, 425; 0.43.
+ * - 4, in A pairs of blocks share the keys that they read: 9.2, 35.4, 141 ms; 420, 434, 437; 0.44.
+ * Version 4 ships; version 1 serves what operands' shapes or strides exclude from the others. Of version 4 at T = 32768
+ * A and B take 81 ms (432 counted). Under this load the GPU draws up to 695 W and lowers its clock to 1.65 - 1.75 GHz.
+ * Scratch: 384, 768, 1280 MiB. */
 #include "kernels/cuda/indexer_kl_dense.cuh"
 #include "kernels/cuda/operations.cuh"
 

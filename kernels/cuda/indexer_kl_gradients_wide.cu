@@ -3,8 +3,8 @@
  * A tile of pairs is 128 (row, head) pairs, a tile of keys 128 keys; a block keeps one (X, in shared memory) and
  * streams the others (Y) past it with the bulk copy engine. Each of two warpgroups has 64 rows of X: Z = X Y^T into
  * registers, weighed there to P, which is the first operand of P Y as it stands: the same stage of Y serves both
- * products. The product P Y of one tile and Z of the next are under way together; what one warpgroup weighs, the other
- * multiplies. */
+ * products. The product P Y of one tile and Z of the next are under way together. indexer_kl_dense.cu has the ladder.
+ */
 #include "kernels/cuda/indexer_kl_dense.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
 
