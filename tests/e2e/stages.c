@@ -135,7 +135,7 @@ static void dense_loss_does_not_know_the_indexer(void **state) {
   const char *const models[] = {seeded.text, one.text};
   for (size_t i = 0; i < 2; i++)
     wn_winnow_ends(0, 1,
-                   "eval %s --data %s/valid --selection dense --topk %d --seq-len 32 --threads 1 --csv %s/%zu.csv "
+                   "eval %s --device cpu --data %s/valid --selection dense --topk %d --seq-len 32 --threads 1 --csv %s/%zu.csv "
                    "--sequences %s/%zu-s.csv",
                    models[i], dir, i ? 1 : 6, dir, i, dir, i);
   tiny_expect_same_file(wn_temp(state, "0-s.csv").text, wn_temp(state, "1-s.csv").text);
@@ -416,12 +416,12 @@ static void eval_runs_all_selections(void **state) {
   const char *dir = *state;
   wn_temp_path model = tiny_step(state, "warm", 6);
   wn_program p, all;
-  wn_winnow(&p, 1, "eval %s --data %s/valid --topk 4 --seq-len 32 --threads 1", model.text, dir);
+  wn_winnow(&p, 1, "eval %s --device cpu --data %s/valid --topk 4 --seq-len 32 --threads 1", model.text, dir);
   assert_int_equal(p.code, 0);
   for (size_t i = 0; i < 6; i++) assert_true(loss_of(p.out, names[i]) > 1 && loss_of(p.out, names[i]) < 20);
   for (size_t i = 1; i < 6; i++) assert_true(loss_of(p.out, names[i]) != loss_of(p.out, "dense"));
   /* with as many keys as there are, every selection is dense attention */
-  wn_winnow(&all, 1, "eval %s --data %s/valid --topk 64 --seq-len 32 --threads 1", model.text, dir);
+  wn_winnow(&all, 1, "eval %s --device cpu --data %s/valid --topk 64 --seq-len 32 --threads 1", model.text, dir);
   assert_int_equal(all.code, 0);
   for (size_t i = 1; i < 6; i++) assert_true(fabs(loss_of(all.out, names[i]) - loss_of(all.out, "dense")) < 2e-4);
   assert_true(loss_of(all.out, "dense") == loss_of(p.out, "dense"));
@@ -432,7 +432,7 @@ static void eval_on_two_ranks_says_the_same(void **state) {
   wn_temp_path model = tiny_step(state, "warm", 6);
   for (int32_t ranks = 1; ranks <= 2; ranks++)
     wn_winnow_ends(0, ranks,
-                   "eval %s --data %s/valid --selection indexer,random --topk 4 --seq-len 32 --threads 1 --sequences "
+                   "eval %s --device cpu --data %s/valid --selection indexer,random --topk 4 --seq-len 32 --threads 1 --sequences "
                    "%s/ranks%d.csv",
                    model.text, dir, dir, ranks);
   tiny_expect_same_file(wn_temp(state, "ranks1.csv").text, wn_temp(state, "ranks2.csv").text);
@@ -445,7 +445,8 @@ static void eval_on_two_ranks_says_the_same(void **state) {
  */
 static void check_job(const char *folder, const char *path, const char *name) {
   static const char data[] = "data.train=absent/train data.valid=absent/valid";
-  const char *dense = strcmp(folder, "deepseek-v3.1") == 0 ? "configs/models/deepseek-v3.1" : "configs/models/tiny";
+  char dense[WN_PATH_BYTES];
+  OK(wn_path(dense, "configs/models/%s", folder));
   tiny_file file = tiny_read(path);
   bool from_init = strncmp(file.text, "init:", 5) == 0 || strstr(file.text, "\ninit:");
   free(file.text);
