@@ -123,6 +123,25 @@ __device__ __forceinline__ void wn_load_facts(wn_row_facts *to, const wn_attend_
   }
 }
 
+/* The same of row `r` alone, by plain loads. */
+template <bool MASKED>
+__device__ __forceinline__ void wn_bring_facts(wn_row_facts *to, const wn_attend_job &job, int head, int row0,
+                                               int key_block, int r) {
+  const int row = row0 + r;
+  const bool real = row < job.n;
+  to->lse[r] = real ? job.lse.data[row * job.lse.row + head] : 0;
+  to->delta[r] = real ? job.delta.data[row * job.delta.row + head] : 0;
+  if (MASKED) {
+#pragma unroll
+    for (int w = 0; w < 2; w++)
+      to->words[w][r] =
+          real && (2 * key_block + w) * WN_TILE < job.m ? job.words[(2 * key_block + w) * job.word_pitch + row] : 0;
+  } else {
+    to->first[r] = real ? job.first[row] : 1;
+    to->last[r] = real ? job.last[row] : 0;
+  }
+}
+
 /* Bits 0, 1: keys `key`, `key` + 8 of the tile's row r. Rows past the end see none. */
 template <bool MASKED>
 __device__ __forceinline__ int wn_keys_seen(const wn_row_facts *facts, int r, int rows_left, int key, int tile) {
@@ -174,16 +193,20 @@ __device__ __forceinline__ void wn_key_weights(float (&s)[NT][4], const wn_row_f
   }
 }
 
-/* dp: from dP^T to dS^T, given P^T */
+/* dp: from dP^T to dS^T, given P^T as rounded for the products (FP32 would not fit the registers) */
 template <int NT>
-__device__ __forceinline__ void wn_key_gradients(float (&dp)[NT][4], const float (&p)[NT][4], const wn_row_facts *facts,
-                                                 int r0) {
+__device__ __forceinline__ void wn_key_gradients(float (&dp)[NT][4], const uint32_t (&p)[NT / 2][4],
+                                                 const wn_row_facts *facts, int r0) {
   const int col = (threadIdx.x & 3) * 2;
 #pragma unroll
   for (int j = 0; j < NT; j++) {
     const float2 delta = *(const float2 *)&facts->delta[r0 + 8 * j + col];
 #pragma unroll
-    for (int e = 0; e < 4; e++) dp[j][e] = p[j][e] * (dp[j][e] - (e & 1 ? delta.y : delta.x));
+    for (int half = 0; half < 2; half++) {
+      const uint32_t pair = p[j / 2][(j & 1) * 2 + half];
+      dp[j][2 * half] = __uint_as_float(pair << 16) * (dp[j][2 * half] - delta.x);
+      dp[j][2 * half + 1] = __uint_as_float(pair & 0xffff0000u) * (dp[j][2 * half + 1] - delta.y);
+    }
   }
 }
 
@@ -248,14 +271,12 @@ __global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
       wn_clear(s);
       wn_product_shared<1, 4, DQ / 16, WN_BLOCK_ROWS, WN_TILE>(s, k, warp_key, q, r0);
       wn_key_weights<MASKED>(s[0], facts, r0, job.n - t * WN_TILE, key, warp_key / WN_TILE, full, job.scale);
-      if constexpr ((MAKE & WN_MAKE_DV) != 0) {
-        wn_fragments<4>(left[0], s[0]);
-        wn_product_registers<1, DV / 8, 2, WN_TILE>(dv, left, d_o, r0);
-      }
+      wn_fragments<4>(left[0], s[0]);
+      if constexpr ((MAKE & WN_MAKE_DV) != 0) wn_product_registers<1, DV / 8, 2, WN_TILE>(dv, left, d_o, r0);
       if constexpr ((MAKE & WN_MAKE_DK) != 0) {
         wn_clear(dp);
         wn_product_shared<1, 4, DV / 16, WN_BLOCK_ROWS, WN_TILE>(dp, v, warp_key, d_o, r0);
-        wn_key_gradients(dp[0], s[0], facts, r0);
+        wn_key_gradients(dp[0], left[0], facts, r0);
         wn_fragments<4>(left[0], dp[0]);
         wn_product_registers<1, DQ / 8, 2, WN_TILE>(dk, left, q, r0);
       }
@@ -270,20 +291,60 @@ __global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
 
 /* ---- widths up to 192/128: the products of warpgroups ---- */
 
-/* Two warpgroups of 64 rows each. The products of the next S and dP and of this dQ run while the next dS is made; three
- * stages of keys and values. */
+enum { WN_MAKERS = 256 /* threads of two warpgroups */, WN_MAKING_THREADS = WN_MAKERS + 128 };
+
+/* Shared memory of the kernels below: what the block keeps, stages of what it walks, barriers: of each stage, come and
+ * done with, then of what is kept. */
+template <int DQ, int DV, int FACTS> struct wn_walk_layout {
+  static constexpr int kept = WN_BLOCK_ROWS * (DQ + DV) * 2, tiles = WN_TILE * (DQ + DV) * 2, stage = tiles + FACTS;
+  static constexpr int stages = 3, barriers = kept + stages * stage, full = barriers, empty = full + 8 * stages;
+  static constexpr int kept_full = empty + 8 * stages, bytes = kept_full + 8;
+};
+typedef struct wn_walk_place {
+  uint32_t stage, parity;
+} wn_walk_place;
+__device__ __forceinline__ void wn_walk_on(wn_walk_place &at, uint32_t stages) {
+  if (++at.stage == stages) at = {0, at.parity ^ 1};
+}
+
+template <typename Layout> __device__ __forceinline__ void wn_walk_barriers(uint32_t base, int arrivals) {
+  if (threadIdx.x == 0) {
+    for (uint32_t i = 0; i < 8 * Layout::stages; i += 8) {
+      wn_barrier_init(base + Layout::full + i, (uint32_t)arrivals);
+      wn_barrier_init(base + Layout::empty + i, WN_MAKERS / 32);
+    }
+    wn_barrier_init(base + Layout::kept_full, 1);
+    wn_barrier_init_fence();
+  }
+  __syncthreads();
+}
+
+/* The two operands of 128 rows (or keys) that a block keeps. */
+template <int DQ, int DV, typename Layout>
+__device__ __forceinline__ void wn_fetch_kept(uint32_t base, const CUtensorMap *a, const CUtensorMap *b, int head,
+                                              int row0) {
+  wn_barrier_expect(base + Layout::kept_full, Layout::kept);
+  wn_tile_fetch<WN_BLOCK_ROWS, DQ>(base, a, head, row0, base + Layout::kept_full);
+  wn_tile_fetch<WN_BLOCK_ROWS, DV>(base + WN_BLOCK_ROWS * DQ * 2, b, head, row0, base + Layout::kept_full);
+}
+/* The two operands of 64 rows of the next stage, when it is free. */
+template <int DQ, int DV, typename Layout>
+__device__ __forceinline__ void wn_fetch_stage(uint32_t base, wn_walk_place at, const CUtensorMap *a,
+                                               const CUtensorMap *b, int head, int row0) {
+  const uint32_t tile = base + Layout::kept + at.stage * Layout::stage, full = base + Layout::full + 8 * at.stage;
+  wn_barrier_wait(base + Layout::empty + 8 * at.stage, at.parity ^ 1); /* passes at once the first time round */
+  wn_barrier_expect(full, Layout::tiles);
+  wn_tile_fetch<WN_TILE, DQ>(tile, a, head, row0, full);
+  wn_tile_fetch<WN_TILE, DV>(tile + WN_TILE * DQ * 2, b, head, row0, full);
+}
+
+/* A warpgroup's 64 rows: the products of the next S and dP and of this dQ run while the next dS is made. */
 template <int DQ, int DV, bool MASKED>
-__global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
-    wn_attend_rows_group_kernel(const __grid_constant__ wn_attend_job job) {
-  constexpr int THREADS = WN_BACKWARD_THREADS, STAGE = WN_TILE * (DQ + DV) * 2, STAGES = 3;
-  extern __shared__ __align__(1024) char shared[];
-  const uint32_t q = wn_shared_address(shared), d_o = q + WN_BLOCK_ROWS * DQ * 2, stages = d_o + WN_BLOCK_ROWS * DV * 2;
-  const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, warp_row = (int)(threadIdx.x >> 5) * 16;
-  const int group_row = warp_row / 64 * 64;
-  int head, block, stage = 0;
-  wn_block_place(job, blocks, &head, &block);
-  block = blocks - 1 - block;
-  const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + (int)(threadIdx.x & 31) / 4;
+__device__ __forceinline__ void wn_rows_make(uint32_t base, const wn_attend_job &job, int head, int block) {
+  typedef wn_walk_layout<DQ, DV, 0> layout;
+  const int warp_row = (int)(threadIdx.x >> 5) * 16, lane = threadIdx.x & 31, group_row = warp_row / 64 * 64;
+  const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + lane / 4;
+  const uint32_t d_o = base + WN_BLOCK_ROWS * DQ * 2;
   float lse[2], delta[2], dq[DQ / 64][8][4];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -294,50 +355,40 @@ __global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
   wn_clear(dq);
   wn_key_walk walk;
   int t = wn_begin_walk<MASKED>(job, block, &walk);
-  auto load = [&](int tile, int to) {
-    if (tile < walk.end) {
-      wn_tile_load<WN_TILE, DQ, THREADS>(stages + to * STAGE, job.k, head, tile * WN_TILE, job.m);
-      wn_tile_load<WN_TILE, DV, THREADS>(stages + to * STAGE + WN_TILE * DQ * 2, job.v, head, tile * WN_TILE, job.m);
-    }
-    wn_cp_async_commit();
-  };
   if (t < walk.end) {
     uint32_t ds[4][4] = {}; /* of the tile before: of the first, nothing */
-    wn_tile_load<WN_BLOCK_ROWS, DQ, THREADS>(q, job.q, head, block * WN_BLOCK_ROWS, job.n);
-    wn_tile_load<WN_BLOCK_ROWS, DV, THREADS>(d_o, job.d_o, head, block * WN_BLOCK_ROWS, job.n);
-    load(t, 0);
-    for (int before = 0; t < walk.end;) {
-      const uint32_t k = stages + stage * STAGE, v = k + WN_TILE * DQ * 2;
-      const int next = wn_next_tile<MASKED>(job, walk, block, t + 1), after = stage + 1 == STAGES ? 0 : stage + 1;
+    wn_walk_place at = {0, 0};
+    uint32_t before = 0;
+    wn_barrier_wait(base + layout::kept_full, 0);
+    for (bool first = true; t < walk.end; first = false) {
+      const uint32_t k = base + layout::kept + at.stage * layout::stage, v = k + WN_TILE * DQ * 2;
       float s[8][4], dp[8][4];
-      wn_cp_async_wait<0>();
-      wn_fence_shared_for_products();
-      __syncthreads(); /* tile t has come; the one two tiles before is done with */
-      load(next, after);
+      wn_barrier_wait(base + layout::full + 8 * at.stage, at.parity);
       wn_wgmma_begin();
-      wn_group_product<8, DQ, WN_BLOCK_ROWS>(s, q, group_row, k);
+      wn_group_product<8, DQ, WN_BLOCK_ROWS>(s, base, group_row, k);
       wn_group_product<8, DV, WN_BLOCK_ROWS>(dp, d_o, group_row, v);
       wn_wgmma_commit();
-      wn_group_accumulate<DQ / 64, 4>(dq, ds, stages + before * STAGE);
+      wn_group_accumulate<DQ / 64, 4>(dq, ds, base + layout::kept + before * layout::stage);
       wn_wgmma_commit();
       const bool full = !MASKED && t >= walk.full_low && t < walk.full_end;
       uint64_t words[2] = {0, 0};
       if (!full)
 #pragma unroll
         for (int r = 0; r < 2; r++) words[r] = wn_row_word<MASKED>(job, mine + 8 * r, t);
+      t = wn_next_tile<MASKED>(job, walk, block, t + 1);
       wn_wgmma_wait<1>();
       wn_pin(s);
       wn_pin(dp);
       wn_logit_gradients(s, dp, words, full, lse, delta, job.scale);
       wn_wgmma_wait<0>();
       wn_pin_blocks(dq);
+      if (lane == 0 && !first) wn_barrier_arrive(base + layout::empty + 8 * before);
       wn_fragments<8>(ds, s);
-      before = stage;
-      stage = after;
-      t = next;
+      before = at.stage;
+      wn_walk_on(at, layout::stages);
     }
     wn_wgmma_begin();
-    wn_group_accumulate<DQ / 64, 4>(dq, ds, stages + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE);
+    wn_group_accumulate<DQ / 64, 4>(dq, ds, base + layout::kept + before * layout::stage);
     wn_wgmma_commit();
     wn_wgmma_wait<0>();
     wn_pin_blocks(dq);
@@ -346,100 +397,151 @@ __global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
   for (int c = 0; c < DQ / 64; c++) wn_put_rows<false>(job.dq, row0, job.n, 64 * c, head, dq[c], job.scale);
 }
 
-/* Two warpgroups of 64 keys each; two stages of rows. */
+/* Two warpgroups of 64 rows each, and one whose first thread starts the copies. */
 template <int DQ, int DV, bool MASKED>
-__global__ void __launch_bounds__(WN_BACKWARD_THREADS, 1)
-    wn_attend_keys_group_kernel(const __grid_constant__ wn_attend_job job) {
-  typedef wn_keys_layout<DQ, DV> layout;
-  constexpr int THREADS = WN_BACKWARD_THREADS;
+__global__ void __launch_bounds__(WN_MAKING_THREADS, 1)
+    wn_attend_rows_group_kernel(const __grid_constant__ wn_attend_job job,
+                                const __grid_constant__ wn_attend_maps maps) {
+  typedef wn_walk_layout<DQ, DV, 0> layout;
   extern __shared__ __align__(1024) char shared[];
-  const uint32_t k = wn_shared_address(shared), v = k + WN_BLOCK_ROWS * DQ * 2;
-  const int blocks = (job.m + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, tiles = (job.n + WN_TILE - 1) / WN_TILE;
-  const int warp_key = (int)(threadIdx.x >> 5) * 16, group_key = warp_key / 64 * 64;
-  int head, block, stage = 0;
-  wn_block_place(job, blocks, &head, &block); /* the first keys are seen by most rows: they go first */
-  const int key = block * WN_BLOCK_ROWS + warp_key + (int)(threadIdx.x & 31) / 4;
+  const uint32_t base = wn_shared_address(shared);
+  const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS;
+  int head, block;
+  wn_block_place(job, blocks, &head, &block);
+  block = blocks - 1 - block;
+  wn_walk_barriers<layout>(base, 1);
+  if (threadIdx.x >= WN_MAKERS) {
+    wn_registers_shrink<24>();
+    if (threadIdx.x == WN_MAKERS) {
+      wn_key_walk walk;
+      wn_walk_place at = {0, 0};
+      int t = wn_begin_walk<MASKED>(job, block, &walk);
+      if (t < walk.end) wn_fetch_kept<DQ, DV, layout>(base, &maps.q, &maps.d_o, head, block * WN_BLOCK_ROWS);
+      for (; t < walk.end; t = wn_next_tile<MASKED>(job, walk, block, t + 1)) {
+        wn_fetch_stage<DQ, DV, layout>(base, at, &maps.k, &maps.v, head, t * WN_TILE);
+        wn_walk_on(at, layout::stages);
+      }
+    }
+  } else {
+    wn_registers_grow<240>();
+    wn_rows_make<DQ, DV, MASKED>(base, job, head, block);
+  }
+}
+
+/* A warpgroup's 64 keys. While one makes weights the other's products run. */
+template <int DQ, int DV, bool MASKED>
+__device__ __forceinline__ void wn_keys_make(char *shared, const wn_attend_job &job, int head, int block, int t,
+                                             int tiles) {
+  typedef wn_walk_layout<DQ, DV, sizeof(wn_row_facts)> layout;
+  const uint32_t base = wn_shared_address(shared), v = base + WN_BLOCK_ROWS * DQ * 2;
+  const int warp_key = (int)(threadIdx.x >> 5) * 16, lane = threadIdx.x & 31, group_key = warp_key / 64 * 64;
+  const int first = block * WN_BLOCK_ROWS + warp_key;
   float dk[DQ / 64][8][4], dv[DV / 64][8][4];
   wn_clear(dk);
   wn_clear(dv);
-  auto load = [&](int tile, int to) {
-    if (tile < tiles) {
-      const uint32_t q = k + layout::kept + to * layout::stage;
-      wn_tile_load<WN_TILE, DQ, THREADS>(q, job.q, head, tile * WN_TILE, job.n);
-      wn_tile_load<WN_TILE, DV, THREADS>(q + WN_TILE * DQ * 2, job.d_o, head, tile * WN_TILE, job.n);
-      wn_load_facts<MASKED>((wn_row_facts *)(shared + layout::kept + to * layout::stage + layout::tiles), job, head,
-                            tile * WN_TILE, block);
-    }
-    wn_cp_async_commit();
-  };
-  int t = wn_next_rows<MASKED>(job, 0, tiles, block);
-  if (t >= tiles) return;
-  wn_tile_load<WN_BLOCK_ROWS, DQ, THREADS>(k, job.k, head, block * WN_BLOCK_ROWS, job.m);
-  wn_tile_load<WN_BLOCK_ROWS, DV, THREADS>(v, job.v, head, block * WN_BLOCK_ROWS, job.m);
-  load(t, 0);
-  for (int next; t < tiles; t = next, stage ^= 1) {
-    const char *here = shared + layout::kept + stage * layout::stage;
+  wn_walk_place at = {0, 0};
+  wn_barrier_wait(base + layout::kept_full, 0);
+  while (t < tiles) {
+    const char *here = shared + layout::kept + at.stage * layout::stage;
     const wn_row_facts *facts = (const wn_row_facts *)(here + layout::tiles);
     const uint32_t q = wn_shared_address(here), d_o = q + WN_TILE * DQ * 2;
     float s[8][4], dp[8][4];
     uint32_t p[4][4], ds[4][4];
-    wn_cp_async_wait<0>();
-    wn_fence_shared_for_products();
-    __syncthreads(); /* this stage has come, the other is done with */
+    wn_barrier_wait(base + layout::full + 8 * at.stage, at.parity);
     wn_wgmma_begin();
-    wn_group_product<8, DQ, WN_BLOCK_ROWS>(s, k, group_key, q);
+    wn_group_product<8, DQ, WN_BLOCK_ROWS>(s, base, group_key, q);
     wn_wgmma_commit();
-    wn_group_product<8, DV, WN_BLOCK_ROWS>(dp, v, group_key, d_o);
-    wn_wgmma_commit();
-    next = wn_next_rows<MASKED>(job, t + 1, tiles, block);
-    load(next, stage ^ 1);
     const bool full = !MASKED && job.bounds[t].highest_first <= block * WN_BLOCK_ROWS &&
                       job.bounds[t].lowest_last >= (block + 1) * WN_BLOCK_ROWS - 1;
-    wn_wgmma_wait<1>();
-    wn_pin(s);
-    wn_key_weights<MASKED>(s, facts, 0, job.n - t * WN_TILE, key, group_key / WN_TILE, full, job.scale);
-    wn_fragments<8>(p, s);
+    const int rows_left = job.n - t * WN_TILE;
+    t = wn_next_rows<MASKED>(job, t + 1, tiles, block);
     wn_wgmma_wait<0>();
+    wn_pin(s);
+    wn_key_weights<MASKED>(s, facts, 0, rows_left, first + lane / 4, group_key / WN_TILE, full, job.scale);
+    wn_fragments<8>(p, s);
+    wn_wgmma_begin();
+    wn_group_product<8, DV, WN_BLOCK_ROWS>(dp, v, group_key, d_o);
+    wn_wgmma_commit();
+    wn_group_accumulate<DV / 64, 4>(dv, p, d_o);
+    wn_wgmma_commit();
+    wn_wgmma_wait<1>();
     wn_pin(dp);
-    wn_key_gradients(dp, s, facts, 0);
+    wn_key_gradients(dp, p, facts, 0);
     wn_fragments<8>(ds, dp);
     wn_wgmma_begin();
-    wn_group_accumulate<DV / 64, 4>(dv, p, d_o);
     wn_group_accumulate<DQ / 64, 4>(dk, ds, q);
     wn_wgmma_commit();
     wn_wgmma_wait<0>();
     wn_pin_blocks(dv);
     wn_pin_blocks(dk);
+    if (lane == 0) wn_barrier_arrive(base + layout::empty + 8 * at.stage);
+    wn_walk_on(at, layout::stages);
   }
-  const int first = block * WN_BLOCK_ROWS + warp_key;
 #pragma unroll
   for (int c = 0; c < DQ / 64; c++) wn_put_rows<true>(job.dk, first, job.m, 64 * c, head, dk[c], job.scale);
 #pragma unroll
   for (int c = 0; c < DV / 64; c++) wn_put_rows<true>(job.dv, first, job.m, 64 * c, head, dv[c], 1);
 }
 
+/* Two warpgroups of 64 keys each; of a third, a thread starts the copies and two warps bring what is known of rows. */
+template <int DQ, int DV, bool MASKED>
+__global__ void __launch_bounds__(WN_MAKING_THREADS, 1)
+    wn_attend_keys_group_kernel(const __grid_constant__ wn_attend_job job,
+                                const __grid_constant__ wn_attend_maps maps) {
+  typedef wn_walk_layout<DQ, DV, sizeof(wn_row_facts)> layout;
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t base = wn_shared_address(shared);
+  const int blocks = (job.m + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, tiles = (job.n + WN_TILE - 1) / WN_TILE;
+  int head, block;
+  wn_block_place(job, blocks, &head, &block); /* the first keys are seen by most rows: they go first */
+  int t = wn_next_rows<MASKED>(job, 0, tiles, block);
+  if (t >= tiles) return;
+  wn_walk_barriers<layout>(base, 1 + WN_TILE / 32);
+  if (threadIdx.x >= WN_MAKERS) {
+    wn_registers_shrink<24>();
+    const int warp = (int)(threadIdx.x - WN_MAKERS) / 32;
+    wn_walk_place at = {0, 0};
+    if (threadIdx.x == WN_MAKERS) wn_fetch_kept<DQ, DV, layout>(base, &maps.k, &maps.v, head, block * WN_BLOCK_ROWS);
+    for (; warp <= WN_TILE / 32 && t < tiles; t = wn_next_rows<MASKED>(job, t + 1, tiles, block)) {
+      if (threadIdx.x == WN_MAKERS) {
+        wn_fetch_stage<DQ, DV, layout>(base, at, &maps.q, &maps.d_o, head, t * WN_TILE);
+      } else if (warp > 0) {
+        wn_barrier_wait(base + layout::empty + 8 * at.stage, at.parity ^ 1);
+        wn_bring_facts<MASKED>((wn_row_facts *)(shared + layout::kept + at.stage * layout::stage + layout::tiles), job,
+                               head, t * WN_TILE, block, (int)threadIdx.x - WN_MAKERS - 32);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) wn_barrier_arrive(base + layout::full + 8 * at.stage);
+      }
+      wn_walk_on(at, layout::stages);
+    }
+  } else {
+    wn_registers_grow<240>();
+    wn_keys_make<DQ, DV, MASKED>(shared, job, head, block, t, tiles);
+  }
+}
+
 template <bool MASKED> struct wn_attend_backward_launch {
   wn_device *device;
   const wn_attend_job *job;
 
-  template <typename Kernel> wn_status rows(Kernel kernel, int bytes) const {
-    return wn_attend_launch(device, kernel, wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads, WN_BACKWARD_THREADS, bytes,
-                            *job);
-  }
-  template <typename Kernel> wn_status keys(Kernel kernel, int bytes) const {
-    return wn_attend_launch(device, kernel, wn_ceil_div(job->m, WN_BLOCK_ROWS) * job->heads, WN_BACKWARD_THREADS, bytes,
-                            *job);
-  }
   template <int DQ, int DV> wn_status run() const {
-    constexpr int kept = WN_BLOCK_ROWS * (DQ + DV) * 2, stage = WN_TILE * (DQ + DV) * 2;
-    constexpr int keys_bytes = wn_keys_layout<DQ, DV>::bytes;
+    const int64_t row_blocks = wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads;
+    const int64_t key_blocks = wn_ceil_div(job->m, WN_BLOCK_ROWS) * job->heads;
     if constexpr (DV <= 128) {
-      WN_TRY(rows(wn_attend_rows_group_kernel<DQ, DV, MASKED>, kept + 3 * stage));
-      WN_TRY(keys(wn_attend_keys_group_kernel<DQ, DV, MASKED>, keys_bytes));
+      WN_TRY(wn_attend_launch_fetching(device, wn_attend_rows_group_kernel<DQ, DV, MASKED>, row_blocks,
+                                       WN_MAKING_THREADS, wn_walk_layout<DQ, DV, 0>::bytes, *job, WN_BLOCK_ROWS,
+                                       WN_TILE));
+      WN_TRY(wn_attend_launch_fetching(device, wn_attend_keys_group_kernel<DQ, DV, MASKED>, key_blocks,
+                                       WN_MAKING_THREADS, wn_walk_layout<DQ, DV, sizeof(wn_row_facts)>::bytes, *job,
+                                       WN_TILE, WN_BLOCK_ROWS));
     } else {
-      WN_TRY(rows(wn_attend_rows_kernel<DQ, DV, 1, MASKED>, kept + stage));
-      WN_TRY(keys(wn_attend_keys_kernel<DQ, DV, WN_MAKE_DK, MASKED>, keys_bytes));
-      WN_TRY(keys(wn_attend_keys_kernel<DQ, DV, WN_MAKE_DV, MASKED>, keys_bytes));
+      constexpr int bytes = wn_keys_layout<DQ, DV>::bytes;
+      WN_TRY(wn_attend_launch(device, wn_attend_rows_kernel<DQ, DV, 1, MASKED>, row_blocks, WN_BACKWARD_THREADS,
+                              (WN_BLOCK_ROWS + WN_TILE) * (DQ + DV) * 2, *job));
+      WN_TRY(wn_attend_launch(device, wn_attend_keys_kernel<DQ, DV, WN_MAKE_DK, MASKED>, key_blocks,
+                              WN_BACKWARD_THREADS, bytes, *job));
+      WN_TRY(wn_attend_launch(device, wn_attend_keys_kernel<DQ, DV, WN_MAKE_DV, MASKED>, key_blocks,
+                              WN_BACKWARD_THREADS, bytes, *job));
     }
     return NULL;
   }

@@ -18,7 +18,8 @@ wn_status wn_cuda_attention_dense(wn_device *device, wn_tensor *o, wn_tensor *ls
   job.o = wn_attend_heads(o, n, heads, dv);
   job.lse = wn_attend_stat(lse, n, heads);
   if (delta) {
-    job.d_o = wn_attend_heads(d_o, n, heads, dv);
+    wn_attend_heads(d_o, n, heads, dv);
+    WN_TRY(wn_attend_operand(device, &job.d_o, d_o));
     job.delta = wn_attend_stat(delta, n, heads);
   }
   if (n > 0 && heads > 0) {

@@ -60,10 +60,11 @@ template <int NO> __device__ __forceinline__ void wn_rescale(float (&o)[NO][4], 
     for (int e = 0; e < 4; e++) o[j][e] *= decay[e >> 1];
 }
 
-/* o, lse and delta of a warp's 16 rows. */
-template <int NO>
+/* o, lse and delta of a warp's 16 rows. gradient(r, col): d_o of row lane / 4 + 8 r, columns col and col + 1, 0 past
+ * the end and the width. */
+template <int NO, typename Gradient>
 __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int head, int row0, float (&o)[NO][4],
-                                               const wn_softmax_rows &rows) {
+                                               const wn_softmax_rows &rows, Gradient gradient) {
   const int lane = threadIdx.x & 31, col = (lane & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -74,10 +75,13 @@ __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int hea
     for (int j = 0; j < NO; j++) {
       o[j][2 * r] *= inverse;
       o[j][2 * r + 1] *= inverse;
-      if (!job.delta.data || row >= job.n) continue;
-      const float2 grad = wn_get_pair(job.d_o, row, head, 8 * j + col);
-      delta += o[j][2 * r] * grad.x + o[j][2 * r + 1] * grad.y;
     }
+    if (job.delta.data)
+#pragma unroll
+      for (int j = 0; j < NO; j++) {
+        const float2 grad = gradient(r, 8 * j + col);
+        delta += o[j][2 * r] * grad.x + o[j][2 * r + 1] * grad.y;
+      }
     delta = wn_quad_sum(delta);
     if ((lane & 3) != 0 || row >= job.n) continue;
     job.lse.data[row * job.lse.row + head] = sum > 0 ? rows.top[r] * job.scale + logf(sum) : -INFINITY;
@@ -141,12 +145,21 @@ __global__ void __launch_bounds__(WN_BLOCK_ROWS / MT * 2, MT)
     wn_product_registers<MT, DV / 8, 4, WN_TILE>(o, p, v, 0);
   }
 #pragma unroll
-  for (int i = 0; i < MT; i++) wn_finish_rows(job, head, row0 + 16 * i, o[i], rows[i]);
+  for (int i = 0; i < MT; i++) {
+    const int mine = row0 + 16 * i + (int)(threadIdx.x & 31) / 4;
+    wn_finish_rows(job, head, row0 + 16 * i, o[i], rows[i], [&](int r, int col) {
+      return mine + 8 * r < job.n ? wn_get_pair(job.d_o, mine + 8 * r, head, col) : float2{0, 0};
+    });
+  }
 }
 
 /* ---- widths up to 192/128: the products of warpgroups ---- */
 
-enum { WN_GROUP_THREADS = 256, WN_GROUP_KEYS = 128 /* keys of a tile */ };
+enum {
+  WN_CONSUMERS = 256,
+  WN_GROUP_THREADS = WN_CONSUMERS + 128,
+  WN_GROUP_KEYS = 128 /* keys of a tile */
+};
 
 /* o += P V, under way */
 template <int DV>
@@ -170,83 +183,148 @@ __device__ __forceinline__ bool wn_pair_words(uint64_t (&words)[2][2], const wn_
   return true;
 }
 
-/* Two warpgroups of 64 rows each. The products of the next logits and of these weights run while the next softmax is
- * made; two stages of keys and of values. */
+/* Shared memory of the kernel below: Q, two stages of keys, two of values, barriers. */
+template <int DQ, int DV> struct wn_forward_layout {
+  static constexpr int k_bytes = WN_GROUP_KEYS * DQ * 2, v_bytes = WN_GROUP_KEYS * DV * 2;
+  static constexpr int keys = WN_BLOCK_ROWS * DQ * 2, values = keys + 2 * k_bytes, barriers = values + 2 * v_bytes;
+  static constexpr int bytes = barriers + 9 * 8;
+};
+
+/* Barriers: for each stage of keys and of values, come and done with; and of Q, come. */
+enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FULL = 64 };
+
+/* The thread that starts all copies; the last is d_o, for delta, in the place of the next keys. */
 template <int DQ, int DV, bool MASKED>
-__global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
-    wn_attend_forward_group_kernel(const __grid_constant__ wn_attend_job job) {
-  constexpr int THREADS = WN_GROUP_THREADS, KEYS = WN_GROUP_KEYS, K_BYTES = KEYS * DQ * 2, V_BYTES = KEYS * DV * 2;
-  extern __shared__ __align__(1024) char shared[];
-  const uint32_t q = wn_shared_address(shared), keys = q + WN_BLOCK_ROWS * DQ * 2, values = keys + 2 * K_BYTES;
-  const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, warp_row = (int)(threadIdx.x >> 5) * 16;
-  int head, block, stage = 0;
-  wn_block_place(job, blocks, &head, &block);
-  block = blocks - 1 - block; /* the last rows see most keys: they go first */
-  const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + (int)(threadIdx.x & 31) / 4;
+__device__ __forceinline__ void wn_forward_produce(uint32_t shared, const wn_attend_job &job,
+                                                   const wn_attend_maps &maps, int head, int block) {
+  typedef wn_forward_layout<DQ, DV> layout;
+  const uint32_t barriers = shared + layout::barriers;
+  wn_key_walk walk;
+  int pair = wn_begin_walk<MASKED>(job, block, &walk) / 2;
+  uint32_t i = 0;
+  if (2 * pair < walk.end) {
+    wn_barrier_expect(barriers + WN_Q_FULL, WN_BLOCK_ROWS * DQ * 2);
+    wn_tile_fetch<WN_BLOCK_ROWS, DQ>(shared, &maps.q, head, block * WN_BLOCK_ROWS, barriers + WN_Q_FULL);
+  }
+  for (; 2 * pair < walk.end; i++) {
+    const uint32_t stage = i & 1, at = barriers + 8 * stage, before = (i >> 1) - 1;
+    if (i > 1) wn_barrier_wait(at + WN_K_EMPTY, before & 1);
+    wn_barrier_expect(at + WN_K_FULL, layout::k_bytes);
+    wn_tile_fetch<WN_GROUP_KEYS, DQ>(shared + layout::keys + stage * layout::k_bytes, &maps.k, head,
+                                     pair * WN_GROUP_KEYS, at + WN_K_FULL);
+    if (i > 1) wn_barrier_wait(at + WN_V_EMPTY, before & 1);
+    wn_barrier_expect(at + WN_V_FULL, layout::v_bytes);
+    wn_tile_fetch<WN_GROUP_KEYS, DV>(shared + layout::values + stage * layout::v_bytes, &maps.v, head,
+                                     pair * WN_GROUP_KEYS, at + WN_V_FULL);
+    pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
+  }
+  if (!job.delta.data) return;
+  const uint32_t stage = i & 1, at = barriers + 8 * stage;
+  if (i > 1) wn_barrier_wait(at + WN_K_EMPTY, ((i >> 1) - 1) & 1);
+  wn_barrier_expect(at + WN_K_FULL, WN_BLOCK_ROWS * DV * 2);
+  wn_tile_fetch<WN_BLOCK_ROWS, DV>(shared + layout::keys + stage * layout::k_bytes, &maps.d_o, head,
+                                   block * WN_BLOCK_ROWS, at + WN_K_FULL);
+}
+
+/* A warpgroup's 64 rows: the products of the next logits and of these weights run while the next softmax is made. */
+template <int DQ, int DV, bool MASKED>
+__device__ __forceinline__ void wn_forward_consume(const char *shared, const wn_attend_job &job, int head, int block) {
+  typedef wn_forward_layout<DQ, DV> layout;
+  constexpr int KEYS = WN_GROUP_KEYS;
+  const uint32_t base = wn_shared_address(shared), barriers = base + layout::barriers;
+  const int warp_row = (int)(threadIdx.x >> 5) * 16, lane = threadIdx.x & 31;
+  const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + lane / 4;
   float o[1][DV / 8][4], decay[2];
   wn_softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
   wn_clear(o);
   wn_key_walk walk;
   int pair = wn_begin_walk<MASKED>(job, block, &walk) / 2;
+  uint32_t i = 0; /* tiles whose logits are made */
   if (2 * pair < walk.end) {
     float s[KEYS / 8][4];
     uint32_t p[KEYS / 16][4];
     uint64_t words[2][2];
-    int next = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
-    wn_tile_load<WN_BLOCK_ROWS, DQ, THREADS>(q, job.q, head, block * WN_BLOCK_ROWS, job.n);
-    wn_tile_load<KEYS, DQ, THREADS>(keys, job.k, head, pair * KEYS, job.m);
-    wn_cp_async_commit();
-    if (2 * next < walk.end) wn_tile_load<KEYS, DQ, THREADS>(keys + K_BYTES, job.k, head, next * KEYS, job.m);
-    wn_tile_load<KEYS, DV, THREADS>(values, job.v, head, pair * KEYS, job.m);
-    wn_cp_async_commit();
-    wn_cp_async_wait<1>();
-    wn_fence_shared_for_products();
-    __syncthreads();
+    wn_barrier_wait(barriers + WN_Q_FULL, 0);
+    wn_barrier_wait(barriers + WN_K_FULL, 0);
     wn_wgmma_begin();
-    wn_group_product<KEYS / 8, DQ, WN_BLOCK_ROWS>(s, q, warp_row / 64 * 64, keys);
+    wn_group_product<KEYS / 8, DQ, WN_BLOCK_ROWS>(s, base, warp_row / 64 * 64, base + layout::keys);
     wn_wgmma_commit();
     bool partial = wn_pair_words<MASKED>(words, job, walk, mine, pair);
     wn_wgmma_wait<0>();
     wn_pin(s);
+    if (lane == 0) wn_barrier_arrive(barriers + WN_K_EMPTY);
     if (partial) wn_mask_logits(s, words);
     wn_online_softmax(s, rows, decay, job.scale * WN_LOG2E);
     wn_fragments<KEYS / 8>(p, s);
-    while (2 * next < walk.end) {
-      const int after = wn_next_tile<MASKED>(job, walk, block, 2 * next + 2) / 2;
-      wn_cp_async_wait<0>();
-      wn_fence_shared_for_products();
-      __syncthreads(); /* the next keys and these values have come; what stood in the other stages is done with */
-      if (2 * after < walk.end)
-        wn_tile_load<KEYS, DQ, THREADS>(keys + stage * K_BYTES, job.k, head, after * KEYS, job.m);
-      wn_tile_load<KEYS, DV, THREADS>(values + (stage ^ 1) * V_BYTES, job.v, head, next * KEYS, job.m);
-      wn_cp_async_commit();
+    pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
+    for (i = 1; 2 * pair < walk.end; i++) {
+      const uint32_t next = i & 1, here = next ^ 1;
+      wn_barrier_wait(barriers + WN_K_FULL + 8 * next, i >> 1 & 1);
       wn_wgmma_begin();
-      wn_group_product<KEYS / 8, DQ, WN_BLOCK_ROWS>(s, q, warp_row / 64 * 64, keys + (stage ^ 1) * K_BYTES);
+      wn_group_product<KEYS / 8, DQ, WN_BLOCK_ROWS>(s, base, warp_row / 64 * 64,
+                                                    base + layout::keys + next * layout::k_bytes);
       wn_wgmma_commit();
-      wn_group_values<DV>(o[0], p, values + stage * V_BYTES);
+      wn_barrier_wait(barriers + WN_V_FULL + 8 * here, (i - 1) >> 1 & 1);
+      wn_wgmma_begin();
+      wn_group_values<DV>(o[0], p, base + layout::values + here * layout::v_bytes);
       wn_wgmma_commit();
-      partial = wn_pair_words<MASKED>(words, job, walk, mine, next);
+      partial = wn_pair_words<MASKED>(words, job, walk, mine, pair);
       wn_wgmma_wait<1>();
       wn_pin(s);
+      if (lane == 0) wn_barrier_arrive(barriers + WN_K_EMPTY + 8 * next);
       if (partial) wn_mask_logits(s, words);
       wn_online_softmax(s, rows, decay, job.scale * WN_LOG2E);
       wn_wgmma_wait<0>();
       wn_pin(o[0]);
+      if (lane == 0) wn_barrier_arrive(barriers + WN_V_EMPTY + 8 * here);
       wn_rescale(o[0], decay);
       wn_fragments<KEYS / 8>(p, s);
-      stage ^= 1;
-      next = after;
+      pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
     }
-    wn_cp_async_wait<0>();
-    wn_fence_shared_for_products();
-    __syncthreads();
+    wn_barrier_wait(barriers + WN_V_FULL + 8 * ((i - 1) & 1), (i - 1) >> 1 & 1);
     wn_wgmma_begin();
-    wn_group_values<DV>(o[0], p, values + stage * V_BYTES);
+    wn_group_values<DV>(o[0], p, base + layout::values + ((i - 1) & 1) * layout::v_bytes);
     wn_wgmma_commit();
     wn_wgmma_wait<0>();
     wn_pin(o[0]);
   }
-  wn_finish_rows(job, head, row0, o[0], rows);
+  const char *d_o = shared + layout::keys + (i & 1) * layout::k_bytes;
+  if (job.delta.data) wn_barrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
+  wn_finish_rows(job, head, row0, o[0], rows, [&](int r, int col) {
+    const uint32_t at = wn_tile_at<WN_BLOCK_ROWS>(0, warp_row + lane / 4 + 8 * r, col >> 3) + (uint32_t)(col & 7) * 2;
+    return __bfloat1622float2(*(const __nv_bfloat162 *)(d_o + at));
+  });
+}
+
+/* Two warpgroups of 64 rows each, and one whose first thread starts the copies, two tiles of 128 keys ahead. */
+template <int DQ, int DV, bool MASKED>
+__global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
+    wn_attend_forward_group_kernel(const __grid_constant__ wn_attend_job job,
+                                   const __grid_constant__ wn_attend_maps maps) {
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t base = wn_shared_address(shared), barriers = base + wn_forward_layout<DQ, DV>::barriers;
+  const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS;
+  int head, block;
+  wn_block_place(job, blocks, &head, &block);
+  block = blocks - 1 - block; /* the last rows see most keys: they go first */
+  if (threadIdx.x == 0) {
+    for (uint32_t stage = 0; stage < 16; stage += 8) {
+      wn_barrier_init(barriers + WN_K_FULL + stage, 1);
+      wn_barrier_init(barriers + WN_V_FULL + stage, 1);
+      wn_barrier_init(barriers + WN_K_EMPTY + stage, WN_CONSUMERS / 32);
+      wn_barrier_init(barriers + WN_V_EMPTY + stage, WN_CONSUMERS / 32);
+    }
+    wn_barrier_init(barriers + WN_Q_FULL, 1);
+    wn_barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x >= WN_CONSUMERS) {
+    wn_registers_shrink<24>();
+    if (threadIdx.x == WN_CONSUMERS) wn_forward_produce<DQ, DV, MASKED>(base, job, maps, head, block);
+  } else {
+    wn_registers_grow<240>();
+    wn_forward_consume<DQ, DV, MASKED>(shared, job, head, block);
+  }
 }
 
 template <bool MASKED> struct wn_attend_forward_launch {
@@ -255,10 +333,9 @@ template <bool MASKED> struct wn_attend_forward_launch {
 
   template <int DQ, int DV> wn_status run() const {
     const int64_t blocks = wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads;
-    if constexpr (DQ <= 192 && DV == 128) {
-      constexpr int bytes = (WN_BLOCK_ROWS * DQ + 2 * WN_GROUP_KEYS * (DQ + DV)) * 2;
-      return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED>, blocks, WN_GROUP_THREADS, bytes,
-                              *job);
+    if constexpr (DV <= 128) {
+      return wn_attend_launch_fetching(device, wn_attend_forward_group_kernel<DQ, DV, MASKED>, blocks, WN_GROUP_THREADS,
+                                       wn_forward_layout<DQ, DV>::bytes, *job, WN_BLOCK_ROWS, WN_GROUP_KEYS);
     } else {
       constexpr int MT = DV > 128 ? 1 : 2, bytes = (WN_BLOCK_ROWS * DQ + WN_TILE * (DQ + DV)) * 2;
       return wn_attend_launch(device, wn_attend_forward_kernel<DQ, DV, MT, MASKED>, blocks, WN_BLOCK_ROWS / MT * 2,

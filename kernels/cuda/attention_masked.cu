@@ -9,8 +9,17 @@
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
 
-enum { P_THREADS = 256, P_STAGES = 4, P_DEPTH = 64 /* columns of a stage */ };
-enum { P_STAGE_BYTES = 2 * WN_BLOCK_ROWS * P_DEPTH * 2, P_BYTES = P_STAGES * P_STAGE_BYTES };
+enum {
+  P_MAKERS = 256, /* threads of the two warpgroups that multiply */
+  P_THREADS = P_MAKERS + 128,
+  P_STAGES = 6,
+  P_DEPTH = 64,                 /* columns of a stage */
+  P_CHUNKS = WN_BLOCK_ROWS / 8, /* of eight keys, of a thread's two rows */
+  P_STAGE_BYTES = 2 * WN_BLOCK_ROWS * P_DEPTH * 2,
+  P_FULL = P_STAGES * P_STAGE_BYTES, /* barriers of stages: come, done with */
+  P_EMPTY = P_FULL + 8 * P_STAGES,
+  P_BYTES = P_EMPTY + 8 * P_STAGES
+};
 
 /* How many of a row's picks lie below `key`. */
 __device__ static int32_t picks_below(const int32_t *picks, int32_t k, int32_t key) {
@@ -25,93 +34,146 @@ __device__ static int32_t picks_below(const int32_t *picks, int32_t k, int32_t k
   return low;
 }
 
-/* Starts copying column chunk `chunk` of one head of the block's rows and keys. */
-__device__ static void load_chunk(uint32_t stage, const wn_attend_job &job, int head, int chunk, int row0, int key0) {
-  wn_view<wn_bf16> q = job.q, k = job.k;
-  q.data += chunk * P_DEPTH;
-  k.data += chunk * P_DEPTH;
-  q.width = k.width = q.width - chunk * P_DEPTH;
-  wn_tile_load<WN_BLOCK_ROWS, P_DEPTH, P_THREADS>(stage, q, head, row0, job.n);
-  wn_tile_load<WN_BLOCK_ROWS, P_DEPTH, P_THREADS>(stage + P_STAGE_BYTES / 2, k, head, key0, job.m);
-}
-
-/* sum += exp(s scale - lse) of the warp's [32 rows, 64 keys]; s restarts at 0. Unseen keys get what they get. */
-__device__ static void add_weights(float (&sum)[2][8][4], float (&s)[2][8][4], const wn_attend_job &job, int head,
-                                   int row0) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int row = row0 + 8 * i;
-    const float lse = row < job.n ? job.lse.data[row * job.lse.row + head] : INFINITY;
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-      for (int e = 2 * (i & 1); e < 2 * (i & 1) + 2; e++) {
-        sum[i >> 1][j][e] += wn_exp2((s[i >> 1][j][e] * job.scale - lse) * WN_LOG2E);
-        s[i >> 1][j][e] = 0;
-      }
-  }
-}
-
-/* The sums of picked keys to their places; `before`: picks of each of the block's rows below the warp's keys. */
-__device__ static void put_weights(const wn_view<float> &p, const float (&sum)[2][8][4], const wn_attend_job &job,
-                                   int block_row, int warp_row, int tile, const int32_t *before) {
+/* The sums of picked keys to their places. */
+__device__ static void put_weights(const wn_view<float> &p, const float (&sum)[P_CHUNKS][4], const wn_attend_job &job,
+                                   const wn_view<int32_t> &selection, int row0, int tile0) {
   const int lane = threadIdx.x & 31, col = (lane & 3) * 2;
   const float factor = 1 / (float)job.heads;
+  /* a lane looks up one of the warp's 16 rows for one of the two key tiles */
+  const int asked = row0 + lane % 16, side = lane / 16;
+  const int32_t below =
+      asked < job.n ? picks_below(selection.data + asked * selection.row, selection.width, (tile0 + side) * WN_TILE)
+                    : 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int r = warp_row + 8 * i + (lane >> 2), row = block_row + r;
-    if (row >= job.n) continue;
-    const uint64_t word = job.words[tile * job.word_pitch + row];
-    float *to = p.data + row * p.row + before[r];
+    const int half = i >> 1, r = 8 * (i & 1) + (lane >> 2), row = row0 + r;
+    const int32_t before = __shfl_sync(~0u, below, 16 * half + r);
+    if (row >= job.n || (tile0 + half) * WN_TILE >= job.m) continue;
+    const uint64_t word = job.words[(tile0 + half) * job.word_pitch + row];
+    float *to = p.data + row * p.row + before;
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const int bit = 8 * j + col + e;
-        if (word >> bit & 1) to[__popcll(word & ((1ull << bit) - 1))] = sum[i >> 1][j][2 * (i & 1) + e] * factor;
+        if (word >> bit & 1) to[__popcll(word & ((1ull << bit) - 1))] = sum[8 * half + j][2 * (i & 1) + e] * factor;
       }
   }
 }
 
+/* Where a block of p stands. */
+typedef struct p_block {
+  uint32_t base; /* of its shared memory */
+  int32_t row0, key0, warp_row, chunks;
+} p_block;
+
+/* Where a walk over (head, column chunk) stands in the ring of stages. */
+typedef struct p_place {
+  uint32_t stage, parity;
+} p_place;
+__device__ static __forceinline__ void move_on(p_place &at) {
+  if (++at.stage == P_STAGES) at = {0, at.parity ^ 1};
+}
+
+/* The thread that starts all copies. */
+__device__ static void produce(const wn_attend_job &job, const wn_attend_maps &maps, const p_block &b) {
+  p_place at = {0, 0};
+  for (int head = 0; head < job.heads; head++)
+    for (int chunk = 0; chunk < b.chunks; chunk++) {
+      const uint32_t q = b.base + at.stage * P_STAGE_BYTES, full = b.base + P_FULL + 8 * at.stage;
+      wn_barrier_wait(b.base + P_EMPTY + 8 * at.stage, at.parity ^ 1); /* passes at once the first time round */
+      wn_barrier_expect(full, P_STAGE_BYTES);
+      wn_copy_tile(q, &maps.q, chunk * P_DEPTH, head, b.row0, full);
+      wn_copy_tile(q + P_STAGE_BYTES / 2, &maps.k, chunk * P_DEPTH, head, b.key0, full);
+      move_on(at);
+    }
+}
+
+/* The weights of one head from its products; head -1: nothing. */
+__device__ __forceinline__ static void add_head(float (&sum)[P_CHUNKS][4], const float (&s)[P_CHUNKS][4],
+                                                const wn_attend_job &job, const p_block &b, int head) {
+  const int row = b.row0 + b.warp_row + (int)(threadIdx.x & 31) / 4;
+  float base[2] = {INFINITY, INFINITY};
+#pragma unroll
+  for (int r = 0; r < 2; r++)
+    if (head >= 0 && row + 8 * r < job.n) base[r] = job.lse.data[(row + 8 * r) * job.lse.row + head] * WN_LOG2E;
+#pragma unroll
+  for (int j = 0; j < P_CHUNKS; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) sum[j][e] += wn_exp2(s[j][e] * (job.scale * WN_LOG2E) - base[e >> 1]);
+}
+
+/* One head's products into s, while the weights of the head before, whose products are in `old`, are added to sum. */
+__device__ __forceinline__ static void walk_head(float (&sum)[P_CHUNKS][4], float (&s)[P_CHUNKS][4],
+                                                 const float (&old)[P_CHUNKS][4], const wn_attend_job &job,
+                                                 const p_block &b, int head, p_place &at) {
+  p_place release = at;
+  for (int chunk = 0; chunk < b.chunks; chunk++) {
+    const uint32_t q = b.base + at.stage * P_STAGE_BYTES, k = q + P_STAGE_BYTES / 2;
+    const uint64_t left = wn_tile_descriptor(q + b.warp_row / 64 * 64 * 128, 0), right = wn_tile_descriptor(k, 0);
+    wn_barrier_wait(b.base + P_FULL + 8 * at.stage, at.parity);
+    wn_wgmma_begin();
+#pragma unroll
+    for (int ks = 0; ks < P_DEPTH / 16; ks++)
+      wn_warpgroup_shared(s, left + (uint64_t)(ks * 32 >> 4), right + (uint64_t)(ks * 32 >> 4), chunk + ks > 0);
+    wn_wgmma_commit();
+    move_on(at);
+  }
+  add_head(sum, old, job, b, head - 1);
+  wn_wgmma_wait<0>();
+  wn_pin(s);
+  for (int chunk = 0; chunk < b.chunks; chunk++) {
+    if (threadIdx.x % 32 == 0) wn_barrier_arrive(b.base + P_EMPTY + 8 * release.stage);
+    move_on(release);
+  }
+}
+
+__device__ static void make_weights(const wn_attend_job &job, const p_block &b, const wn_view<float> &p,
+                                    const wn_view<int32_t> &selection) {
+  float sum[1][P_CHUNKS][4], s[2][P_CHUNKS][4];
+  p_place at = {0, 0};
+  int head = 0;
+  wn_clear(sum);
+  wn_clear(s);
+  for (; head + 1 < job.heads; head += 2) {
+    walk_head(sum[0], s[0], s[1], job, b, head, at);
+    walk_head(sum[0], s[1], s[0], job, b, head + 1, at);
+  }
+  if (head < job.heads) {
+    walk_head(sum[0], s[0], s[1], job, b, head, at);
+    add_head(sum[0], s[0], job, b, head);
+  } else {
+    add_head(sum[0], s[1], job, b, head - 1);
+  }
+  put_weights(p, sum[0], job, selection, b.row0 + b.warp_row, b.key0 / WN_TILE);
+}
+
 __global__ static void __launch_bounds__(P_THREADS, 1)
-    p_kernel(const __grid_constant__ wn_attend_job job, wn_view<float> p, wn_view<int32_t> selection) {
+    p_kernel(const __grid_constant__ wn_attend_job job, const __grid_constant__ wn_attend_maps maps, wn_view<float> p,
+             wn_view<int32_t> selection) {
   extern __shared__ __align__(1024) char shared[];
-  __shared__ int32_t before[2][WN_BLOCK_ROWS];
-  const uint32_t stages = wn_shared_address(shared);
   const int key_blocks = (job.m + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS;
   const int key_block = blockIdx.x % key_blocks, row_block = blockIdx.x / key_blocks;
-  const int row0 = row_block * WN_BLOCK_ROWS, key0 = key_block * WN_BLOCK_ROWS;
-  const int warp = threadIdx.x >> 5, warp_row = warp / 2 * 32, warp_key = warp % 2 * WN_TILE;
   if (!wn_row_tile_active<true>(job, 2 * row_block, key_block) &&
       !wn_row_tile_active<true>(job, 2 * row_block + 1, key_block))
     return;
-  const int chunks = (job.q.width + P_DEPTH - 1) / P_DEPTH, steps = chunks * job.heads;
-  auto load = [&](int step) {
-    if (step < steps)
-      load_chunk(stages + step % P_STAGES * P_STAGE_BYTES, job, step / chunks, step % chunks, row0, key0);
-    wn_cp_async_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < P_STAGES - 1; i++) load(i);
-  const int side = threadIdx.x / WN_BLOCK_ROWS, mine = threadIdx.x % WN_BLOCK_ROWS;
-  if (row0 + mine < job.n)
-    before[side][mine] =
-        picks_below(selection.data + (row0 + mine) * selection.row, selection.width, key0 + side * WN_TILE);
-  float sum[2][8][4], s[2][8][4];
-  wn_clear(sum);
-  wn_clear(s);
-  for (int step = 0; step < steps; step++) {
-    const uint32_t q = stages + step % P_STAGES * P_STAGE_BYTES, k = q + P_STAGE_BYTES / 2;
-    wn_cp_async_wait<P_STAGES - 2>();
-    __syncthreads(); /* this stage has come; the one before it is done with */
-    load(step + P_STAGES - 1);
-    wn_product_shared<2, 8, P_DEPTH / 16, WN_BLOCK_ROWS, WN_BLOCK_ROWS>(s, q, warp_row, k, warp_key);
-    if (step % chunks == chunks - 1)
-      add_weights(sum, s, job, step / chunks, row0 + warp_row + (int)(threadIdx.x & 31) / 4);
+  const p_block b = {wn_shared_address(shared), row_block * WN_BLOCK_ROWS, key_block * WN_BLOCK_ROWS,
+                     (int)(threadIdx.x >> 5) * 16, (job.q.width + P_DEPTH - 1) / P_DEPTH};
+  if (threadIdx.x == 0) {
+    for (uint32_t i = 0; i < 8 * P_STAGES; i += 8) {
+      wn_barrier_init(b.base + P_FULL + i, 1);
+      wn_barrier_init(b.base + P_EMPTY + i, P_MAKERS / 32);
+    }
+    wn_barrier_init_fence();
   }
-  __syncthreads(); /* `before` is there, even without a head */
-  if (key0 + warp_key < job.m)
-    put_weights(p, sum, job, row0, warp_row, key0 / WN_TILE + warp_key / WN_TILE, before[warp % 2]);
+  __syncthreads();
+  if (threadIdx.x >= P_MAKERS) {
+    wn_registers_shrink<24>();
+    if (threadIdx.x == P_MAKERS) produce(job, maps, b);
+  } else {
+    wn_registers_grow<240>();
+    make_weights(job, b, p, selection);
+  }
 }
 
 static wn_status mean_probabilities(wn_device *device, const wn_attend_job *job, const wn_view<float> &p,
@@ -119,8 +181,10 @@ static wn_status mean_probabilities(wn_device *device, const wn_attend_job *job,
   const int64_t blocks = wn_ceil_div(job->n, WN_BLOCK_ROWS) * wn_ceil_div(job->m, WN_BLOCK_ROWS);
   if (blocks == 0) return NULL;
   WN_ASSERT(blocks <= INT32_MAX, "%lld blocks of rows and keys", (long long)blocks);
+  wn_attend_maps maps;
+  WN_TRY(wn_attend_describe(&maps, job, WN_BLOCK_ROWS, WN_BLOCK_ROWS));
   WN_CUDA_TRY(cudaFuncSetAttribute(p_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P_BYTES));
-  p_kernel<<<(unsigned)blocks, P_THREADS, P_BYTES, wn_cuda_stream(device)>>>(*job, p, selection);
+  p_kernel<<<(unsigned)blocks, P_THREADS, P_BYTES, wn_cuda_stream(device)>>>(*job, maps, p, selection);
   WN_CUDA_LAUNCHED("attention probabilities");
   return NULL;
 }
@@ -171,7 +235,8 @@ wn_status wn_cuda_attention_masked(wn_device *device, wn_tensor *o, wn_tensor *l
   job.o = wn_attend_heads(o, n, heads, dv);
   job.lse = wn_attend_stat(lse, n, heads);
   if (delta) {
-    job.d_o = wn_attend_heads(d_o, n, heads, dv);
+    wn_attend_heads(d_o, n, heads, dv);
+    WN_TRY(wn_attend_operand(device, &job.d_o, d_o));
     job.delta = wn_attend_stat(delta, n, heads);
   }
   for (int64_t at = 0; at < n && heads > 0; at += step) {

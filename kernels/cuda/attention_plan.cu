@@ -108,6 +108,37 @@ wn_status wn_attend_operand(wn_device *device, wn_view<wn_bf16> *view, const wn_
   return NULL;
 }
 
+static wn_status describe(CUtensorMap *map, const wn_view<wn_bf16> &x, uint32_t rows) {
+  const cuuint64_t dim[3] = {(cuuint64_t)x.width, (cuuint64_t)x.heads, (cuuint64_t)x.n};
+  const cuuint64_t stride[2] = {(cuuint64_t)x.head * 2, (cuuint64_t)x.row * 2};
+  const cuuint32_t box[3] = {64, 1, rows}, step[3] = {1, 1, 1};
+  cudaDriverEntryPointQueryResult found;
+  decltype(&cuTensorMapEncodeTiled) encode;
+  WN_CUDA_TRY(
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess)
+    return WN_FAIL_HINT(WN_E_DEVICE, "install a newer driver", "the GPU's driver has no cuTensorMapEncodeTiled");
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, x.data, dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    return WN_FAIL(WN_E_DEVICE, "describing a tensor to the GPU's copy engine failed (error %d)", (int)result);
+  return NULL;
+}
+
+wn_status wn_attend_describe(wn_attend_maps *maps, const wn_attend_job *job, uint32_t rows, uint32_t keys) {
+  wn_view<wn_bf16> q = job->q, d_o = job->d_o;
+  q.n = d_o.n = job->n; /* a run of rows may be shorter than its tensor */
+  WN_TRY(describe(&maps->q, q, rows));
+  maps->k = maps->v = maps->q; /* without a key nothing is fetched */
+  if (job->m > 0) {
+    WN_TRY(describe(&maps->k, job->k, keys));
+    WN_TRY(describe(&maps->v, job->v, keys));
+  }
+  if (d_o.data) WN_TRY(describe(&maps->d_o, d_o, rows));
+  return NULL;
+}
+
 wn_view<wn_bf16> wn_attend_heads(const wn_tensor *t, int64_t n, int64_t heads, int64_t width) {
   WN_ASSERT(t->rank == 3 && t->dim[0] == n && t->dim[1] == heads && t->dim[2] == width,
             "[%lld, %lld, %lld] where [%lld, %lld, %lld] is wanted", (long long)t->dim[0], (long long)t->dim[1],

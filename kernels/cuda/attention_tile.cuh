@@ -42,6 +42,11 @@ typedef struct wn_attend_job {
   float scale;
 } wn_attend_job;
 
+/* The same operands for the copy engine, as boxes of 64 columns of one head and a number of rows. */
+typedef struct wn_attend_maps {
+  CUtensorMap q, k, v, d_o;
+} wn_attend_maps;
+
 /* ---- attention_plan.cu: what is made once for all heads, in scratch ---- */
 
 WN_MUST_USE wn_status wn_attend_plan_bounds(wn_device *device, wn_attend_job *job);
@@ -49,6 +54,8 @@ WN_MUST_USE wn_status wn_attend_plan_bounds(wn_device *device, wn_attend_job *jo
 WN_MUST_USE wn_status wn_attend_plan_words(wn_device *device, wn_attend_job *job, const wn_view<int32_t> &selection);
 /* *view = t, or where t does not allow 16-byte accesses a copy of it in scratch that does */
 WN_MUST_USE wn_status wn_attend_operand(wn_device *device, wn_view<wn_bf16> *view, const wn_tensor *t);
+/* Boxes of `rows` rows of q and d_o (where there), and of `keys` rows of k and v; 0 stands outside */
+WN_MUST_USE wn_status wn_attend_describe(wn_attend_maps *maps, const wn_attend_job *job, uint32_t rows, uint32_t keys);
 /* q, k, v, rows and scale into *job, shapes checked */
 WN_MUST_USE wn_status wn_attend_begin(wn_device *device, wn_attend_job *job, const wn_tensor *q, const wn_tensor *k,
                                       const wn_tensor *v, const wn_rows *rows, const wn_attention_params *params);
@@ -81,6 +88,15 @@ __device__ __forceinline__ void wn_tile_load(uint32_t tile, const wn_view<wn_bf1
       wn_cp_async_16(to + (uint32_t)(c * 2 * ROWS + r * 128), left ? from + c : base, (uint32_t)left * 2);
     }
   }
+}
+
+/* One thread: starts the copy engine on one head's rows row0 .. into a tile of ROWS rows and COLS columns, announced at
+ * `barrier`. */
+template <int ROWS, int COLS>
+__device__ __forceinline__ void wn_tile_fetch(uint32_t tile, const CUtensorMap *map, int head, int row0,
+                                              uint32_t barrier) {
+#pragma unroll
+  for (int c = 0; c < COLS; c += 64) wn_copy_tile(tile + (uint32_t)(c * 2 * ROWS), map, c, head, row0, barrier);
 }
 
 /* ---- products of a warp ---- */
@@ -296,6 +312,20 @@ template <typename Launch> static inline wn_status wn_with_widths(int32_t dq, in
   if (dq <= 128 && dv <= 128) return launch.template run<128, 128>();
   if (dq <= 192 && dv <= 128) return launch.template run<192, 128>();
   return launch.template run<256, 256>();
+}
+
+/* With the operands described for the copy engine as well. */
+template <typename Kernel>
+static inline wn_status wn_attend_launch_fetching(wn_device *device, Kernel kernel, int64_t blocks, int threads,
+                                                  int bytes, const wn_attend_job &job, uint32_t box_rows,
+                                                  uint32_t box_keys) {
+  wn_attend_maps maps;
+  if (blocks == 0) return NULL;
+  WN_TRY(wn_attend_describe(&maps, &job, box_rows, box_keys));
+  WN_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<(unsigned)blocks, threads, bytes, wn_cuda_stream(device)>>>(job, maps);
+  WN_CUDA_LAUNCHED("attention");
+  return NULL;
 }
 
 template <typename Kernel>
