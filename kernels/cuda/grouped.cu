@@ -21,7 +21,11 @@
  *      ... accumulating backward_input    395                      431                       190
  *   2: 16 bytes of what is there at once  736 / 672-711 / 262      670-679 / 601-635 / 585   568 / 528 / 561   ships
  *      ... accumulating backward_input    610                      543                       400
+ *   3: 2, and pairs of blocks share A's   702 / 639 / 290          678-722 / 620-648 / 540   547 / 506 / 486
+ *      slices, c prefetched: accumulating 467                      428                       263
  *
+ * Version 3 was to relieve the second-level cache; it is not what holds the products back, and prefetching c costs
+ * more than it hides.
  * 512 rows of backward_weight move 7.8 bytes of FP32 sums per 1000 FLOP: 0.9 ms of the 1.84 at the copy rate. */
 #include "kernels/cuda/grouped.cuh"
 #include "kernels/cuda/ptx/mma.cuh"
