@@ -23,9 +23,11 @@
  *      ... accumulating backward_input    610                      543                       400
  *   3: 2, and pairs of blocks share A's   702 / 639 / 290          678-722 / 620-648 / 540   547 / 506 / 486
  *      slices, c prefetched: accumulating 467                      428                       263
+ *      (in that run, one after another    580 / 483 / 243          694 / 630 / 588           326 / 345 / 285)
  *
- * Version 3 was to relieve the second-level cache; it is not what holds the products back, and prefetching c costs
- * more than it hides.
+ * Version 3 was to relieve the second-level cache. Sharing changed little either way, and prefetching c costs the
+ * accumulating forms more than it hides.
+ *
  * 512 rows of backward_weight move 7.8 bytes of FP32 sums per 1000 FLOP: 0.9 ms of the 1.84 at the copy rate. */
 #include "kernels/cuda/grouped.cuh"
 #include "kernels/cuda/ptx/mma.cuh"
