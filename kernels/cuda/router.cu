@@ -6,7 +6,15 @@
  * warp-wide integer reductions (largest value, then lowest expert that has it), so that ties cannot depend on timing.
  * Counts of choices are integer atomics; the balance loss sums a number per row in a fixed order.
  *
- * The backward makes dz[n,E] a row a warp in FP32, rounds it to BF16 once, and leaves the rest to two products. */
+ * The backward makes dz[n,E] a row a warp in FP32, rounds it to BF16 once, and leaves the rest to two products.
+ *
+ * Ladder, on an H200, rows of 7168, 256 experts in 8 groups, 8 choices:
+ *
+ *   version   rows     router, with and without balance   of it the product   backward
+ *   1 (ships) 131072   1.34 ms, 1.25 ms                    0.685 ms            2.67 ms
+ *   1         4096     0.075 ms, 0.067 ms                  0.035 ms            0.105 ms
+ *
+ * Left: the choice itself, 0.57 ms of 131072 rows, walks shared memory where registers would do. */
 #include <math.h>
 
 #include "kernels/cuda/gemm.cuh"
