@@ -13,14 +13,18 @@
  * order of every sum.
  *
  * Ladder: V3.1 width (H 128 x 192, HI 64 x 128), one causal sequence of T = 8192, 16384, 32768, value and gradients,
- * medians of 10 or more on an H200, with TFLOP/s counted as above (executed: 8/7 of it) and the share of 989.5:
+ * medians of 7 or more on an H200, with TFLOP/s counted as above (executed: 8/7 of it) and the share of 989.5:
  * - 1, mma.sync m16n8k16 everywhere: 18.6, 73.4, 289 ms; 207, 210, 213; 0.21.
  * - 2, A by warpgroups (wgmma, copy engine), 128 x 192 tiles: 12.3, 48.5, 196 ms; 313, 317, 314; 0.32.
  * - 3, C and D by warpgroups, 128 x 128 tiles: 9.3, 36.3, 145 ms; 413, 424, 425; 0.43.
  * - 4, in A pairs of blocks share the keys that they read: 9.2, 35.4, 141 ms; 420, 434, 437; 0.44.
- * Version 4 ships; version 1 serves what operands' shapes or strides exclude from the others. Of version 4 at T = 32768
- * A and B take 81 ms (432 counted). Under this load the GPU draws up to 695 W and lowers its clock to 1.65 - 1.75 GHz.
- * Scratch: 384, 768, 1280 MiB. */
+ * - 5, 1[q.k > 0] by a multiplication, warpgroups in turns: 8.3, 31.4, 125 ms; 466, 490, 493; 0.50.
+ * - 6, in A log2(e) is in the scale and the indexer's keys stay: 8.0, 31.3, 122 ms; 480, 492, 503; 0.51.
+ * Versions were measured a run each, and runs differ by more than the smaller steps. Within one run, at T = 32768,
+ * version 5 took 125 ms, without A's turns 126, without turns in C and D and without A's pairs 128; version 6 took
+ * 122.3, with keys that do not stay 122.8. Version 6 ships; version 1 serves what operands' shapes or strides exclude
+ * from the others. Of version 6 at T = 32768 A and B take 69 ms (510 counted). Under version 4's load the GPU drew up
+ * to 695 W and lowered its clock to 1.65 - 1.75 GHz: power is near its cap. Scratch: 384, 768, 1280 MiB. */
 #include "kernels/cuda/indexer_kl_dense.cuh"
 #include "kernels/cuda/operations.cuh"
 
@@ -206,7 +210,7 @@ static wn_status do_chunk(wn_device *device, const wn_kl_chunk *chunk, const wn_
   const wn_view<float> w = rows_from(t->w, row0), lse = rows_from(t->lse, row0);
   seen_kernel<<<(unsigned)chunk->n_row_tiles, WN_KL_TILE, 0, stream>>>(*chunk);
   WN_CUDA_LAUNCHED("indexer_kl_dense's visible tiles");
-  WN_TRY(wn_kl_scores(device, chunk, q, t->k, w, qa, t->ka, lse, (float)params->scale, (float)params->attention_scale));
+  WN_TRY(wn_kl_scores(device, chunk, q, t->k, w, qa, t->ka, lse, params->scale, params->attention_scale));
   loss_kernel<<<(unsigned)(chunk->n_row_tiles * WN_KL_TILE), LOSS_THREADS, 0, stream>>>(
       *chunk, t->kl.data + row0 * t->kl.row, t->kl.row, t->gradients);
   WN_CUDA_LAUNCHED("indexer_kl_dense's loss");

@@ -30,16 +30,20 @@ typedef struct wn_kl_sum {
   const float *term;     /* [rows, heads]: lse or w */
   int64_t term_row;
   float *out;
-  float scale;
+  float scale; /* the target's: times log2(e) */
   bool x_vectors, y_vectors;
 } wn_kl_sum;
 
-/* One head's product z into the sum. t: lse; or w * scale / 2. */
+#define WN_KL_LOG2_E 1.4426950408889634
+
+/* One head's product z into the sum. Target: scale and t = lse come multiplied by log2(e); scores: t = w * scale / 2.
+ */
 template <bool TARGET> __device__ __forceinline__ float wn_kl_folded(float sum, float z, float t, float scale) {
-  const float log2_e = 1.4426950408889634f;
   if (!TARGET) return fmaf(t, z + fabsf(z), sum); /* z + |z| is 2 relu(z) at the full rate */
-  return sum +
-         wn_exp2(fmaf(z, scale, -t) * log2_e); /* the difference first: its rounding is relative to what is left */
+  return sum + wn_exp2(fmaf(z, scale, -t));
+}
+template <bool TARGET> __device__ __forceinline__ float wn_kl_term(float term, float scale) {
+  return term * (TARGET ? (float)WN_KL_LOG2_E : 0.5f * scale);
 }
 
 /* The two for operands of 16-byte rows, by warpgroups. indexer_kl_scores_wide.cu */
@@ -48,8 +52,8 @@ WN_MUST_USE wn_status wn_kl_sum_wide(wn_device *device, const wn_kl_sum *a, bool
 /* p and index from the chunk's rows of qa, lse, q and w. indexer_kl_scores.cu */
 WN_MUST_USE wn_status wn_kl_scores(wn_device *device, const wn_kl_chunk *chunk, const wn_view<wn_bf16> &q,
                                    const wn_view<wn_bf16> &k, const wn_view<float> &w, const wn_view<wn_bf16> &qa,
-                                   const wn_view<wn_bf16> &ka, const wn_view<float> &lse, float scale,
-                                   float attention_scale);
+                                   const wn_view<wn_bf16> &ka, const wn_view<float> &lse, double scale,
+                                   double attention_scale);
 
 /* Where dk's shares of a chunk stand before they are added up: [n_splits, columns, width]; share i is of row tiles
  * i * tiles_per_split and on. */
@@ -86,6 +90,12 @@ WN_MUST_USE wn_status wn_kl_map(CUtensorMap *map, const wn_view<float> &v, int64
 __device__ __forceinline__ bool wn_kl_sees(const wn_kl_chunk &chunk, int32_t row_tile, int32_t key) {
   const int2 seen = chunk.seen[row_tile];
   return key >= seen.x && key < seen.y;
+}
+
+/* 1 where z > 0, else 0 (NaN too), by one multiplication at the full rate, which comparisons do not have. Of positive z
+ * only those below 3e-39, denormals, come out as less than 1. */
+__device__ __forceinline__ float wn_kl_gate(float z) {
+  return __saturatef(z * 3.4e38f);
 }
 
 /* 4 bytes from global to shared memory, asynchronously; zeros unless `exists` (the address must be valid anyway) */

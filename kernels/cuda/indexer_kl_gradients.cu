@@ -140,9 +140,9 @@ __device__ static void weigh_keys(uint32_t p[M_TILES][4], float dw[M_TILES * 2],
     for (int slot = 0; slot < M_TILES * 2; slot++) {
       const float2 own = together ? shared_g : *(const float2 *)(g + g_at[slot] + n * 8);
       const float z0 = z[slot / 2][n][slot % 2 * 2], z1 = z[slot / 2][n][slot % 2 * 2 + 1];
-      dw[slot] = fmaf(own.x, z0 + fabsf(z0), dw[slot]); /* twice relu */
-      dw[slot] = fmaf(own.y, z1 + fabsf(z1), dw[slot]);
-      p[slot / 2][slot % 2 + n * 2] = wn_pack_bf16(z0 > 0 ? own.x : 0, z1 > 0 ? own.y : 0);
+      const float p0 = own.x * wn_kl_gate(z0), p1 = own.y * wn_kl_gate(z1);
+      dw[slot] = fmaf(p1, z1, fmaf(p0, z0, dw[slot]));
+      p[slot / 2][slot % 2 + n * 2] = wn_pack_bf16(p0, p1);
     }
   }
 }
@@ -220,7 +220,7 @@ __global__ static void __launch_bounds__(THREADS, 2) query_kernel(const gradient
     const int32_t pair = warp_row + slot * 8, t = pair / a.heads, h = h0 + pair % a.heads;
     if (t >= a.group || t0 + t >= a.in.chunk.n_rows || h >= a.in.q.heads) continue;
     write_dq<WIDTH>(a, sum[slot / 2], slot % 2, t0 + t, h);
-    if (lane % 4 == 0) a.in.dw.data[(t0 + t) * a.in.dw.row + h] = dw[slot] * (0.5f * a.in.factor);
+    if (lane % 4 == 0) a.in.dw.data[(t0 + t) * a.in.dw.row + h] = dw[slot] * a.in.factor;
   }
 }
 
@@ -291,7 +291,7 @@ __device__ static void weigh_pairs(uint32_t p[M_TILES][4], const float z[M_TILES
         g1 = g[pair_row.y * KEY_G_STRIDE + slot * 8];
       }
       const float z0 = z[slot / 2][n][slot % 2 * 2], z1 = z[slot / 2][n][slot % 2 * 2 + 1];
-      p[slot / 2][slot % 2 + n * 2] = wn_pack_bf16(z0 > 0 ? g0 * pair_w.x : 0, z1 > 0 ? g1 * pair_w.y : 0);
+      p[slot / 2][slot % 2 + n * 2] = wn_pack_bf16(g0 * wn_kl_gate(z0) * pair_w.x, g1 * wn_kl_gate(z1) * pair_w.y);
     }
   }
 }

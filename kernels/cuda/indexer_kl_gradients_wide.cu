@@ -96,10 +96,12 @@ __device__ static void weigh_keys(uint32_t p[TILE / 16][4], float dw[2], const f
     const float2 g0 = *(const float2 *)(g + row[0] * TILE + n * 8);
     const float2 g1 = row[0] == row[1] ? g0 : *(const float2 *)(g + row[1] * TILE + n * 8);
     const float *y = z + n * 4;
-    dw[0] = fmaf(g0.y, y[1] + fabsf(y[1]), fmaf(g0.x, y[0] + fabsf(y[0]), dw[0])); /* twice relu */
-    dw[1] = fmaf(g1.y, y[3] + fabsf(y[3]), fmaf(g1.x, y[2] + fabsf(y[2]), dw[1]));
-    p[n / 2][n % 2 * 2] = wn_pack_bf16(y[0] > 0 ? g0.x : 0, y[1] > 0 ? g0.y : 0);
-    p[n / 2][n % 2 * 2 + 1] = wn_pack_bf16(y[2] > 0 ? g1.x : 0, y[3] > 0 ? g1.y : 0);
+    const float gated[4] = {g0.x * wn_kl_gate(y[0]), g0.y * wn_kl_gate(y[1]), g1.x * wn_kl_gate(y[2]),
+                            g1.y * wn_kl_gate(y[3])};
+    dw[0] = fmaf(gated[1], y[1], fmaf(gated[0], y[0], dw[0]));
+    dw[1] = fmaf(gated[3], y[3], fmaf(gated[2], y[2], dw[1]));
+    p[n / 2][n % 2 * 2] = wn_pack_bf16(gated[0], gated[1]);
+    p[n / 2][n % 2 * 2 + 1] = wn_pack_bf16(gated[2], gated[3]);
   }
 }
 
@@ -115,8 +117,8 @@ __device__ static void weigh_pairs(uint32_t p[TILE / 16][4], const float (&z)[TI
     }
     const float2 v = *(const float2 *)(w + n * 8);
     const float *y = z + n * 4;
-    p[n / 2][n % 2 * 2] = wn_pack_bf16(y[0] > 0 ? g0 * v.x : 0, y[1] > 0 ? g0 * v.y : 0);
-    p[n / 2][n % 2 * 2 + 1] = wn_pack_bf16(y[2] > 0 ? g1 * v.x : 0, y[3] > 0 ? g1 * v.y : 0);
+    p[n / 2][n % 2 * 2] = wn_pack_bf16(g0 * wn_kl_gate(y[0]) * v.x, g0 * wn_kl_gate(y[1]) * v.y);
+    p[n / 2][n % 2 * 2 + 1] = wn_pack_bf16(g1 * wn_kl_gate(y[2]) * v.x, g1 * wn_kl_gate(y[3]) * v.y);
   }
 }
 
@@ -132,6 +134,8 @@ __device__ static void multiply(const wide_params &a, int32_t tiles, ring r, flo
   float z[TILE / 2];
   uint32_t used = 0; /* the barrier of the stage before */
   wn_barrier_wait(r.x_full, 0);
+  if (group == 1 && tiles > 0) wn_turn_give(group);
+  if (tiles > 0) wn_turn_wait(group);
   for (int32_t i = 0; i < tiles; i++) {
     const uint32_t at = r.data + r.stage * a.stage_bytes;
     const float *g = (const float *)(r.stages + r.stage * a.stage_bytes + TILE_BYTES);
@@ -144,6 +148,7 @@ __device__ static void multiply(const wide_params &a, int32_t tiles, ring r, flo
       wn_wgmma_64x128(z, x + step, y + step, k > 0);
     }
     wn_wgmma_commit();
+    wn_turn_give(group);
     wn_wgmma_wait<0>(); /* this Z, and the P Y of the tile before */
     wn_wgmma_settle(z);
     if (i > 0 && lane == 0) wn_barrier_arrive(used);
@@ -152,6 +157,7 @@ __device__ static void multiply(const wide_params &a, int32_t tiles, ring r, flo
       weigh_pairs(p, z, g + own, g + a.group * TILE + column, a.log_heads);
     else
       weigh_keys(p, dw, z, g + column, row);
+    wn_turn_wait(group);
     wn_wgmma_begin();
 #pragma unroll
     for (int k = 0; k < TILE / 16; k++) wn_wgmma_rows_64x128(sum, p[k], y_rows + k * 128);
@@ -159,6 +165,7 @@ __device__ static void multiply(const wide_params &a, int32_t tiles, ring r, flo
     used = r.empty + r.stage * 8;
     advance(&r);
   }
+  if (group == 0 && tiles > 0) wn_turn_give(group);
   wn_wgmma_wait<0>();
   wn_wgmma_settle(sum);
 }
@@ -177,7 +184,7 @@ __device__ static void write_queries(const wide_params &a, const task &job, cons
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; n++)
       *(uint32_t *)(to + n * 8) = wn_pack_bf16(sum[n * 4 + slot * 2] * factor, sum[n * 4 + slot * 2 + 1] * factor);
-    if (lane % 4 == 0) a.in.dw.data[t * a.in.dw.row + h] = whole * (0.5f * a.in.factor);
+    if (lane % 4 == 0) a.in.dw.data[t * a.in.dw.row + h] = whole * a.in.factor;
   }
 }
 

@@ -77,7 +77,7 @@ __device__ static void fold_head(float sum[M_TILES][N_BLOCKS][4], float s[M_TILE
                                  float scale) {
 #pragma unroll
   for (int m = 0; m < M_TILES; m++) {
-    const float share = TARGET ? 1.0f : 0.5f * scale, t[2] = {term[m * 16] * share, term[m * 16 + 8] * share};
+    const float t[2] = {wn_kl_term<TARGET>(term[m * 16], scale), wn_kl_term<TARGET>(term[m * 16 + 8], scale)};
 #pragma unroll
     for (int n = 0; n < N_BLOCKS; n++)
 #pragma unroll
@@ -153,12 +153,20 @@ template <bool TARGET> static wn_status head_sum(wn_device *device, const wn_kl_
 
 wn_status wn_kl_scores(wn_device *device, const wn_kl_chunk *chunk, const wn_view<wn_bf16> &q,
                        const wn_view<wn_bf16> &k, const wn_view<float> &w, const wn_view<wn_bf16> &qa,
-                       const wn_view<wn_bf16> &ka, const wn_view<float> &lse, float scale, float attention_scale) {
+                       const wn_view<wn_bf16> &ka, const wn_view<float> &lse, double scale, double attention_scale) {
   if (chunk->n_keys == 0) return NULL;
-  wn_kl_sum target = {
-      *chunk, qa, ka, lse.data, lse.row, chunk->p, attention_scale, wn_view_vectors(qa), wn_view_vectors(ka)};
+  wn_kl_sum target = {*chunk,
+                      qa,
+                      ka,
+                      lse.data,
+                      lse.row,
+                      chunk->p,
+                      (float)(attention_scale * WN_KL_LOG2_E),
+                      wn_view_vectors(qa),
+                      wn_view_vectors(ka)};
   if (ka.heads == 1) target.y.head = 0;
   WN_TRY(head_sum<true>(device, &target));
-  const wn_kl_sum index = {*chunk, q, k, w.data, w.row, chunk->index, scale, wn_view_vectors(q), wn_view_vectors(k)};
+  const wn_kl_sum index = {
+      *chunk, q, k, w.data, w.row, chunk->index, (float)scale, wn_view_vectors(q), wn_view_vectors(k)};
   return head_sum<false>(device, &index);
 }

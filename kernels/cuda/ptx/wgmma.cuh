@@ -64,6 +64,18 @@ __device__ __forceinline__ void wn_copy_tile_to(uint32_t shared, const CUtensorM
                : "memory");
 }
 
+/* ---- turns of two warpgroups ---- */
+
+/* Two warpgroups take turns at issuing products, so that one multiplies while the other computes: left alone they fall
+ * into step and wait for each other. Warpgroup `group` (0 or 1) waits for its turn, and gives the turn to the other;
+ * warpgroup 1 begins by giving, and does not give after its last turn. Named barriers 1 and 2. */
+__device__ __forceinline__ void wn_turn_wait(int32_t group) {
+  asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
+}
+__device__ __forceinline__ void wn_turn_give(int32_t group) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
+}
+
 /* ---- clusters ---- */
 
 __device__ __forceinline__ uint32_t wn_cluster_rank(void) {
