@@ -10,11 +10,17 @@ static void needs_a_gpu(void) {
   skip();
 }
 
+/* A trained model, so that what BF16 leaves equal can be asked for: the random one of the other tests amplifies a
+ * rounding to a percent. Its vocabulary holds theirs. */
+static const char trained[] = "checkpoints/demo-base";
+
+/* init: a model of the test's directory, or the trained one. */
 static void run_job(void **state, const char *stage, const char *device, const char *init, const char *run,
                     int64_t steps, const char *options) {
   const char *dir = *state;
-  wn_winnow_ends(0, 1, "%s %s/job.yaml device=%s init=%s/%s run_dir=%s/%s training.steps=%lld %s", stage, dir, device,
-                 dir, init, dir, run, (long long)steps, options);
+  bool own = init != trained;
+  wn_winnow_ends(0, 1, "%s %s/job.yaml device=%s init=%s%s%s run_dir=%s/%s training.steps=%lld %s", stage, dir, device,
+                 own ? dir : "", own ? "/" : "", init, dir, run, (long long)steps, options);
 }
 
 /* Same data, same weights, same arithmetic but for BF16: the first `rows` steps agree to its rounding (0: all). */
@@ -35,19 +41,20 @@ static void expect_near(void **state, const char *run, const char *other, const 
 
 static void stages_agree_with_the_cpu(void **state) {
   needs_a_gpu();
+  static const char calm[] = "optimizer.lr=1.0e-4 optimizer.indexer_lr=1.0e-3 dsa.index_head_dim=32";
   for (int gpu = 0; gpu < 2; gpu++) {
     const char *device = gpu ? "cuda" : "cpu";
-    run_job(state, "pretrain", device, "base", gpu ? "pre-gpu" : "pre-cpu", 6, "");
-    run_job(state, "warmup", device, "base", gpu ? "warm-gpu" : "warm-cpu", 6, "");
-    run_job(state, "adapt", device, "warm-cpu/checkpoints/step-000006", gpu ? "adapt-gpu" : "adapt-cpu", 6, "");
+    run_job(state, "pretrain", device, trained, gpu ? "pre-gpu" : "pre-cpu", 6, "optimizer.lr=1.0e-4");
+    run_job(state, "warmup", device, trained, gpu ? "warm-gpu" : "warm-cpu", 6, calm);
+    run_job(state, "adapt", device, "warm-cpu/checkpoints/step-000006", gpu ? "adapt-gpu" : "adapt-cpu", 6, calm);
   }
-  expect_near(state, "pre-gpu", "pre-cpu", "lm_loss", 0, 1e-2);
-  expect_near(state, "pre-gpu", "pre-cpu", "grad_norm", 1, 5e-2);
-  expect_near(state, "warm-gpu", "warm-cpu", "indexer_kl", 0, 3e-2);
-  expect_near(state, "warm-gpu", "warm-cpu", "indexer_grad_norm", 1, 5e-2);
-  expect_near(state, "adapt-gpu", "adapt-cpu", "lm_loss", 0, 1e-2);
-  expect_near(state, "adapt-gpu", "adapt-cpu", "grad_norm", 1, 8e-2);
-  expect_near(state, "adapt-gpu", "adapt-cpu", "indexer_kl", 0, 8e-2);
+  expect_near(state, "pre-gpu", "pre-cpu", "lm_loss", 0, 5e-3);
+  expect_near(state, "pre-gpu", "pre-cpu", "grad_norm", 1, 2e-2);
+  expect_near(state, "warm-gpu", "warm-cpu", "indexer_kl", 0, 2e-2);
+  expect_near(state, "warm-gpu", "warm-cpu", "indexer_grad_norm", 1, 2e-2);
+  expect_near(state, "adapt-gpu", "adapt-cpu", "lm_loss", 0, 5e-3);
+  expect_near(state, "adapt-gpu", "adapt-cpu", "grad_norm", 1, 5e-2);
+  expect_near(state, "adapt-gpu", "adapt-cpu", "indexer_kl", 0, 5e-2);
 }
 
 static void expect_same_run(void **state, const char *run, const char *other, int64_t steps) {
@@ -133,13 +140,14 @@ static double cosine(const wn_st_entry *a, const wn_st_entry *b) {
   return aa == 0 && bb == 0 ? 1 : ab / sqrt(aa * bb);
 }
 
-/* Every tensor of a dump: same names and shapes, in FP32, pointing the same way; what must be zero is. BF16 on one
- * side, FP32 on the other, and weights that are large for their fan-in: hidden states are a percent apart. */
+/* Every tensor of a dump: same names and shapes, in FP32, pointing the same way; what must be zero is. In a
+ * sparse pass picks near the threshold may differ, and gradients with them. */
 static void expect_same_dump(void **state, const char *model, const char *attention, const char *grads) {
   const char *dir = *state;
   wn_safetensors *dump[2];
   char path[2][WN_PATH_BYTES];
   double worst = 1;
+  bool sparse = strcmp(attention, "sparse") == 0;
   for (int gpu = 0; gpu < 2; gpu++) {
     OK(wn_path(path[gpu], "%s/dump-%d.safetensors", dir, gpu));
     wn_winnow_ends(0, 1,
@@ -156,7 +164,8 @@ static void expect_same_dump(void **state, const char *model, const char *attent
     if (cpu->dtype != WN_F32) continue; /* picks near the threshold may differ */
     double c = cosine(gpu, cpu);
     bool exact = strcmp(cpu->name, "logits") == 0 || strncmp(cpu->name, "hidden.", 7) == 0;
-    if (!(c > (exact ? 0.999 : 0.98))) fail_msg("%s of the GPU has cosine %.6f to the CPU's", cpu->name, c);
+    if (!(c > (exact ? 0.9999 : sparse ? 0.9 : 0.98)))
+      fail_msg("%s of the GPU has cosine %.6f to the CPU's", cpu->name, c);
     worst = fmin(worst, c);
   }
   print_message("  %s, gradients of %s: smallest cosine of a tensor %.6f\n", attention, grads, worst);
