@@ -3,7 +3,8 @@
  * key. The product is with the ReLU and the weight in one pass over the accumulators; no head's logits are stored.
  *
  * The general form: mma.sync, any number of heads (padded to 8, 16, 32, 64 or a multiple of 64 columns a query), any
- * width, any strides. */
+ * width, any strides: 122 TFLOP/s at 64 heads x 128 on an H200 (12% of the limit). Shapes that models have go to
+ * index_score_wide.cu, whose scores are the same bits. */
 #include "kernels/cuda/dot_tile.cuh"
 #include "kernels/cuda/index_score.cuh"
 #include "kernels/cuda/index_score_wide.cuh"

@@ -2,7 +2,8 @@
  *
  * The best: a chunk of rows at a time, one sweep over the keys for each head's log-sum-exp, a second one that sums the
  * heads' probabilities of a 128 x 128 tile in registers, then the same top-k as the indexer's. Heads are summed in
- * order. Everything is in units of log 2.
+ * order. Everything is in units of log 2. On an H200: 104 TFLOP/s of both sweeps at 4096 rows and keys, 16 heads of
+ * 192; 156 for 4096 rows of 32768 shared keys, 16 heads of 576 (10% and 16% of the limit: it serves evaluation only).
  *
  * The random pattern: a row marks its draws in a map of the keys it sees, 2^19 keys at a time. */
 #include "base/rng.h"

@@ -11,8 +11,8 @@
 WN_MUST_USE wn_status wn_cuda_top_k(wn_device *device, wn_view<int32_t> selection, const float *scores, int64_t pitch,
                                     const int32_t *first, const int32_t *last, int32_t n_keys);
 
-/* Rows of scores that exist at a time: at most 2 GiB, and whole tiles of 128 rows where that is possible. A function of
- * shapes only. */
+/* Rows of scores that exist at a time: at most 2 GiB of them, and whole tiles of 128 rows where that is possible. A
+ * function of shapes only. */
 static inline int64_t wn_score_pitch(int32_t n_keys) {
   return wn_ceil_div(n_keys, 4) * 4;
 }
@@ -22,29 +22,30 @@ static inline int64_t wn_score_chunk(int64_t n_rows, int64_t pitch) {
   return n_rows < most ? n_rows : most;
 }
 
-enum { WN_PICK_THREADS = 512, WN_PICK_WARPS = WN_PICK_THREADS / 32 };
+enum { WN_PICK_THREADS = 256, WN_PICK_WARPS = WN_PICK_THREADS / 32 };
 
 /* Two counts in one word: of bits above, and of bits equal. */
 __device__ __forceinline__ uint64_t wn_two_counts(int32_t above, int32_t equal) {
   return (uint64_t)(uint32_t)equal << 32 | (uint32_t)above;
 }
 
-/* Sum of x over the threads before this one; *total over all. `warps` is shared memory, WN_PICK_WARPS words. */
-__device__ __forceinline__ uint64_t wn_block_scan(uint64_t x, uint64_t *total, uint64_t *warps) {
+/* Sum of x over the threads before this one; *total over all. `warps` is shared memory, WN_PICK_WARPS of them. T is
+ * uint32_t or uint64_t. */
+template <typename T> __device__ __forceinline__ T wn_block_scan(T x, T *total, T *warps) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint64_t sum = x;
+  T sum = x;
 #pragma unroll
   for (uint32_t d = 1; d < 32; d *= 2) {
-    const uint64_t other = __shfl_up_sync(~0u, sum, d);
+    const T other = __shfl_up_sync(~0u, sum, d);
     sum += lane >= d ? other : 0;
   }
   __syncthreads(); /* of an earlier scan all has been read */
   if (lane == 31) warps[warp] = sum;
   __syncthreads();
-  uint64_t before = 0, all = 0;
+  T before = 0, all = 0;
 #pragma unroll
   for (uint32_t w = 0; w < WN_PICK_WARPS; w++) {
-    const uint64_t one = warps[w];
+    const T one = warps[w];
     before += w < warp ? one : 0;
     all += one;
   }
