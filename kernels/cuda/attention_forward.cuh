@@ -1,6 +1,6 @@
 /* Forward of the per-head attention: a block keeps 128 rows of one head and walks the key tiles they see. A warp keeps
  * its rows' sums, running maximum and running sum of weights in registers; a new maximum rescales what was summed.
- * Exponentials are base 2. Keys of the next tile load during softmax and values, values during the logits. */
+ * Exponentials are base 2. */
 #ifndef WN_KERNELS_CUDA_ATTENTION_FORWARD_CUH
 #define WN_KERNELS_CUDA_ATTENTION_FORWARD_CUH
 
@@ -90,76 +90,60 @@ __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int hea
   wn_put_rows<false>(job.o, row0, job.n, 0, head, o, 1);
 }
 
-/* MT tiles of 16 rows a warp. */
-template <int DQ, int DV, int MT, bool MASKED>
-__global__ void __launch_bounds__(WN_BLOCK_ROWS / MT * 2, MT)
-    wn_attend_forward_kernel(const __grid_constant__ wn_attend_job job) {
-  constexpr int THREADS = WN_BLOCK_ROWS / MT * 2;
+/* ---- any width: warp-level products ---- */
+
+template <int DQ, int DV, bool MASKED>
+__global__ void __launch_bounds__(WN_MAKERS, 1) wn_attend_forward_kernel(const __grid_constant__ wn_attend_job job) {
   extern __shared__ __align__(1024) char shared[];
   const uint32_t q = wn_shared_address(shared), k = q + WN_BLOCK_ROWS * DQ * 2, v = k + WN_TILE * DQ * 2;
-  const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, warp_row = (int)(threadIdx.x >> 5) * 16 * MT;
+  const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, warp_row = (int)(threadIdx.x >> 5) * 16;
   int head, block;
   wn_block_place(job, blocks, &head, &block);
   block = blocks - 1 - block; /* the last rows see most keys: they go first */
-  const int row0 = block * WN_BLOCK_ROWS + warp_row;
-  float o[MT][DV / 8][4];
-  wn_softmax_rows rows[MT];
+  const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + (int)(threadIdx.x & 31) / 4;
+  float o[DV / 8][4];
+  wn_softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
   wn_clear(o);
-#pragma unroll
-  for (int i = 0; i < MT; i++) rows[i] = {{-INFINITY, -INFINITY}, {0, 0}};
   wn_key_walk walk;
   int t = wn_begin_walk<MASKED>(job, block, &walk);
   if (t < walk.end) {
-    wn_tile_load<WN_BLOCK_ROWS, DQ, THREADS>(q, job.q, head, block * WN_BLOCK_ROWS, job.n);
-    wn_tile_load<WN_TILE, DQ, THREADS>(k, job.k, head, t * WN_TILE, job.m);
+    wn_tile_load<WN_BLOCK_ROWS, DQ, WN_MAKERS>(q, job.q, head, block * WN_BLOCK_ROWS, job.n);
+    wn_tile_load<WN_TILE, DQ, WN_MAKERS>(k, job.k, head, t * WN_TILE, job.m);
     wn_cp_async_commit();
   }
   for (int next; t < walk.end; t = next) {
     wn_cp_async_wait<0>();
     __syncthreads(); /* keys have come; the values before are done with */
-    wn_tile_load<WN_TILE, DV, THREADS>(v, job.v, head, t * WN_TILE, job.m);
+    wn_tile_load<WN_TILE, DV, WN_MAKERS>(v, job.v, head, t * WN_TILE, job.m);
     wn_cp_async_commit();
     const bool full = !MASKED && t >= walk.full_low && t < walk.full_end;
-    uint64_t words[MT][1][2];
+    uint64_t words[1][2];
     if (!full)
 #pragma unroll
-      for (int i = 0; i < 2 * MT; i++)
-        words[i >> 1][0][i & 1] = wn_row_word<MASKED>(job, row0 + (int)(threadIdx.x & 31) / 4 + 8 * i, t);
-    float s[MT][8][4];
+      for (int r = 0; r < 2; r++) words[0][r] = wn_row_word<MASKED>(job, mine + 8 * r, t);
+    float s[8][4], decay[2];
+    uint32_t p[4][4];
     wn_clear(s);
-    wn_product_shared<MT, 8, DQ / 16, WN_BLOCK_ROWS, WN_TILE>(s, q, warp_row, k, 0);
+    wn_product_shared<8, DQ / 16, WN_BLOCK_ROWS, WN_TILE>(s, q, warp_row, k, 0);
     next = wn_next_tile<MASKED>(job, walk, block, t + 1);
     wn_cp_async_wait<0>();
     __syncthreads(); /* values have come; the keys are done with */
-    if (next < walk.end) wn_tile_load<WN_TILE, DQ, THREADS>(k, job.k, head, next * WN_TILE, job.m);
+    if (next < walk.end) wn_tile_load<WN_TILE, DQ, WN_MAKERS>(k, job.k, head, next * WN_TILE, job.m);
     wn_cp_async_commit();
-    uint32_t p[MT][4][4];
-#pragma unroll
-    for (int i = 0; i < MT; i++) {
-      float decay[2];
-      if (!full) wn_mask_logits<8>(s[i], words[i]);
-      wn_online_softmax<8>(s[i], rows[i], decay, job.scale * WN_LOG2E);
-      wn_rescale(o[i], decay);
-      wn_fragments<8>(p[i], s[i]);
-    }
-    wn_product_registers<MT, DV / 8, 4, WN_TILE>(o, p, v, 0);
+    if (!full) wn_mask_logits<8>(s, words);
+    wn_online_softmax<8>(s, rows, decay, job.scale * WN_LOG2E);
+    wn_rescale(o, decay);
+    wn_fragments<8>(p, s);
+    wn_product_registers<DV / 8, 4, WN_TILE>(o, p, v, 0);
   }
-#pragma unroll
-  for (int i = 0; i < MT; i++) {
-    const int mine = row0 + 16 * i + (int)(threadIdx.x & 31) / 4;
-    wn_finish_rows(job, head, row0 + 16 * i, o[i], rows[i], [&](int r, int col) {
-      return mine + 8 * r < job.n ? wn_get_pair(job.d_o, mine + 8 * r, head, col) : float2{0, 0};
-    });
-  }
+  wn_finish_rows(job, head, row0, o, rows, [&](int r, int col) {
+    return mine + 8 * r < job.n ? wn_get_pair(job.d_o, mine + 8 * r, head, col) : float2{0, 0};
+  });
 }
 
 /* ---- widths up to 192/128: the products of warpgroups ---- */
 
-enum {
-  WN_CONSUMERS = 256,
-  WN_GROUP_THREADS = WN_CONSUMERS + 128,
-  WN_GROUP_KEYS = 128 /* keys of a tile */
-};
+enum { WN_GROUP_KEYS = 128 /* keys of a tile */ };
 
 /* o += P V, under way */
 template <int DV>
@@ -234,7 +218,7 @@ __device__ __forceinline__ void wn_forward_consume(const char *shared, const wn_
   const uint32_t base = wn_shared_address(shared), barriers = base + layout::barriers;
   const int warp_row = (int)(threadIdx.x >> 5) * 16, lane = threadIdx.x & 31;
   const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + lane / 4;
-  float o[1][DV / 8][4], decay[2];
+  float o[DV / 8][4], decay[2];
   wn_softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
   wn_clear(o);
   wn_key_walk walk;
@@ -266,7 +250,7 @@ __device__ __forceinline__ void wn_forward_consume(const char *shared, const wn_
       wn_wgmma_commit();
       wn_barrier_wait(barriers + WN_V_FULL + 8 * here, (i - 1) >> 1 & 1);
       wn_wgmma_begin();
-      wn_group_values<DV>(o[0], p, base + layout::values + here * layout::v_bytes);
+      wn_group_values<DV>(o, p, base + layout::values + here * layout::v_bytes);
       wn_wgmma_commit();
       partial = wn_pair_words<MASKED>(words, job, walk, mine, pair);
       wn_wgmma_wait<1>();
@@ -275,22 +259,22 @@ __device__ __forceinline__ void wn_forward_consume(const char *shared, const wn_
       if (partial) wn_mask_logits(s, words);
       wn_online_softmax(s, rows, decay, job.scale * WN_LOG2E);
       wn_wgmma_wait<0>();
-      wn_pin(o[0]);
+      wn_pin(o);
       if (lane == 0) wn_barrier_arrive(barriers + WN_V_EMPTY + 8 * here);
-      wn_rescale(o[0], decay);
+      wn_rescale(o, decay);
       wn_fragments<KEYS / 8>(p, s);
       pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
     }
     wn_barrier_wait(barriers + WN_V_FULL + 8 * ((i - 1) & 1), (i - 1) >> 1 & 1);
     wn_wgmma_begin();
-    wn_group_values<DV>(o[0], p, base + layout::values + ((i - 1) & 1) * layout::v_bytes);
+    wn_group_values<DV>(o, p, base + layout::values + ((i - 1) & 1) * layout::v_bytes);
     wn_wgmma_commit();
     wn_wgmma_wait<0>();
-    wn_pin(o[0]);
+    wn_pin(o);
   }
   const char *d_o = shared + layout::keys + (i & 1) * layout::k_bytes;
   if (job.delta.data) wn_barrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
-  wn_finish_rows(job, head, row0, o[0], rows, [&](int r, int col) {
+  wn_finish_rows(job, head, row0, o, rows, [&](int r, int col) {
     const uint32_t at = wn_tile_at<WN_BLOCK_ROWS>(0, warp_row + lane / 4 + 8 * r, col >> 3) + (uint32_t)(col & 7) * 2;
     return __bfloat1622float2(*(const __nv_bfloat162 *)(d_o + at));
   });
@@ -311,16 +295,16 @@ __global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
     for (uint32_t stage = 0; stage < 16; stage += 8) {
       wn_barrier_init(barriers + WN_K_FULL + stage, 1);
       wn_barrier_init(barriers + WN_V_FULL + stage, 1);
-      wn_barrier_init(barriers + WN_K_EMPTY + stage, WN_CONSUMERS / 32);
-      wn_barrier_init(barriers + WN_V_EMPTY + stage, WN_CONSUMERS / 32);
+      wn_barrier_init(barriers + WN_K_EMPTY + stage, WN_MAKERS / 32);
+      wn_barrier_init(barriers + WN_V_EMPTY + stage, WN_MAKERS / 32);
     }
     wn_barrier_init(barriers + WN_Q_FULL, 1);
     wn_barrier_init_fence();
   }
   __syncthreads();
-  if (threadIdx.x >= WN_CONSUMERS) {
+  if (threadIdx.x >= WN_MAKERS) {
     wn_registers_shrink<24>();
-    if (threadIdx.x == WN_CONSUMERS) wn_forward_produce<DQ, DV, MASKED>(base, job, maps, head, block);
+    if (threadIdx.x == WN_MAKERS) wn_forward_produce<DQ, DV, MASKED>(base, job, maps, head, block);
   } else {
     wn_registers_grow<240>();
     wn_forward_consume<DQ, DV, MASKED>(shared, job, head, block);
@@ -337,9 +321,8 @@ template <bool MASKED> struct wn_attend_forward_launch {
       return wn_attend_launch_fetching(device, wn_attend_forward_group_kernel<DQ, DV, MASKED>, blocks, WN_GROUP_THREADS,
                                        wn_forward_layout<DQ, DV>::bytes, *job, WN_BLOCK_ROWS, WN_GROUP_KEYS);
     } else {
-      constexpr int MT = DV > 128 ? 1 : 2, bytes = (WN_BLOCK_ROWS * DQ + WN_TILE * (DQ + DV)) * 2;
-      return wn_attend_launch(device, wn_attend_forward_kernel<DQ, DV, MT, MASKED>, blocks, WN_BLOCK_ROWS / MT * 2,
-                              bytes, *job);
+      return wn_attend_launch(device, wn_attend_forward_kernel<DQ, DV, MASKED>, blocks, WN_MAKERS,
+                              (WN_BLOCK_ROWS * DQ + WN_TILE * (DQ + DV)) * 2, *job);
     }
   }
 };

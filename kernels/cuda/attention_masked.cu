@@ -5,13 +5,20 @@
  * these words instead of comparing keys, and skip tiles in which none of their rows picks.
  * p, the mean over heads at the picks: a block takes 128 rows and 128 keys and walks the heads, like one product whose
  * inner dimension is all heads' columns, with exp at each head's end; the sum over heads stays in registers and goes
- * straight to the picks' places. */
+ * straight to the picks' places.
+ *
+ * Ladder, 192/128, 16 heads, T = 8192, k = 2048 picks spread over all keys; forward with delta, backward without p, p
+ * alone:
+ *   1  warp-level products, cp.async                             1.65 ms   5.47 ms   1.30 ms
+ *   2  warpgroup products (p: 1)                                 1.15      3.04      1.32
+ *   3  a third warpgroup starts the copy engine                  0.80      2.47      0.67
+ * 3 ships; the dense operation takes 0.56 and 2.31 ms there. With the last 2048 keys as picks, so that tiles are
+ * skipped: 0.41, 1.33 and 0.40 ms. T = 16384, spread: 2.34, 8.56 and 2.55 ms. p runs at 307 and 323 TFLOP/s; its
+ * products at full rate would ask the L2 cache for 64 bytes a clock and multiprocessor, more than it gives. */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
 
 enum {
-  P_MAKERS = 256, /* threads of the two warpgroups that multiply */
-  P_THREADS = P_MAKERS + 128,
   P_STAGES = 6,
   P_DEPTH = 64,                 /* columns of a stage */
   P_CHUNKS = WN_BLOCK_ROWS / 8, /* of eight keys, of a thread's two rows */
@@ -130,25 +137,26 @@ __device__ __forceinline__ static void walk_head(float (&sum)[P_CHUNKS][4], floa
 
 __device__ static void make_weights(const wn_attend_job &job, const p_block &b, const wn_view<float> &p,
                                     const wn_view<int32_t> &selection) {
-  float sum[1][P_CHUNKS][4], s[2][P_CHUNKS][4];
+  float sum[P_CHUNKS][4], s[2][P_CHUNKS][4];
   p_place at = {0, 0};
   int head = 0;
   wn_clear(sum);
-  wn_clear(s);
+  wn_clear(s[0]);
+  wn_clear(s[1]);
   for (; head + 1 < job.heads; head += 2) {
-    walk_head(sum[0], s[0], s[1], job, b, head, at);
-    walk_head(sum[0], s[1], s[0], job, b, head + 1, at);
+    walk_head(sum, s[0], s[1], job, b, head, at);
+    walk_head(sum, s[1], s[0], job, b, head + 1, at);
   }
   if (head < job.heads) {
-    walk_head(sum[0], s[0], s[1], job, b, head, at);
-    add_head(sum[0], s[0], job, b, head);
+    walk_head(sum, s[0], s[1], job, b, head, at);
+    add_head(sum, s[0], job, b, head);
   } else {
-    add_head(sum[0], s[1], job, b, head - 1);
+    add_head(sum, s[1], job, b, head - 1);
   }
-  put_weights(p, sum[0], job, selection, b.row0 + b.warp_row, b.key0 / WN_TILE);
+  put_weights(p, sum, job, selection, b.row0 + b.warp_row, b.key0 / WN_TILE);
 }
 
-__global__ static void __launch_bounds__(P_THREADS, 1)
+__global__ static void __launch_bounds__(WN_GROUP_THREADS, 1)
     p_kernel(const __grid_constant__ wn_attend_job job, const __grid_constant__ wn_attend_maps maps, wn_view<float> p,
              wn_view<int32_t> selection) {
   extern __shared__ __align__(1024) char shared[];
@@ -162,14 +170,14 @@ __global__ static void __launch_bounds__(P_THREADS, 1)
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < 8 * P_STAGES; i += 8) {
       wn_barrier_init(b.base + P_FULL + i, 1);
-      wn_barrier_init(b.base + P_EMPTY + i, P_MAKERS / 32);
+      wn_barrier_init(b.base + P_EMPTY + i, WN_MAKERS / 32);
     }
     wn_barrier_init_fence();
   }
   __syncthreads();
-  if (threadIdx.x >= P_MAKERS) {
+  if (threadIdx.x >= WN_MAKERS) {
     wn_registers_shrink<24>();
-    if (threadIdx.x == P_MAKERS) produce(job, maps, b);
+    if (threadIdx.x == WN_MAKERS) produce(job, maps, b);
   } else {
     wn_registers_grow<240>();
     make_weights(job, b, p, selection);
@@ -184,7 +192,7 @@ static wn_status mean_probabilities(wn_device *device, const wn_attend_job *job,
   wn_attend_maps maps;
   WN_TRY(wn_attend_describe(&maps, job, WN_BLOCK_ROWS, WN_BLOCK_ROWS));
   WN_CUDA_TRY(cudaFuncSetAttribute(p_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P_BYTES));
-  p_kernel<<<(unsigned)blocks, P_THREADS, P_BYTES, wn_cuda_stream(device)>>>(*job, maps, p, selection);
+  p_kernel<<<(unsigned)blocks, WN_GROUP_THREADS, P_BYTES, wn_cuda_stream(device)>>>(*job, maps, p, selection);
   WN_CUDA_LAUNCHED("attention probabilities");
   return NULL;
 }

@@ -11,11 +11,15 @@
 #define WN_KERNELS_CUDA_ATTENTION_TILE_CUH
 
 #include "kernels/cuda/operations.cuh"
-#include "kernels/cuda/ptx/async.cuh"
 #include "kernels/cuda/ptx/mma.cuh"
 #include "kernels/cuda/ptx/warpgroup.cuh"
 
-enum { WN_TILE = 64 /* rows or keys */, WN_BLOCK_ROWS = 128 /* rows, or keys, that a block keeps */ };
+enum {
+  WN_TILE = 64,                      /* rows or keys */
+  WN_BLOCK_ROWS = 128,               /* rows, or keys, that a block keeps */
+  WN_MAKERS = 256,                   /* threads that multiply: eight warps of 16 rows, or two warpgroups of 64 */
+  WN_GROUP_THREADS = WN_MAKERS + 128 /* with the warpgroup that starts copies */
+};
 
 #define WN_LOG2E 1.4426950408889634f
 
@@ -101,35 +105,29 @@ __device__ __forceinline__ void wn_tile_fetch(uint32_t tile, const CUtensorMap *
 
 /* ---- products of a warp ---- */
 
-/* acc[16 MT, 8 NT] += A[rows a_row.., 16 KS] B[rows b_row.., 16 KS]^T, both tiles in shared memory */
-template <int MT, int NT, int KS, int A_ROWS, int B_ROWS>
-__device__ __forceinline__ void wn_product_shared(float (&acc)[MT][NT][4], uint32_t a, int a_row, uint32_t b,
-                                                  int b_row) {
+/* acc[16, 8 NT] += A[rows a_row.., 16 KS] B[rows b_row.., 16 KS]^T, both tiles in shared memory */
+template <int NT, int KS, int A_ROWS, int B_ROWS>
+__device__ __forceinline__ void wn_product_shared(float (&acc)[NT][4], uint32_t a, int a_row, uint32_t b, int b_row) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int ks = 0; ks < KS; ks++) {
-    uint32_t left[MT][4];
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-      wn_ldmatrix_x4(left[i], wn_tile_at<A_ROWS>(a, a_row + 16 * i + (lane & 15), 2 * ks + (lane >> 4)));
+    uint32_t left[4];
+    wn_ldmatrix_x4(left, wn_tile_at<A_ROWS>(a, a_row + (lane & 15), 2 * ks + (lane >> 4)));
 #pragma unroll
     for (int j = 0; j < NT; j += 2) {
       uint32_t right[4];
       wn_ldmatrix_x4(
           right, wn_tile_at<B_ROWS>(b, b_row + 8 * j + (lane & 7) + ((lane >> 4) << 3), 2 * ks + ((lane >> 3) & 1)));
-#pragma unroll
-      for (int i = 0; i < MT; i++) {
-        wn_mma_bf16(acc[i][j], left[i], right);
-        wn_mma_bf16(acc[i][j + 1], left[i], right + 2);
-      }
+      wn_mma_bf16(acc[j], left, right);
+      wn_mma_bf16(acc[j + 1], left, right + 2);
     }
   }
 }
 
-/* acc[16 MT, 8 NT] += A[16 MT, 16 KS] B[rows b_row.., 8 NT], A in registers as rounded by wn_fragments */
-template <int MT, int NT, int KS, int B_ROWS>
-__device__ __forceinline__ void wn_product_registers(float (&acc)[MT][NT][4], const uint32_t (&a)[MT][KS][4],
-                                                     uint32_t b, int b_row) {
+/* acc[16, 8 NT] += A[16, 16 KS] B[rows b_row.., 8 NT], A in registers as rounded by wn_fragments */
+template <int NT, int KS, int B_ROWS>
+__device__ __forceinline__ void wn_product_registers(float (&acc)[NT][4], const uint32_t (&a)[KS][4], uint32_t b,
+                                                     int b_row) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int ks = 0; ks < KS; ks++)
@@ -138,11 +136,8 @@ __device__ __forceinline__ void wn_product_registers(float (&acc)[MT][NT][4], co
       uint32_t right[4];
       wn_ldmatrix_x4_trans(
           right, wn_tile_at<B_ROWS>(b, b_row + 16 * ks + (lane & 7) + (((lane >> 3) & 1) << 3), j + (lane >> 4)));
-#pragma unroll
-      for (int i = 0; i < MT; i++) {
-        wn_mma_bf16(acc[i][j], a[i][ks], right);
-        wn_mma_bf16(acc[i][j + 1], a[i][ks], right + 2);
-      }
+      wn_mma_bf16(acc[j], a[ks], right);
+      wn_mma_bf16(acc[j + 1], a[ks], right + 2);
     }
 }
 
@@ -155,13 +150,11 @@ template <int NT> __device__ __forceinline__ void wn_fragments(uint32_t (&a)[NT 
   }
 }
 
-template <int MT, int NT> __device__ __forceinline__ void wn_clear(float (&acc)[MT][NT][4]) {
+template <int NT> __device__ __forceinline__ void wn_clear(float (&acc)[NT][4]) {
 #pragma unroll
-  for (int i = 0; i < MT; i++)
+  for (int j = 0; j < NT; j++)
 #pragma unroll
-    for (int j = 0; j < NT; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) acc[i][j][e] = 0;
+    for (int e = 0; e < 4; e++) acc[j][e] = 0;
 }
 
 /* ---- products of a warpgroup, under way until wn_wgmma_wait ---- */
@@ -188,6 +181,10 @@ __device__ __forceinline__ void wn_group_accumulate(float (&acc)[BLOCKS][8][4], 
       wn_warpgroup_registers(acc[c], a[ks], right + (uint64_t)((c * (KS * 16 * 128) + ks * 2048) >> 4));
 }
 
+template <int BLOCKS> __device__ __forceinline__ void wn_clear_blocks(float (&x)[BLOCKS][8][4]) {
+#pragma unroll
+  for (int c = 0; c < BLOCKS; c++) wn_clear(x[c]);
+}
 template <int BLOCKS> __device__ __forceinline__ void wn_pin_blocks(float (&x)[BLOCKS][8][4]) {
 #pragma unroll
   for (int c = 0; c < BLOCKS; c++) wn_pin(x[c]);

@@ -16,11 +16,6 @@ __device__ __forceinline__ uint64_t wn_tile_descriptor(uint32_t address, uint32_
          (uint64_t)1 << 62;
 }
 
-/* Shared memory written by ordinary stores or cp.async of this thread may be read by products after the next barrier.
- */
-__device__ __forceinline__ void wn_fence_shared_for_products(void) {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 /* Keeps the compiler from moving uses of sums across a wait. */
 template <int NT> __device__ __forceinline__ void wn_pin(float (&x)[NT][4]) {
 #pragma unroll
