@@ -4,7 +4,16 @@
  * those of indexer_select bit for bit (the same function), p takes two sweeps over the keys, one for each head's
  * log-sum-exp (pieces of the keys side by side, merged in order) and one that sums the heads' probabilities of a
  * 128 x 128 tile in registers; both top-k are the selections' own. Then a block takes a row and sums its columns in a
- * fixed order. At most CHUNK_ROWS rows are under way, so scratch is O(keys). */
+ * fixed order. At most CHUNK_ROWS rows are under way, so scratch is O(keys).
+ *
+ * Ladder, on an H200: 256 rows spread over a causal sequence, 128 heads of 192, indexer 64 x 128, 2048 picks. TFLOP/s
+ * of the visible half of both sweeps and the scores.
+ *
+ *   version                                              8192 keys           32768 keys
+ *   1: tiles of 128 x 128, two pieces under way, ships   1.54 ms   78        4.46 ms   108
+ *   2: three pieces, no pause between heads              1.60 ms   75        4.65 ms   103
+ *
+ * Left: warpgroup products in both sweeps. */
 #include <math.h>
 
 #include "kernels/cuda/dot_tile.cuh"

@@ -1,5 +1,5 @@
 /* Sums of integers into global memory by rows, through the bulk copy engine, and the transpose of a fragment. PTX ISA
- * 9.0, sections "cp.reduce.async.bulk", "fence.proxy", "movmatrix". */
+ * 9.0, sections "cp.reduce.async.bulk", "fence.proxy", "cp.async", "movmatrix". */
 #ifndef WN_KERNELS_CUDA_PTX_SCATTER_CUH
 #define WN_KERNELS_CUDA_PTX_SCATTER_CUH
 
@@ -22,6 +22,12 @@ __device__ __forceinline__ void wn_bulk_commit(void) {
 /* Until shared memory has been read by all of this thread's groups. */
 __device__ __forceinline__ void wn_bulk_wait_read(void) {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/* 4 bytes from global to shared memory, asynchronously; a zero where nothing is to be read, though the source has to be
+ * a valid address even then. */
+__device__ __forceinline__ void wn_cp_async_word(uint32_t shared, const void *global, bool read) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(read ? 4 : 0) : "memory");
 }
 
 /* An 8 x 8 matrix of 16-bit elements, two a lane as ldmatrix deals them out, transposed across the warp. */
