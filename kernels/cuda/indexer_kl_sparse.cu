@@ -24,7 +24,7 @@
  *   queries and keys side by side in one launch          4.77   21.0
  *   gathers without branches; the scatter's small facts
  *   by copies that its fence does not wait for           4.32   19.0
- *   g as two BF16 (worst dw row 1e-5, was 9e-3), ships     4.57   20.1    12.3   10.5
+ *   g as two BF16 (worst dw row 1e-5, was 9e-3), ships   4.57   20.1    12.3   10.5
  *   value alone, as it ships                             0.83    3.56    1.9    1.8
  *
  * Of the 4.32 ms: scores 0.83, loss 0.19, gradients 3.17, in which the L2 cache is at 82% of what it can do. The
@@ -41,16 +41,16 @@
 
 enum {
   WARP = 32,
-  WARPS = WN_SPARSE_WARPS,
+  WARPS = WN_SPARSE_KL_WARPS,
   THREADS = WARPS * WARP,
   LOSS_THREADS = 256,
-  HEADS = WN_SPARSE_HEADS,
-  WIDTH = WN_SPARSE_WIDTH,
-  TILE = WN_SPARSE_TILE,
+  HEADS = WN_SPARSE_KL_HEADS,
+  WIDTH = WN_SPARSE_KL_WIDTH,
+  TILE = WN_SPARSE_KL_TILE,
   PAD_PICKS = 64,
-  ROW_BYTES = WN_SPARSE_ROW_BYTES,
+  ROW_BYTES = WN_SPARSE_KL_ROW_BYTES,
   TILE_BYTES = TILE * ROW_BYTES,
-  Q_BYTES = WN_SPARSE_Q_BYTES,
+  Q_BYTES = WN_SPARSE_KL_Q_BYTES,
   STAGES = 4, /* of a warp's tiles */
   SHARED_BYTES = Q_BYTES + WARPS * STAGES * TILE_BYTES
 };

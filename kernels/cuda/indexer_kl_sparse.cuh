@@ -6,13 +6,13 @@
 #include "kernels/cuda/support.cuh"
 
 enum {
-  WN_SPARSE_WARPS = 4,   /* of a block */
-  WN_SPARSE_HEADS = 64,  /* of a group */
-  WN_SPARSE_WIDTH = 128, /* of heads and keys; narrower ones are padded with zeros */
-  WN_SPARSE_TILE = 16,   /* keys */
-  WN_SPARSE_ROW_BYTES = WN_SPARSE_WIDTH * 2,
-  WN_SPARSE_Q_BYTES = WN_SPARSE_HEADS * WN_SPARSE_ROW_BYTES,
-  WN_SPARSE_BOUND_BITS = 40 /* a bound's unit is 2^-40 of the largest B, or less */
+  WN_SPARSE_KL_WARPS = 4,   /* of a block */
+  WN_SPARSE_KL_HEADS = 64,  /* of a group */
+  WN_SPARSE_KL_WIDTH = 128, /* of heads and keys; narrower ones are padded with zeros */
+  WN_SPARSE_KL_TILE = 16,   /* keys */
+  WN_SPARSE_KL_ROW_BYTES = WN_SPARSE_KL_WIDTH * 2,
+  WN_SPARSE_KL_Q_BYTES = WN_SPARSE_KL_HEADS * WN_SPARSE_KL_ROW_BYTES,
+  WN_SPARSE_KL_BOUND_BITS = 40 /* a bound's unit is 2^-40 of the largest B, or less */
 };
 
 /* A chunk of rows; views begin at its first row. */
@@ -40,19 +40,19 @@ typedef struct wn_sparse_kl {
 /* The group of heads from head0 on, with its share of the bits. */
 static inline wn_sparse_kl wn_sparse_group(const wn_sparse_kl *j, int32_t head0) {
   wn_sparse_kl g = *j;
-  const int64_t words = j->n * (j->pitch / WN_SPARSE_TILE) * 32;
+  const int64_t words = j->n * (j->pitch / WN_SPARSE_KL_TILE) * 32;
   g.head0 = head0;
-  g.heads = j->q.heads - head0 < WN_SPARSE_HEADS ? j->q.heads - head0 : WN_SPARSE_HEADS;
+  g.heads = j->q.heads - head0 < WN_SPARSE_KL_HEADS ? j->q.heads - head0 : WN_SPARSE_KL_HEADS;
   if (j->gradients) {
-    g.bits += head0 / WN_SPARSE_HEADS * words;
-    g.turned += head0 / WN_SPARSE_HEADS * words;
+    g.bits += head0 / WN_SPARSE_KL_HEADS * words;
+    g.turned += head0 / WN_SPARSE_KL_HEADS * words;
   }
   return g;
 }
 
 /* Where 16-byte chunk c of a row of 256 bytes lies: chunks are permuted so that ldmatrix meets no bank twice. */
 __device__ __forceinline__ uint32_t wn_sparse_place(int32_t row, int32_t chunk) {
-  return (uint32_t)(row * WN_SPARSE_ROW_BYTES + ((chunk ^ (row & 7)) << 4));
+  return (uint32_t)(row * WN_SPARSE_KL_ROW_BYTES + ((chunk ^ (row & 7)) << 4));
 }
 
 /* 8 elements of a row from `column` on, zeros from `width` on; from is the row, and has to be a valid address. */
@@ -75,7 +75,7 @@ __device__ __forceinline__ void wn_sparse_stage(uint32_t to, const wn_bf16 *from
 
 /* The exponent of the unit of bounds: a bound is an integer times 2^-unit_exponent. */
 __device__ __forceinline__ int32_t wn_sparse_unit_exponent(const uint32_t *largest) {
-  return min(WN_SPARSE_BOUND_BITS - 1 - ((int32_t)(*largest >> 23) - 127), 126);
+  return min(WN_SPARSE_KL_BOUND_BITS - 1 - ((int32_t)(*largest >> 23) - 127), 126);
 }
 
 /* From bits and g: dq, dw and dk += of the chunk. Enqueues; `job` has all its scratch. */

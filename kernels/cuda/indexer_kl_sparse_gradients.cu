@@ -7,12 +7,12 @@
 
 enum {
   WARP = 32,
-  WARPS = WN_SPARSE_WARPS,
+  WARPS = WN_SPARSE_KL_WARPS,
   THREADS = WARPS * WARP,
   FLAT_THREADS = 256, /* of the kernels without rows */
-  HEADS = WN_SPARSE_HEADS,
-  WIDTH = WN_SPARSE_WIDTH,
-  TILE = WN_SPARSE_TILE,
+  HEADS = WN_SPARSE_KL_HEADS,
+  WIDTH = WN_SPARSE_KL_WIDTH,
+  TILE = WN_SPARSE_KL_TILE,
   SLICE = WIDTH / WARPS, /* columns of a warp */
   SLICE_BYTES = TILE * SLICE * 2,
   QUERY_STAGES = 6,
@@ -25,7 +25,7 @@ enum {
   SHARED_BYTES = QUERY_BYTES > 2 * SUM_BYTES ? QUERY_BYTES : 2 * SUM_BYTES,
   SUM_BITS = 30 /* of the magnitudes at a key's scale */
 };
-static_assert((int)SHARED_BYTES >= (int)WN_SPARSE_Q_BYTES, "weighted queries pass through here too");
+static_assert((int)SHARED_BYTES >= (int)WN_SPARSE_KL_Q_BYTES, "weighted queries pass through here too");
 #define FULL_WARP 0xffffffffu
 
 typedef wn_sparse_kl job;
