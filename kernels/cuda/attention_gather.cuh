@@ -112,6 +112,31 @@ __device__ __forceinline__ void wn_gather(uint32_t tile, const wn_view<wn_bf16> 
                 kv.width, pieces, threadIdx.x & 7, aligned, kv.data);
 }
 
+/* The same where a tile is whole panels of aligned rows, one panel at a time, so that copies can go between products.
+ */
+typedef struct wn_panel_gather {
+  const wn_bf16 *from[2];
+  uint32_t at[2], bytes[2]; /* 0 where there is no pick */
+} wn_panel_gather;
+
+__device__ __forceinline__ wn_panel_gather wn_gather_panels(uint32_t tile, const wn_view<wn_bf16> &kv,
+                                                            const int32_t key[2]) {
+  wn_panel_gather g;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    g.from[r] = kv.data + (key[r] >= 0 ? key[r] * kv.row : 0) + (threadIdx.x & 7) * WN_PIECE_COLUMNS;
+    g.at[r] = tile + wn_tile_at(WN_SPARSE_KEYS, (threadIdx.x >> 3) + 32 * r, threadIdx.x & 7);
+    g.bytes[r] = key[r] >= 0 ? 16 : 0;
+  }
+  return g;
+}
+__device__ __forceinline__ void wn_gather_panel(const wn_panel_gather &g, int panel) {
+#pragma unroll
+  for (int r = 0; r < 2; r++)
+    wn_cp_async_16(g.at[r] + panel * WN_SPARSE_KEYS * WN_PANEL_ROW_BYTES, g.from[r] + panel * WN_PANEL_COLUMNS,
+                   g.bytes[r]);
+}
+
 /* How many of pick[k] there are (-1 stands at the end only). `shared` is a word of shared memory that holds 0. Ends
  * with a barrier. */
 __device__ __forceinline__ int wn_count_picks(int *shared, const int32_t *pick, int k) {
@@ -190,6 +215,17 @@ __device__ __forceinline__ void wn_store_pair(wn_bf16 *row, int column, int widt
   }
   if (column < width) row[column] = __float2bfloat16_rn(x);
   if (column + 1 < width) row[column + 1] = __float2bfloat16_rn(y);
+}
+
+/* Two neighbours of one head as FP32; both exist. */
+typedef struct wn_two {
+  float x, y;
+} wn_two;
+
+__device__ __forceinline__ wn_two wn_load_pair(const wn_bf16 *row, int column, bool aligned) {
+  if (!aligned) return (wn_two){__bfloat162float(row[column]), __bfloat162float(row[column + 1])};
+  const uint32_t both = *(const uint32_t *)(row + column);
+  return (wn_two){__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
 }
 
 /* Rows that cp.async may read; pairs that one 4-byte store may write. */

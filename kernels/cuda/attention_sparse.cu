@@ -12,8 +12,10 @@
  *   1  mma.sync, gather with a test in front of every copy                      13.0 ms, 179 TFLOP/s, 23% of 780
  *   2  wgmma, a warpgroup per half of a tile's keys, then per half of o's columns; the gather's tests outside its
  *      loops                                                                     6.2 ms, 375 TFLOP/s, 48%
- * (32768 keys: 6.2 ms, local picks 6.3 ms; with delta 7.0 ms). Version 2 is for values of 512 columns and more than 16
- * heads. 16 heads, 16384 keys, k 1024 (0.146 TFLOP): 1.61, with the better gather 1.27 ms, 115 TFLOP/s. */
+ *   3  the next tile's copies between the products of s, everything unrolled     4.9 ms, 474 TFLOP/s, 61%
+ * Version 3 ships for 512 + 64 columns and more than 16 heads, else version 1. 32768 keys 5.0 ms, local picks 4.9 ms;
+ * with delta 5.9 ms. 16 heads, 16384 keys, k 1024 (0.146 TFLOP), version 1: 1.61, with the better gather 1.26 ms, 116
+ * TFLOP/s. */
 #include "kernels/cuda/attention_gather.cuh"
 #include "kernels/cuda/operations.cuh"
 #include "kernels/cuda/ptx/panels.cuh"
@@ -26,7 +28,7 @@ typedef struct forward_args {
   wn_view<int32_t> selection;
   float scale_log2; /* scale / ln 2 */
   int32_t v_width, groups, stages;
-  bool q_aligned, kv_aligned, o_pairs;
+  bool q_aligned, kv_aligned, o_pairs, d_o_pairs;
 } forward_args;
 
 /* Where things lie in shared memory. */
@@ -324,9 +326,17 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, MT == 1 ? 2 : 1) static void for
   store_rows<MT, NT>(a, o, l, row, first_head, warp);
 }
 
-/* ---- values of 512 columns, many heads: the same by two warpgroups ---- */
+/* ---- 512 + 64 columns, many heads: the same by two warpgroups ---- */
 
-enum { WIDE_HEADS = 64, WIDE_VALUES = 512, WIDE_NT = 32, GROUP_KEYS = 32, PANEL_BYTES = 64 * WN_PANEL_ROW_BYTES };
+enum {
+  WIDE_HEADS = 64,
+  WIDE_VALUES = 512,
+  WIDE_WIDTH = 576,
+  WIDE_PANELS = 9,
+  WIDE_NT = 32,
+  GROUP_KEYS = 32,
+  PANEL_BYTES = 64 * WN_PANEL_ROW_BYTES
+};
 
 /* Each warpgroup makes the logits of half of a tile's keys and owns half of o's columns, both for all 64 heads, so that
  * a thread's two heads are the same in both: of its warp's 16, row lane / 4 and that plus 8. */
@@ -334,16 +344,22 @@ typedef struct wide_state {
   float top[2], sum[2], sum_bf16[2], alpha[2];
 } wide_state;
 
-__device__ static void wide_logits(float (&s)[4][4], uint32_t q, uint32_t kv, int group, int steps) {
+/* Between the products the next tile's copies go out: in one go they would hold the warps up. */
+__device__ static void wide_logits(float (&s)[4][4], uint32_t q, uint32_t kv, int group, const wn_panel_gather &next) {
   wn_group_settle(s);
   wn_group_fence();
-  for (int step = 0; step < steps; step++) {
-    const uint32_t at = (uint32_t)((step >> 2) * PANEL_BYTES + (step & 3) * 32);
-    wn_group_multiply<WN_ALONG, WN_ALONG>(s, wn_panel_operand(q + at, 0),
-                                          wn_panel_operand(kv + at + group * GROUP_KEYS * WN_PANEL_ROW_BYTES, 0),
-                                          step > 0);
+#pragma unroll
+  for (int panel = 0; panel < WIDE_PANELS; panel++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t at = (uint32_t)(panel * PANEL_BYTES + i * 32);
+      wn_group_multiply<WN_ALONG, WN_ALONG>(
+          s, wn_panel_operand(q + at, 0), wn_panel_operand(kv + at + group * GROUP_KEYS * WN_PANEL_ROW_BYTES, 0), true);
+    }
+    wn_gather_panel(next, panel);
   }
   wn_group_commit();
+  wn_cp_async_commit();
   wn_group_wait<0>();
   wn_group_settle(s);
 }
@@ -442,7 +458,9 @@ __device__ static void wide_store(const forward_args &a, float (&o)[WIDE_NT][4],
       const int column = group * (WIDE_VALUES / 2) + j * 8 + 2 * (lane & 3);
       const float x = o[j][2 * e] * inverse, y = o[j][2 * e + 1] * inverse;
       wn_store_pair(out, column, WIDE_VALUES, x, y, a.o_pairs);
-      if (grad) dot[e] += x * __bfloat162float(grad[column]) + y * __bfloat162float(grad[column + 1]);
+      if (!grad) continue;
+      const wn_two two = wn_load_pair(grad, column, a.d_o_pairs);
+      dot[e] += x * two.x + y * two.y;
     }
   }
   if (!a.d_o.data) return;
@@ -466,7 +484,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void wide_kernel(const
   if (threadIdx.x == 0) *l.count = 0;
   __syncthreads();
   const int count = wn_count_picks(l.count, pick, a.selection.width);
-  const int tiles = (count + WN_SPARSE_KEYS - 1) / WN_SPARSE_KEYS, steps = (a.kv.width + 15) / 16;
+  const int tiles = wn_uniform((count + WN_SPARSE_KEYS - 1) / WN_SPARSE_KEYS);
   int32_t key[2];
   wn_read_picks(key, pick, 0, count);
   if (tiles) {
@@ -483,16 +501,15 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void wide_kernel(const
     wn_cp_async_wait<0>();
     wn_group_publish();
     __syncthreads();
-    if (t + 1 < tiles) {
-      wn_gather(l.kv + (~t & 1) * stage_bytes, a.kv, key, a.kv_aligned);
-      wn_cp_async_commit();
-      wn_read_picks(key, pick, t + 2, count);
-    }
+    const uint32_t next_kv = l.kv + (~t & 1) * stage_bytes;
+    const wn_panel_gather next = wn_gather_panels(next_kv, a.kv, key);
+    wn_read_picks(key, pick, t + 2, count);
     float s[4][4] = {};
-    wide_logits(s, l.q, kv, group, steps);
+    wide_logits(s, l.q, kv, group, next);
     wide_softmax(state, s, l.p, l.part, a.scale_log2, count - t * WN_SPARSE_KEYS, group, warp);
     wide_values(o, state, l.p, kv, group);
   }
+  wn_cp_async_wait<0>();
   wide_store(a, o, state, l.part, row, first_head, group, warp);
 }
 
@@ -546,6 +563,7 @@ wn_status wn_cuda_attention_sparse(wn_device *device, wn_tensor *o, wn_tensor *l
   if (d_o) {
     a.d_o = wn_view_of<wn_bf16>(d_o);
     a.delta = wn_view_of<float>(delta);
+    a.d_o_pairs = wn_pairs_aligned(a.d_o);
     WN_ASSERT(d_o->rank == 3 && a.d_o.n == a.q.n && a.d_o.heads == a.q.heads && a.d_o.width == a.o.width, "d_o");
     WN_ASSERT(delta->rank == 2 && a.delta.n == a.q.n && a.delta.width == a.q.heads, "delta");
   }
@@ -555,7 +573,8 @@ wn_status wn_cuda_attention_sparse(wn_device *device, wn_tensor *o, wn_tensor *l
   a.kv_aligned = wn_gather_aligned(a.kv);
   a.o_pairs = wn_pairs_aligned(a.o);
   if (a.q.n == 0 || a.q.heads == 0) return NULL;
-  if (a.q.heads > 16 && a.v_width == WIDE_VALUES && a.q.width <= 576) return launch_wide(device, a);
+  if (a.q.heads > 16 && a.v_width == WIDE_VALUES && a.q.width == WIDE_WIDTH && a.kv_aligned)
+    return launch_wide(device, a);
   if (a.q.heads > 16 && a.v_width <= 128) return launch<4, 2>(device, a);
   if (a.q.heads > 16 && a.v_width <= 512 && a.q.width <= 576) return launch<4, 8>(device, a);
   if (a.v_width <= 128) return launch<1, 2>(device, a);

@@ -9,7 +9,12 @@
  *   1  mma.sync, gather with a test in front of every copy    43.5 ms, 136 TFLOP/s, 17% of cuBLAS's 780
  *   2  wgmma, for values of 512 columns, more than 16 heads   21.1 ms, 280 TFLOP/s, 36%
  * (local picks 21.0 ms; 32768 keys 22.4 and 21.1 ms; p alone 7.7 ms). 16 heads, 16384 keys, k 1024 (0.369 TFLOP):
- * 5.87 ms at first, 6.2 ms now, 60 TFLOP/s. */
+ * 5.87 ms at first, 6.2 ms now, 60 TFLOP/s.
+ *
+ * What did not help: the next tile's s and dp among the additions to dkv, and those products one part ahead, in
+ * 32-column parts: 22.8 ms. That hardly anything is left to hide suggests that the additions take the time: 38.7 GB a
+ * launch, 1.8 TB/s, where bulk reductions from shared memory reach 3.7. These would need 8 to 16 KB of shared memory
+ * that the tiles now fill. */
 #include <math.h>
 
 #include "kernels/cuda/attention_gather.cuh"

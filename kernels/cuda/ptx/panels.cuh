@@ -11,6 +11,7 @@
  * `panel_bytes` apart. Panels begin at multiples of 1024 bytes; columns 16 k and on are at + 32 k within a panel, rows
  * 8 k and on at + 1024 k. */
 __device__ __forceinline__ uint64_t wn_panel_operand(uint32_t address, uint32_t panel_bytes) {
+  asm volatile("" : "+r"(address)); /* made anew at each use: kept over a loop, operands would fill the registers */
   return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel_bytes >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
          (uint64_t)1 << 62;
 }
