@@ -38,9 +38,7 @@ SRC_data = $(wildcard data/*.c)
 SRC_config = $(wildcard src/config/*.c)
 SRC_io = $(wildcard src/io/*.c)
 SRC_kernels = $(wildcard kernels/cpu/*.c)
-# TEMPORARY, while families are written side by side: a build folder may name the files it wants
-CUDA_ONLY := $(shell cat .carry/only-$(BUILD:build-%=%) 2>/dev/null)
-SRC_cuda = $(if $(NVCC),$(wildcard $(if $(CUDA_ONLY),$(CUDA_ONLY:%=kernels/cuda/%.cu),kernels/cuda/*.cu)) kernels/cuda/cublas.c,kernels/cuda/absent.c)
+SRC_cuda = $(if $(NVCC),$(wildcard kernels/cuda/*.cu) kernels/cuda/cublas.c,kernels/cuda/absent.c)
 SRC_base = $(filter-out src/base/range%.c,$(wildcard src/base/*.c)) src/base/range_$(if $(NVTX),nvtx,absent).c
 
 libs_from = $(foreach m,$(1),$(BUILD)/lib$(m).a)
@@ -59,7 +57,7 @@ define module_rules
 OBJ_$(1) = $(patsubst %.c,$(BUILD)/obj/%.o,$(SRC_$(1)))
 ifeq ($(1),kernels)
 OBJ_$(1) += $(patsubst %.c,$(BUILD)/obj64/%.o,$(SRC_$(1)))
-OBJ_$(1) += $(BUILD)/obj/kernels/cuda-all.o
+OBJ_$(1) += $(patsubst %,$(BUILD)/obj/%.o,$(basename $(SRC_cuda)))
 endif
 $(BUILD)/lib$(1).a: $$(OBJ_$(1))
 	@rm -f $$@
@@ -76,10 +74,6 @@ $(BUILD)/obj/%.o: %.c
 	@mkdir -p $(@D)
 	$(call say,CC,$<)
 	$(Q)$(CC) $(CPPFLAGS) $(ALL_CFLAGS) -c $< -o $@
-# TEMPORARY, while table.cu's references are weak: one object, so that the archive gives all of it or nothing
-$(BUILD)/obj/kernels/cuda-all.o: $(patsubst %,$(BUILD)/obj/%.o,$(basename $(SRC_cuda)))
-	@ld -r -o $@ $^
--include $(patsubst %,$(BUILD)/obj/%.d,$(basename $(SRC_cuda)))
 $(BUILD)/obj/%.o: %.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)

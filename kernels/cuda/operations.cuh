@@ -7,10 +7,7 @@
 
 #include "kernels/cuda/support.cuh"
 
-#define WN_CUDA_OPERATION(name) std::remove_pointer<decltype(wn_ops::name)>::type wn_cuda_##name WN_CUDA_LINK
-
-/* TEMPORARY while families arrive one by one: a missing one is a null pointer in the table instead of a link error */
-#define WN_CUDA_LINK __attribute__((weak))
+#define WN_CUDA_OPERATION(name) std::remove_pointer<decltype(wn_ops::name)>::type wn_cuda_##name
 
 extern "C" {
 extern const wn_ops wn_cuda_ops; /* table.cu */
@@ -65,7 +62,7 @@ WN_CUDA_OPERATION(moe_combine_backward);
 WN_CUDA_OPERATION(attention_dense);
 WN_CUDA_OPERATION(attention_dense_backward);
 
-/* attention_sparse.cu */
+/* attention_sparse.cu, attention_sparse_backward.cu */
 WN_CUDA_OPERATION(attention_sparse);
 WN_CUDA_OPERATION(attention_sparse_backward);
 
@@ -76,6 +73,8 @@ WN_CUDA_OPERATION(attention_masked_backward);
 /* indexer_select.cu */
 WN_CUDA_OPERATION(indexer_scores);
 WN_CUDA_OPERATION(indexer_select);
+
+/* select.cu */
 WN_CUDA_OPERATION(select_best);
 WN_CUDA_OPERATION(select_pattern);
 
