@@ -41,6 +41,7 @@ static wn_status create(wn_device **out, wn_cpu_settings settings) {
   for (int32_t role = 0; role < WN_N_ROLES; role++) device->dtype_of[role] = WN_REAL_DTYPE;
   device->dtype_of[WN_INDEX] = WN_I32;
   device->chunk_rows = CHUNK_ROWS;
+  device->head_tile = 1;
   device->threads = settings.threads ? settings.threads : omp_get_num_procs();
   omp_set_num_threads(device->threads);
   openblas_set_num_threads(1);

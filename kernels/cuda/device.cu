@@ -12,7 +12,7 @@ extern "C" {
 #include "base/time.h"
 }
 
-enum { LEAST_MAJOR = 9, CHUNK_ROWS = 4096, BLAS_WORKSPACE_BYTES = 64 << 20 };
+enum { LEAST_MAJOR = 9, CHUNK_ROWS = 4096, HEAD_TILE = 64, BLAS_WORKSPACE_BYTES = 64 << 20 };
 static const size_t page_bytes = (size_t)32 << 20;
 
 wn_status wn_cuda_check(cudaError_t error, const char *call, const char *file, int line) {
@@ -194,6 +194,7 @@ wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings) {
   device->dtype_of[WN_ACT] = WN_BF16;
   device->dtype_of[WN_INDEX] = WN_I32;
   device->chunk_rows = CHUNK_ROWS;
+  device->head_tile = HEAD_TILE;
   device->threads = settings.threads > 0 ? settings.threads : 1;
   wn_status status = start(d, settings);
   if (status) {

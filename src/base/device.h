@@ -29,6 +29,7 @@ typedef struct wn_device {
   wn_arena *scratch;             /* stack of temporaries: mark on entry, release on exit */
   wn_arena *host;                /* a stack too, but of this process's memory on every device: tables, copies */
   int32_t chunk_rows;            /* rows whose widest temporaries (absorbed queries, logits) exist at once */
+  int32_t head_tile;             /* heads that absorbed attention computes at least, however few the model has */
   int32_t threads;               /* CPU threads; no result depends on it */
 } wn_device;
 

@@ -44,7 +44,7 @@ static wn_call make_call(wn_model *model, int32_t layer, const wn_layer_tensors 
                .form = pass->form};
   if (c.form == WN_FORM_AUTO) { /* a sequence's length, so that the form does not depend on the micro-batch */
     int32_t keys = pass->rows_per_sequence ? pass->rows_per_sequence : rows->n_keys;
-    c.form = wn_model_attention_form(f, keys, pass->topk);
+    c.form = wn_model_attention_form(f, model->device->head_tile, keys, pass->topk);
   }
   return c;
 }

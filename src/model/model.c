@@ -45,9 +45,11 @@ void wn_model_free(wn_model *model) {
   free(model);
 }
 
-wn_attention_form wn_model_attention_form(const wn_model_config *config, int32_t n_keys, int32_t topk) {
+wn_attention_form wn_model_attention_form(const wn_model_config *config, int32_t head_tile, int32_t n_keys,
+                                          int32_t topk) {
   double picked = topk < n_keys ? topk : n_keys, visible = ((double)n_keys + 1) / 2;
+  double heads = config->num_attention_heads, tiled = heads < head_tile ? head_tile : heads;
   double absorbed_width = 2.0 * config->kv_lora_rank + config->qk_rope_head_dim;
   double masked_width = (double)config->qk_nope_head_dim + config->qk_rope_head_dim + config->v_head_dim;
-  return picked * absorbed_width < visible * masked_width ? WN_FORM_ABSORBED : WN_FORM_MASKED;
+  return tiled * picked * absorbed_width < heads * visible * masked_width ? WN_FORM_ABSORBED : WN_FORM_MASKED;
 }

@@ -39,13 +39,16 @@ WN_MUST_USE wn_status wn_model_create(wn_model **out, wn_device *device, const w
                                       wn_param_settings settings);
 void wn_model_free(wn_model *model);
 /* A pure function of the sizes: ABSORBED when it takes fewer multiplications. Making k_nope and v from the latents
- * (kv_b, a row) costs as much as absorbing q and un-absorbing o, so what differs, a row and head, is
+ * (kv_b, a row) costs as much as absorbing q and un-absorbing o, so what differs, a row, is
  *
- * - absorbed: picked * (2 latent + rope), with picked = min(topk, n_keys);
- * - masked: visible * (nope + rope + v), with visible = (n_keys + 1) / 2, a causal row's mean: it reads every tile.
+ * - absorbed: max(heads, head_tile) * picked * (2 latent + rope), with picked = min(topk, n_keys); head_tile: the heads
+ *   that a device computes at least where all share a key (wn_device);
+ * - masked: heads * visible * (nope + rope + v), with visible = (n_keys + 1) / 2, a causal row's mean: it reads every
+ *   tile.
  *
  * With V3.2's sizes and 2048 picks, absorbed from 13926 keys on. n_keys: the length of a sequence. */
-wn_attention_form wn_model_attention_form(const wn_model_config *config, int32_t n_keys, int32_t topk);
+wn_attention_form wn_model_attention_form(const wn_model_config *config, int32_t head_tile, int32_t n_keys,
+                                          int32_t topk);
 
 /* What a pass does; the same for all layers and all micro-batches of a step. */
 typedef struct wn_pass {

@@ -323,7 +323,8 @@ static wn_status begin(trainer *t) {
   WN_TRY(wn_world_agree(run->world, local));
   if (run->recipe.selection != WN_SELECT_DENSE) {
     int32_t keys = run->job.data.seq_len;
-    bool masked = wn_model_attention_form(&run->model->config, keys, run->model->config.index_topk) == WN_FORM_MASKED;
+    const wn_model_config *config = &run->model->config;
+    bool masked = wn_model_attention_form(config, run->device->head_tile, keys, config->index_topk) == WN_FORM_MASKED;
     wn_info(run->log, "sparse attention in the %s form", masked ? "masked per-head" : "absorbed latent");
   }
   t->last_saved = run->resumed ? run->state.step : -1;

@@ -1,6 +1,7 @@
 /* Whole jobs on a GPU: every stage, evaluation and dumps, against the CPU's; repeated and resumed byte for byte. */
 #include "io/safetensors.h"
 #include "kernels/cuda/cuda.h"
+#include "model/model.h"
 #include "support/tiny.h"
 
 static void needs_a_gpu(void) {
@@ -62,31 +63,49 @@ static void expect_same_run(void **state, const char *run, const char *other, in
   tiny_expect_same_tables(state, run, other);
 }
 
-static void expect_repeats_and_resumes(void **state, const char *stage, const char *init) {
+static void expect_repeats_and_resumes(void **state, const char *stage, const char *init, const char *options) {
   char run[3][32];
   static const char letters[] = "abc";
   for (int i = 0; i < 3; i++) snprintf(run[i], sizeof run[i], "%s-%c", stage, letters[i]);
-  run_job(state, stage, "cuda", init, run[0], 9, "");
-  run_job(state, stage, "cuda", init, run[1], 9, "");
+  run_job(state, stage, "cuda", init, run[0], 9, options);
+  run_job(state, stage, "cuda", init, run[1], 9, options);
   expect_same_run(state, run[0], run[1], 9);
-  run_job(state, stage, "cuda", init, run[2], 4, "");
-  run_job(state, stage, "cuda", init, run[2], 9, "");
+  run_job(state, stage, "cuda", init, run[2], 4, options);
+  run_job(state, stage, "cuda", init, run[2], 9, options);
   tiny_expect_same_tree(tiny_step(state, run[0], 9).text, tiny_step(state, run[2], 9).text);
 }
 
 static void pretrain_repeats_and_resumes(void **state) {
   needs_a_gpu();
-  expect_repeats_and_resumes(state, "pretrain", "base");
+  expect_repeats_and_resumes(state, "pretrain", "base", "");
 }
 
 static void warmup_repeats_and_resumes(void **state) {
   needs_a_gpu();
-  expect_repeats_and_resumes(state, "warmup", "base");
+  expect_repeats_and_resumes(state, "warmup", "base", "");
 }
 
 static void adapt_repeats_and_resumes(void **state) {
   needs_a_gpu();
-  expect_repeats_and_resumes(state, "adapt", "warmup-a/checkpoints/step-000009");
+  expect_repeats_and_resumes(state, "adapt", "warmup-a/checkpoints/step-000009", "");
+}
+
+/* The same in the absorbed form, which sequences of this length take. */
+static void absorbed_adapt_repeats_and_resumes(void **state) {
+  needs_a_gpu();
+  static const char longer[] = "data.seq_len=448 training.micro_batch_seqs=1 training.seed=9";
+  wn_model_config config = tiny_config();
+  assert_int_equal(wn_model_attention_form(&config, 64, 448, TINY_TOPK), WN_FORM_ABSORBED);
+  const char *dir = *state;
+  wn_program p;
+  for (int run = 0; run < 2; run++) {
+    wn_winnow(
+        &p, 1,
+        "adapt %s/job.yaml device=cuda init=%s/warmup-a/checkpoints/step-000009 run_dir=%s/long-%d training.steps=6 %s",
+        dir, dir, dir, run, longer);
+    if (p.code != 0 || !strstr(p.err, "absorbed")) fail_msg("it ended with %d and said: %s", p.code, p.err);
+  }
+  expect_same_run(state, "long-0", "long-1", 6);
 }
 
 /* The same with BF16 checkpoints, whose masters stand beside. */
@@ -184,10 +203,10 @@ static void dumps_agree_with_the_cpu(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(stages_agree_with_the_cpu),  cmocka_unit_test(pretrain_repeats_and_resumes),
-      cmocka_unit_test(warmup_repeats_and_resumes), cmocka_unit_test(adapt_repeats_and_resumes),
-      cmocka_unit_test(bf16_checkpoints_resume),    cmocka_unit_test(every_selection_evaluates),
-      cmocka_unit_test(dumps_agree_with_the_cpu),
+      cmocka_unit_test(stages_agree_with_the_cpu),          cmocka_unit_test(pretrain_repeats_and_resumes),
+      cmocka_unit_test(warmup_repeats_and_resumes),         cmocka_unit_test(adapt_repeats_and_resumes),
+      cmocka_unit_test(absorbed_adapt_repeats_and_resumes), cmocka_unit_test(bf16_checkpoints_resume),
+      cmocka_unit_test(every_selection_evaluates),          cmocka_unit_test(dumps_agree_with_the_cpu),
   };
   return cmocka_run_group_tests(tests, tiny_setup, wn_temp_teardown);
 }

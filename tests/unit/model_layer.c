@@ -389,12 +389,20 @@ static void scratch_runs_out(void **state) {
 /* The sizes of V3.2 and 2048 picks: absorbed from 13926 keys on; never for as many picks as keys. */
 static void form_by_size(void **state) {
   (void)state;
-  wn_model_config c = {.kv_lora_rank = 512, .qk_nope_head_dim = 128, .qk_rope_head_dim = 64, .v_head_dim = 128};
-  assert_int_equal(wn_model_attention_form(&c, 13925, 2048), WN_FORM_MASKED);
-  assert_int_equal(wn_model_attention_form(&c, 13926, 2048), WN_FORM_ABSORBED);
-  assert_int_equal(wn_model_attention_form(&c, 131072, 2048), WN_FORM_ABSORBED);
-  assert_int_equal(wn_model_attention_form(&c, 2048, 2048), WN_FORM_MASKED);
-  assert_int_equal(wn_model_attention_form(&c, 100, 1 << 20), WN_FORM_MASKED);
+  wn_model_config c = {.num_attention_heads = 128,
+                       .kv_lora_rank = 512,
+                       .qk_nope_head_dim = 128,
+                       .qk_rope_head_dim = 64,
+                       .v_head_dim = 128};
+  assert_int_equal(wn_model_attention_form(&c, 1, 13925, 2048), WN_FORM_MASKED);
+  assert_int_equal(wn_model_attention_form(&c, 1, 13926, 2048), WN_FORM_ABSORBED);
+  assert_int_equal(wn_model_attention_form(&c, 1, 131072, 2048), WN_FORM_ABSORBED);
+  assert_int_equal(wn_model_attention_form(&c, 1, 2048, 2048), WN_FORM_MASKED);
+  assert_int_equal(wn_model_attention_form(&c, 1, 100, 1 << 20), WN_FORM_MASKED);
+  /* a device whose tile of heads is wider than the model: the absorbed form pays for the whole tile */
+  assert_int_equal(wn_model_attention_form(&c, 128, 13926, 2048), WN_FORM_ABSORBED);
+  assert_int_equal(wn_model_attention_form(&c, 256, 13926, 2048), WN_FORM_MASKED);
+  assert_int_equal(wn_model_attention_form(&c, 256, 27852, 2048), WN_FORM_ABSORBED);
 }
 
 static wn_tensor last_hidden(scene *s, int32_t sequence, wn_attention_form form) {
@@ -411,8 +419,8 @@ static void form_ignores_the_micro_batch(void **state) {
   (void)state;
   static const int32_t lengths[] = {16, 16};
   scene s = set_up_of(wn_test_cpu_f64(), 16, lengths, 2, WN_SELECT_INDEXER, WN_FORM_AUTO, 8);
-  assert_int_equal(wn_model_attention_form(&s.model.model->config, 16, 8), WN_FORM_MASKED);
-  assert_int_equal(wn_model_attention_form(&s.model.model->config, 32, 8), WN_FORM_ABSORBED);
+  assert_int_equal(wn_model_attention_form(&s.model.model->config, 1, 16, 8), WN_FORM_MASKED);
+  assert_int_equal(wn_model_attention_form(&s.model.model->config, 1, 32, 8), WN_FORM_ABSORBED);
   wn_tensor masked = last_hidden(&s, 16, WN_FORM_MASKED), absorbed = last_hidden(&s, 16, WN_FORM_ABSORBED);
   assert_false(wn_test_same_bits(&masked, &absorbed));
   wn_tensor two_of_16 = last_hidden(&s, 16, WN_FORM_AUTO), one_of_32 = last_hidden(&s, 32, WN_FORM_AUTO);
