@@ -16,15 +16,14 @@ wn_status wn_comm_create(wn_comm **out, wn_device *device, wn_world *world, wn_g
   bool shared = false;
   for (int32_t g = 0; g < n_groups; g++) shared = shared || wn_group_size(groups[g]) > 1;
   wn_comm *comm = calloc(1, sizeof *comm);
-  WN_TRY(wn_world_agree(world, comm ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the collectives")));
-  *comm = (wn_comm){.device = device};
-  if (shared && device->kind == WN_CUDA) {
-    wn_status status = wn_nccl_create(&comm->nccl, device, world, groups, n_groups, largest_reduced);
-    if (status) {
-      free(comm);
-      return status;
-    }
+  wn_status status = wn_world_agree(world, comm ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the collectives"));
+  if (!status && shared && device->kind == WN_CUDA)
+    status = wn_nccl_create(&comm->nccl, device, world, groups, n_groups, largest_reduced);
+  if (status) {
+    free(comm);
+    return status;
   }
+  comm->device = device;
   *out = comm;
   return NULL;
 }

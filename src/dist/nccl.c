@@ -17,6 +17,8 @@ static const double leave_grace_s = 2;
 struct wn_transfer {
   cudaEvent_t done;
   const char *operation;
+  int64_t number;    /* from 1, in the order they began */
+  bool finished;     /* the compute queue waits for it, or has: nobody asks for it again */
   wn_transfer *next; /* among those under way, oldest first; or among the spare ones */
 };
 
@@ -34,7 +36,9 @@ struct wn_nccl {
   ncclComm_t comms[WN_MAX_GROUPS]; /* NULL: a group of one */
   float *received;                 /* contributions of every rank to the piece being summed */
   cudaEvent_t begun;
-  wn_transfer *under_way, **last, *spare;
+  wn_transfer *under_way, **last, *spare; /* under way: not finished, or not seen to be done */
+  int64_t n_begun, stuck;                 /* stuck: the number of the transfer that the host last waited for */
+  double stuck_since_s;
   waited *waits;
   int32_t n_waits, waits_made, waits_room; /* used since the last take; made in all; allocated */
   double left_since_s;
@@ -62,33 +66,9 @@ static wn_status nccl_failed(wn_nccl *n, const char *operation, ncclResult_t res
                                      ncclGetErrorString(result)));
 }
 
-/* A non-blocking call goes on in the background: waits until it has been taken up. */
-static wn_status taken_up(wn_nccl *n, ncclComm_t comm, const char *operation, ncclResult_t result) {
-  double start = wn_time_s();
-  while (result == ncclInProgress) {
-    ncclResult_t asked = ncclCommGetAsyncError(comm, &result);
-    if (asked != ncclSuccess) return nccl_failed(n, operation, asked);
-    if (result != ncclInProgress) break;
-    if (wn_time_s() - start > n->world->timeout_s)
-      return break_world(n, WN_FAIL(WN_E_WORLD, "rank %d waited %d s in %s: not all ranks have come", n->world->rank,
-                                    n->world->timeout_s, operation));
-    nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
-  }
-  return result == ncclSuccess ? NULL : nccl_failed(n, operation, result);
-}
-
-static const char *oldest_operation(const wn_nccl *n) {
-  for (const wn_transfer *t = n->under_way; t; t = t->next)
-    if (cudaEventQuery(t->done) == cudaErrorNotReady) return t->operation;
-  return NULL;
-}
-
-/* Looked at about every millisecond while the host waits for the device. */
-static wn_status watch(void *context, double waited_s) {
-  wn_nccl *n = context;
-  const char *operation = oldest_operation(n);
+/* Whether a wait for the other ranks has to end: an error of NCCL's, a rank that has ended, the timeout. */
+static wn_status look(wn_nccl *n, const char *operation, double waited_s) {
   int32_t who;
-  if (!operation) return NULL; /* what is waited for is this GPU's own work */
   for (int32_t g = 0; g < n->n_groups; g++) {
     ncclResult_t result = ncclSuccess;
     if (!n->comms[g]) continue;
@@ -107,6 +87,52 @@ static wn_status watch(void *context, double waited_s) {
         n, WN_FAIL_HINT(WN_E_WORLD, "look at the other ranks' messages; raise the timeout if they are slow",
                         "rank %d waited %.0f s in %s: not all ranks have come", n->world->rank, waited_s, operation));
   return NULL;
+}
+
+/* A non-blocking call goes on in the background: waits until it has been taken up. */
+static wn_status taken_up(wn_nccl *n, ncclComm_t comm, const char *operation, ncclResult_t result) {
+  double start = wn_time_s();
+  while (result == ncclInProgress) {
+    ncclResult_t asked = ncclCommGetAsyncError(comm, &result);
+    if (asked != ncclSuccess) return nccl_failed(n, operation, asked);
+    if (result != ncclInProgress) break;
+    WN_TRY(look(n, operation, wn_time_s() - start));
+    nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+  }
+  return result == ncclSuccess ? NULL : nccl_failed(n, operation, result);
+}
+
+/* What is done and nobody asks for again can be used anew. */
+static void reclaim(wn_nccl *n) {
+  while (n->under_way && n->under_way->finished && cudaEventQuery(n->under_way->done) == cudaSuccess) {
+    wn_transfer *t = n->under_way;
+    n->under_way = t->next;
+    if (!n->under_way) n->last = &n->under_way;
+    t->next = n->spare;
+    n->spare = t;
+  }
+}
+
+static const wn_transfer *oldest_not_done(wn_nccl *n) {
+  reclaim(n);
+  for (const wn_transfer *t = n->under_way; t; t = t->next)
+    if (cudaEventQuery(t->done) == cudaErrorNotReady) return t;
+  return NULL;
+}
+
+/* Looked at about every millisecond while the host waits for the device. The time counts from when this transfer came
+ * to be the oldest: the wait as a whole may be long, and no rank late. */
+static wn_status watch(void *context, double waited_s) {
+  wn_nccl *n = context;
+  const wn_transfer *t = oldest_not_done(n);
+  double now = wn_time_s();
+  if (!t) return NULL; /* what is waited for is this GPU's own work */
+  if (t->number != n->stuck) {
+    n->stuck = t->number;
+    n->stuck_since_s = now;
+  }
+  double stuck_s = now - n->stuck_since_s;
+  return look(n, t->operation, stuck_s < waited_s ? stuck_s : waited_s);
 }
 
 /* ---- creation ---- */
@@ -139,7 +165,11 @@ wn_status wn_nccl_create(wn_nccl **out, wn_device *device, wn_world *world, wn_g
                          int64_t largest_reduced) {
   WN_ASSERT(n_groups <= WN_MAX_GROUPS, "%d groups", n_groups);
   wn_nccl *n = calloc(1, sizeof *n);
-  WN_TRY(wn_world_agree(world, n ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the collectives")));
+  wn_status status = wn_world_agree(world, n ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the collectives"));
+  if (status) {
+    free(n);
+    return status;
+  }
   n->device = device;
   n->world = world;
   n->compute = wn_cuda_compute_queue(device);
@@ -147,7 +177,7 @@ wn_status wn_nccl_create(wn_nccl **out, wn_device *device, wn_world *world, wn_g
   n->n_groups = n_groups;
   n->last = &n->under_way;
   for (int32_t g = 0; g < n_groups; g++) n->groups[g] = groups[g];
-  wn_status status = wn_world_agree(world, start(n, largest_reduced));
+  status = wn_world_agree(world, start(n, largest_reduced));
   for (int32_t g = 0; g < n_groups && !status; g++) status = join(n, g);
   if (status) {
     wn_nccl_free(n);
@@ -161,7 +191,7 @@ wn_status wn_nccl_create(wn_nccl **out, wn_device *device, wn_world *world, wn_g
 static void free_transfers(wn_transfer *t) {
   while (t) {
     wn_transfer *next = t->next;
-    cudaEventDestroy(t->done);
+    if (t->done) cudaEventDestroy(t->done);
     free(t);
     t = next;
   }
@@ -200,17 +230,17 @@ static wn_status begin(wn_nccl *n, const char *operation) {
 }
 
 static wn_status end(wn_nccl *n, wn_transfer **out, const char *operation) {
+  reclaim(n);
+  if (!n->spare) n->spare = calloc(1, sizeof *n->spare);
   wn_transfer *t = n->spare;
-  if (t) {
-    n->spare = t->next;
-  } else {
-    t = calloc(1, sizeof *t);
-    if (!t) return WN_FAIL(WN_E_MEMORY, "out of memory for %s", operation);
-    WN_TRY(cuda_ok(cudaEventCreateWithFlags(&t->done, cudaEventDisableTiming), operation));
-  }
-  t->operation = operation;
-  t->next = NULL;
+  if (!t) return WN_FAIL(WN_E_MEMORY, "out of memory for %s", operation);
+  if (!t->done) WN_TRY(cuda_ok(cudaEventCreateWithFlags(&t->done, cudaEventDisableTiming), operation));
   WN_TRY(cuda_ok(cudaEventRecord(t->done, n->comm), operation));
+  n->spare = t->next;
+  t->operation = operation;
+  t->number = ++n->n_begun;
+  t->finished = false;
+  t->next = NULL;
   *n->last = t;
   n->last = &t->next;
   *out = t;
@@ -237,8 +267,9 @@ static wn_status exchange(wn_nccl *n, int32_t g, const char *operation, const fl
       result = ncclRecv(n->received + (size_t)from * count, count, ncclFloat32, from, comm, n->comm);
     if (result == ncclInProgress) result = ncclSuccess; /* queued within the group */
   }
+  ncclResult_t ended = ncclGroupEnd(); /* after an error too: within a group an abort would only be queued */
   if (result != ncclSuccess) return nccl_failed(n, operation, result);
-  return taken_up(n, comm, operation, ncclGroupEnd());
+  return taken_up(n, comm, operation, ended);
 }
 
 wn_status wn_nccl_reduce_scatter(wn_nccl *n, wn_group *group, wn_transfer **out, wn_tensor *piece, wn_tensor *full) {
@@ -274,27 +305,16 @@ static wn_status next_wait(wn_nccl *n, waited **out) {
   return NULL;
 }
 
-static void retire(wn_nccl *n, wn_transfer *transfer) {
-  wn_transfer **at = &n->under_way;
-  while (*at != transfer) {
-    WN_ASSERT(*at, "a transfer that is not under way");
-    at = &(*at)->next;
-  }
-  *at = transfer->next;
-  if (n->last == &transfer->next) n->last = at;
-  transfer->next = n->spare;
-  n->spare = transfer;
-}
-
-/* The compute queue waits; the host goes on. The transfer's event may be recorded anew only after this wait was asked
- * for, which is what the order of calls gives. */
+/* The compute queue waits; the host goes on. The transfer stays in the list until it is done, so that a later wait of
+ * the host knows what the compute queue waits for. */
 wn_status wn_nccl_finish(wn_nccl *n, wn_transfer *transfer) {
   waited *w = NULL;
+  WN_ASSERT(!transfer->finished, "%s is finished already", transfer->operation);
   WN_TRY(next_wait(n, &w));
   WN_TRY(cuda_ok(cudaEventRecord(w->before, n->compute), transfer->operation));
   WN_TRY(cuda_ok(cudaStreamWaitEvent(n->compute, transfer->done, 0), transfer->operation));
   WN_TRY(cuda_ok(cudaEventRecord(w->after, n->compute), transfer->operation));
-  retire(n, transfer);
+  transfer->finished = true;
   return NULL;
 }
 
