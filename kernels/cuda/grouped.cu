@@ -30,8 +30,11 @@
  *
  * 512 rows of backward_weight move 7.8 bytes of FP32 sums per 1000 FLOP: 0.9 ms of the 1.84 at the copy rate. */
 #include "kernels/cuda/grouped.cuh"
+#include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/mma.cuh"
-#include "kernels/cuda/ptx/product.cuh"
+#include "kernels/cuda/ptx/tile_copy.cuh"
+#include "kernels/cuda/ptx/warpgroup.cuh"
+#include "kernels/cuda/ptx/wgmma.cuh"
 
 enum {
   ROWS = 128,
@@ -82,6 +85,13 @@ __device__ static bool walk_to(walk &w, const group_list &list, int32_t tile) {
   return true;
 }
 
+/* wn_mbarrier_wait as a loop of C, around which the compiler schedules this kernel otherwise: the figures above are of
+ * this form. */
+__device__ static void wait_for(uint32_t barrier, uint32_t parity) {
+  while (!wn_mbarrier_try(barrier, parity)) {
+  }
+}
+
 /* ---- fetching ---- */
 
 /* An operand's slice: along its rows one box of `blocks` times 64 rows; across them a box each 64 columns. */
@@ -89,9 +99,9 @@ template <int ACROSS>
 __device__ static void fetch(uint32_t shared, const CUtensorMap *map, int32_t first, int32_t k, int blocks,
                              uint32_t barrier) {
   if (ACROSS)
-    for (int i = 0; i < blocks; i++) wn_copy_box(shared + i * BLOCK_BYTES, map, first + i * 64, k, barrier);
+    for (int i = 0; i < blocks; i++) wn_copy_tile_2d(shared + i * BLOCK_BYTES, map, first + i * 64, k, barrier);
   else
-    wn_copy_box(shared, map, k, first, barrier);
+    wn_copy_tile_2d(shared, map, k, first, barrier);
 }
 
 template <int A_ACROSS, int B_ACROSS>
@@ -102,8 +112,8 @@ __device__ static void produce(const group_list &list, uint32_t stages, uint32_t
     const group &own = list.each[w.g];
     for (int32_t k = 0; k < own.k; k += SLICE, step++) {
       const uint32_t stage = step % STAGES, turn = step / STAGES, at = stages + stage * STAGE_BYTES;
-      wn_mbarrier_wait(empty + stage * 8, (turn & 1) ^ 1); /* passes at once in the first turn */
-      wn_mbarrier_arrive_expecting(full + stage * 8, STAGE_BYTES);
+      wait_for(empty + stage * 8, (turn & 1) ^ 1); /* passes at once in the first turn */
+      wn_mbarrier_expect(full + stage * 8, STAGE_BYTES);
       fetch<A_ACROSS>(at, &list.a[w.g], w.row, k, ROWS / 64, full + stage * 8);
       fetch<B_ACROSS>(at + A_BYTES, &list.b[w.g], w.column, k, COLUMNS / 64, full + stage * 8);
     }
@@ -139,7 +149,7 @@ typedef enum outcome { WRITE, ADD, SEND } outcome;
 /* Rows row, row + 8 and columns column .. column + 255 of this lane's four; widths are multiples of 8, so a block of 8
  * columns is there or is not. */
 template <outcome OUTCOME>
-__device__ static void write_bf16(const group &own, const float (&d)[COLUMNS / 2], int32_t row, int32_t column) {
+__device__ static void write_bf16(const group &own, const float (&d)[COLUMNS / 8][4], int32_t row, int32_t column) {
   enum { QUARTERS = COLUMNS / 32 };
   const int32_t first = column + threadIdx.x % 4 * 8; /* of the blocks that this lane writes */
 #pragma unroll
@@ -158,7 +168,7 @@ __device__ static void write_bf16(const group &own, const float (&d)[COLUMNS / 2
       if (OUTCOME == ADD) exchange(before);
 #pragma unroll
       for (int w = 0; w < 4; w++) {
-        const float *x = &d[(j * 4 + w) * 4 + side * 2];
+        const float *x = &d[j * 4 + w][side * 2];
         const float2 y = __bfloat1622float2(*(const __nv_bfloat162 *)&before[w]);
         words[w] = OUTCOME == ADD ? wn_pack_bf16(x[0] + y.x, x[1] + y.y) : wn_pack_bf16(x[0], x[1]);
       }
@@ -170,7 +180,7 @@ __device__ static void write_bf16(const group &own, const float (&d)[COLUMNS / 2
 }
 
 /* The same for FP32: two neighbours exchange halves of two blocks of 8 columns, then each adds 16 bytes. */
-__device__ static void send_f32(const group &own, const float (&d)[COLUMNS / 2], int32_t row, int32_t column) {
+__device__ static void send_f32(const group &own, const float (&d)[COLUMNS / 8][4], int32_t row, int32_t column) {
   const int32_t q = threadIdx.x % 4;
   const bool odd = q & 1;
   float *const c = (float *)own.c;
@@ -180,8 +190,8 @@ __device__ static void send_f32(const group &own, const float (&d)[COLUMNS / 2],
     float *const line = c + (row + side * 8) * own.c_stride;
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j += 2) {
-      const float x0 = d[j * 4 + side * 2], x1 = d[j * 4 + side * 2 + 1];
-      const float y0 = d[j * 4 + 4 + side * 2], y1 = d[j * 4 + 4 + side * 2 + 1];
+      const float x0 = d[j][side * 2], x1 = d[j][side * 2 + 1];
+      const float y0 = d[j + 1][side * 2], y1 = d[j + 1][side * 2 + 1];
       const float g0 = __shfl_xor_sync(~0u, odd ? x0 : y0, 1), g1 = __shfl_xor_sync(~0u, odd ? x1 : y1, 1);
       const int32_t at = column + (j + odd) * 8 + q / 2 * 4;
       if (!there || at >= own.n) continue;
@@ -197,26 +207,25 @@ __device__ static void send_f32(const group &own, const float (&d)[COLUMNS / 2],
 
 /* d = this warpgroup's 64 rows of the tile */
 template <int A_ACROSS, int B_ACROSS>
-__device__ static uint32_t multiply(float (&d)[COLUMNS / 2], uint32_t step, int32_t k, uint32_t stages, uint32_t full,
-                                    uint32_t empty) {
+__device__ static uint32_t multiply(float (&d)[COLUMNS / 8][4], uint32_t step, int32_t k, uint32_t stages,
+                                    uint32_t full, uint32_t empty) {
   const uint32_t mine = stages + threadIdx.x / WARPGROUP * BLOCK_BYTES; /* of A's tile, stored either way */
   const bool speaks = threadIdx.x % 32 == 0;
   for (int32_t at = 0; at < k; at += SLICE, step++) {
     const uint32_t stage = step % STAGES;
-    const uint64_t a = wn_product_operand(mine + stage * STAGE_BYTES, BLOCK_BYTES);
-    const uint64_t b = wn_product_operand(stages + stage * STAGE_BYTES + A_BYTES, BLOCK_BYTES);
-    wn_mbarrier_wait(full + stage * 8, step / STAGES & 1);
-    wn_product_fence();
+    const uint64_t a = wn_wgmma_operand(mine + stage * STAGE_BYTES, BLOCK_BYTES);
+    const uint64_t b = wn_wgmma_operand(stages + stage * STAGE_BYTES + A_BYTES, BLOCK_BYTES);
+    wait_for(full + stage * 8, step / STAGES & 1);
+    wn_wgmma_fence();
 #pragma unroll
     for (int i = 0; i < SLICE / 16; i++)
-      wn_product_64x256<A_ACROSS, B_ACROSS>(d, a + i * (A_ACROSS ? 128 : 2), b + i * (B_ACROSS ? 128 : 2),
-                                            at > 0 || i > 0);
-    wn_product_commit();
-    wn_product_wait<1>();
+      wn_wgmma<A_ACROSS, B_ACROSS>(d, a + i * (A_ACROSS ? 128 : 2), b + i * (B_ACROSS ? 128 : 2), at > 0 || i > 0);
+    wn_wgmma_commit();
+    wn_wgmma_wait<1>();
     if (at > 0 && speaks) wn_mbarrier_arrive(empty + (step - 1) % STAGES * 8);
   }
-  wn_product_wait<0>();
-  wn_product_settle(d);
+  wn_wgmma_wait<0>();
+  wn_wgmma_settle(d);
   if (speaks) wn_mbarrier_arrive(empty + (step - 1) % STAGES * 8);
   return step;
 }
@@ -232,20 +241,20 @@ __global__ static void __launch_bounds__(THREADS, 1) products_kernel(const __gri
       wn_mbarrier_init(full + i * 8, 1);
       wn_mbarrier_init(empty + i * 8, CONSUMERS / 32);
     }
-    wn_mbarrier_publish();
+    wn_mbarrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x >= CONSUMERS) {
-    wn_shrink_registers<40>();
+    wn_registers_shrink<40>();
     if (threadIdx.x == CONSUMERS) produce<A_ACROSS, B_ACROSS>(list, stages, full, empty);
   } else {
-    wn_grow_registers<232>();
+    wn_registers_grow<232>();
     walk w = {};
     uint32_t step = 0;
     for (int32_t tile = blockIdx.x; walk_to(w, list, tile); tile += gridDim.x) {
       const group &own = list.each[w.g];
       const int32_t row = w.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-      float d[COLUMNS / 2];
+      float d[COLUMNS / 8][4];
       step = multiply<A_ACROSS, B_ACROSS>(d, step, own.k, stages, full, empty);
       if (OUTCOME == SEND)
         send_f32(own, d, row, w.column);

@@ -14,8 +14,11 @@
  * passed on only after the products: 578 TFLOP/s. */
 #include "kernels/cuda/index_score.cuh"
 #include "kernels/cuda/index_score_wide.cuh"
+#include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/mma.cuh"
-#include "kernels/cuda/ptx/wide.cuh"
+#include "kernels/cuda/ptx/tile_copy.cuh"
+#include "kernels/cuda/ptx/warpgroup.cuh"
+#include "kernels/cuda/ptx/wgmma.cuh"
 
 enum {
   COLUMNS = 256, /* of queries times heads */
@@ -25,8 +28,7 @@ enum {
   CONSUMERS = 256, /* threads */
   THREADS = CONSUMERS + 128,
   ROWS_MOST = COLUMNS / 8,
-  HALF = 64,     /* columns of the width in one swizzled piece */
-  FIRST_TURN = 1 /* named barriers FIRST_TURN and the next */
+  HALF = 64 /* columns of the width in one swizzled piece */
 };
 
 typedef struct wide_job {
@@ -100,7 +102,7 @@ __device__ static void produce_rows(wide_shared<HALVES> *s, const CUtensorMap *q
       wn_mbarrier_expect(full, HALVES * COLUMNS * HALF * 2);
 #pragma unroll
       for (int h = 0; h < HALVES; h++)
-        wn_bulk_tile_3d(wn_shared_address(s->q[at.stage][h]), q_map, h * HALF, 0, row0, full);
+        wn_copy_tile_3d(wn_shared_address(s->q[at.stage][h]), q_map, h * HALF, 0, row0, full);
     }
     advance(&at);
   }
@@ -125,7 +127,7 @@ __device__ static void produce_keys(wide_shared<HALVES> *s, const CUtensorMap *k
         wn_mbarrier_expect(full, HALVES * KEYS * HALF * 2);
 #pragma unroll
         for (int h = 0; h < HALVES; h++)
-          wn_bulk_tile_2d(wn_shared_address(s->k[at.stage][h]), k_map, h * HALF, key0, full);
+          wn_copy_tile_2d(wn_shared_address(s->k[at.stage][h]), k_map, h * HALF, key0, full);
       }
       advance(&at);
     }
@@ -144,8 +146,8 @@ __device__ __forceinline__ float quad_sums(const float v[4]) {
 
 /* Scores of this thread's share: keys key and key + 8, every query of the block. */
 template <int HEADS>
-__device__ __forceinline__ void sum_heads(const float d[128], const float weight[64], const row_block *r, float *scores,
-                                          int64_t pitch, int32_t key) {
+__device__ __forceinline__ void sum_heads(const float (&d)[COLUMNS / 8][4], const float weight[64], const row_block *r,
+                                          float *scores, int64_t pitch, int32_t key) {
   constexpr int TILES = HEADS / 8, ROWS = COLUMNS / HEADS;
 #pragma unroll
   for (int g = 0; g < ROWS; g += 4) {
@@ -158,8 +160,8 @@ __device__ __forceinline__ void sum_heads(const float d[128], const float weight
         const int at = (g + q) * TILES + c;
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          part[0][q] += weight[2 * at + e] * wn_relu(d[4 * at + e]);
-          part[1][q] += weight[2 * at + e] * wn_relu(d[4 * at + 2 + e]);
+          part[0][q] += weight[2 * at + e] * wn_relu(d[at][e]);
+          part[1][q] += weight[2 * at + e] * wn_relu(d[at][2 + e]);
         }
       }
     }
@@ -177,12 +179,12 @@ template <int HEADS, int HALVES> __device__ static void consume(wide_shared<HALV
   const int32_t own_key = (int32_t)(threadIdx.x / 32 * 16 + lane / 4);
   ring<Q_STAGES> q = {0, 0};
   ring<K_STAGES> at = {0, 0};
-  if (group == 1) wn_named_arrive(FIRST_TURN, CONSUMERS); /* the first turn is group 0's */
+  if (group == 1) wn_turn_give(group ^ 1); /* the first turn is group 0's */
   for (int32_t block = j.n_blocks - 1 - (int32_t)blockIdx.x; block >= 0; block -= (int32_t)gridDim.x) {
     wn_mbarrier_wait(wn_shared_address(&s->q_full[q.stage]), q.parity);
     const row_block *r = &s->rows[q.stage];
     const int32_t low = r->low, high = r->high;
-    float weight[64], d[128];
+    float weight[64], d[COLUMNS / 8][4];
 #pragma unroll
     for (int i = 0; i < 32; i++) {
       weight[2 * i] = r->weight[8 * i + 2 * (lane % 4)];
@@ -190,21 +192,21 @@ template <int HEADS, int HALVES> __device__ static void consume(wide_shared<HALV
     }
     for (int32_t key0 = low; key0 <= high; key0 += KEYS) {
       wn_mbarrier_wait(wn_shared_address(&s->k_full[at.stage]), at.parity);
-      wn_named_sync(FIRST_TURN + group, CONSUMERS);
-      wn_wgmma_pin(d);
+      wn_turn_wait(group);
+      wn_wgmma_settle(d);
       wn_wgmma_fence();
 #pragma unroll
       for (int step = 0; step < HALVES * HALF / 16; step++) {
         const int h = step / 4, x = step % 4;
         const uint64_t a = wn_wgmma_operand(wn_shared_address(s->k[at.stage][h] + group * 64 * HALF)) + 2 * x;
         const uint64_t b = wn_wgmma_operand(wn_shared_address(s->q[q.stage][h])) + 2 * x;
-        wn_wgmma_64x256x16(d, a, b, step > 0);
+        wn_wgmma<WN_ALONG, WN_ALONG>(d, a, b, step > 0);
       }
       wn_wgmma_commit();
-      wn_named_arrive(FIRST_TURN + (group ^ 1), CONSUMERS);
+      wn_turn_give(group ^ 1);
       wn_wgmma_wait<0>();
       if (lane == 0) wn_mbarrier_arrive(wn_shared_address(&s->k_empty[at.stage])); /* before the sums, not after them */
-      wn_wgmma_pin(d);
+      wn_wgmma_settle(d);
       advance(&at);
       sum_heads<HEADS>(d, weight, r, j.scores + (int64_t)block * ROWS * j.pitch, j.pitch, key0 + own_key);
     }
@@ -212,7 +214,7 @@ template <int HEADS, int HALVES> __device__ static void consume(wide_shared<HALV
     if (lane == 0) wn_mbarrier_arrive(wn_shared_address(&s->q_empty[q.stage]));
     advance(&q);
   }
-  if (group == 0) wn_named_sync(FIRST_TURN, CONSUMERS); /* group 1's last pass of the turn */
+  if (group == 0) wn_turn_wait(group); /* group 1's last pass of the turn */
 }
 
 template <int HEADS, int HALVES>
@@ -233,10 +235,10 @@ __global__ static void __launch_bounds__(THREADS, 1)
   }
   __syncthreads();
   if (threadIdx.x < CONSUMERS) {
-    wn_more_registers<224>(); /* 256 x 224 + 128 x 56 is what 384 threads began with */
+    wn_registers_grow<224>(); /* 256 x 224 + 128 x 56 is what 384 threads began with */
     consume<HEADS, HALVES>(s, j);
   } else {
-    wn_fewer_registers<56>();
+    wn_registers_shrink<56>();
     if (threadIdx.x / 32 == CONSUMERS / 32) produce_keys<HALVES>(s, &k_map, j);
     if (threadIdx.x / 32 == CONSUMERS / 32 + 1) produce_rows<HEADS, HALVES>(s, &q_map, j);
   }

@@ -100,8 +100,7 @@ __device__ __forceinline__ float wn_kl_gate(float z) {
 
 /* 4 bytes from global to shared memory, asynchronously; zeros unless `exists` (the address must be valid anyway) */
 __device__ __forceinline__ void wn_kl_copy_4(uint32_t shared, const void *global, bool exists) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(exists ? 4 : 0)
-               : "memory");
+  wn_cp_async_4(shared, global, exists);
 }
 
 /* Elements column .. column + 7 of a row to 16 bytes of shared memory; zeros past the width, or where the row does not

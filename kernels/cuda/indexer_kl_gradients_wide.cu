@@ -6,6 +6,9 @@
  * products. The product P Y of one tile and Z of the next are under way together. indexer_kl_dense.cu has the ladder.
  */
 #include "kernels/cuda/indexer_kl_dense.cuh"
+#include "kernels/cuda/ptx/mbarrier.cuh"
+#include "kernels/cuda/ptx/tile_copy.cuh"
+#include "kernels/cuda/ptx/warpgroup.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
 
 enum { TILE = 128, WIDTH = 128, SLICE = 64, STAGES = 4, GROUPS = 2, THREADS = (GROUPS + 1) * 128 };
@@ -49,22 +52,22 @@ __device__ static int32_t row_of_tile(const wide_params &a, const int32_t *visib
 
 __device__ static void copy_rows(uint32_t shared, const CUtensorMap *map, int32_t row, uint32_t barrier) {
 #pragma unroll
-  for (int s = 0; s < WIDTH / SLICE; s++) wn_copy_tile(shared + s * SLICE_BYTES, map, s * SLICE, 0, row, barrier);
+  for (int s = 0; s < WIDTH / SLICE; s++) wn_copy_tile_3d(shared + s * SLICE_BYTES, map, s * SLICE, 0, row, barrier);
 }
 
 /* One thread: X, then Y and g tile by tile. */
 template <bool KEYS>
 __device__ static void produce(const wide_params &a, const task &job, const int32_t *visible, ring r) {
   const CUtensorMap *x = KEYS ? &a.keys : &a.pairs, *y = KEYS ? &a.pairs : &a.keys;
-  wn_barrier_expect(r.x_full, TILE_BYTES);
+  wn_mbarrier_expect(r.x_full, TILE_BYTES);
   copy_rows(r.x, x, KEYS ? job.key0 : job.t0, r.x_full);
   for (int32_t i = 0; i < job.tiles; i++) {
     const uint32_t at = r.data + r.stage * a.stage_bytes, full = r.full + r.stage * 8;
     const int32_t t = KEYS ? row_of_tile(a, visible, i) : job.t0, key = KEYS ? job.key0 : job.first_tile + i * TILE;
-    wn_barrier_wait(r.empty + r.stage * 8, r.parity ^ 1);
-    wn_barrier_expect(full, TILE_BYTES + a.group * TILE * 4);
+    wn_mbarrier_wait(r.empty + r.stage * 8, r.parity ^ 1);
+    wn_mbarrier_expect(full, TILE_BYTES + a.group * TILE * 4);
     copy_rows(at, y, KEYS ? t : key, full);
-    wn_copy_tile(at + TILE_BYTES, &a.g, key, 0, t, full);
+    wn_copy_tile_3d(at + TILE_BYTES, &a.g, key, 0, t, full);
     advance(&r);
   }
 }
@@ -75,13 +78,13 @@ __device__ static void produce_weights(const wide_params &a, const task &job, co
   for (int32_t i = 0; i < job.tiles; i++) {
     const uint32_t to = r.data + r.stage * a.stage_bytes + TILE_BYTES + a.group * TILE * 4;
     const int32_t t0 = row_of_tile(a, visible, i);
-    wn_barrier_wait(r.empty + r.stage * 8, r.parity ^ 1);
+    wn_mbarrier_wait(r.empty + r.stage * 8, r.parity ^ 1);
     for (int32_t pair = lane; pair < TILE; pair += 32) {
       const int32_t t = t0 + (pair >> a.log_heads), h = pair & ((1 << a.log_heads) - 1);
       const bool exists = t < a.in.chunk.n_rows;
       wn_kl_copy_4(to + pair * 4, exists ? a.in.w.data + t * a.in.w.row + h : a.in.w.data, exists);
     }
-    wn_barrier_arrive_after_copies(r.full + r.stage * 8);
+    wn_mbarrier_arrive_after_copies(r.full + r.stage * 8);
     advance(&r);
   }
 }
@@ -89,13 +92,13 @@ __device__ static void produce_weights(const wide_params &a, const task &job, co
 /* ---- weighing: Z to P, 0 where Z <= 0 ---- */
 
 /* X are pairs. g: [group, TILE] from the thread's first column on; row: of g, of the thread's two pairs. */
-__device__ static void weigh_keys(uint32_t p[TILE / 16][4], float dw[2], const float (&z)[TILE / 2], const float *g,
+__device__ static void weigh_keys(uint32_t p[TILE / 16][4], float dw[2], const float (&z)[TILE / 8][4], const float *g,
                                   const int32_t row[2]) {
 #pragma unroll
   for (int n = 0; n < TILE / 8; n++) {
     const float2 g0 = *(const float2 *)(g + row[0] * TILE + n * 8);
     const float2 g1 = row[0] == row[1] ? g0 : *(const float2 *)(g + row[1] * TILE + n * 8);
-    const float *y = z + n * 4;
+    const float *y = z[n];
     const float gated[4] = {g0.x * wn_kl_gate(y[0]), g0.y * wn_kl_gate(y[1]), g1.x * wn_kl_gate(y[2]),
                             g1.y * wn_kl_gate(y[3])};
     dw[0] = fmaf(gated[1], y[1], fmaf(gated[0], y[0], dw[0]));
@@ -106,8 +109,8 @@ __device__ static void weigh_keys(uint32_t p[TILE / 16][4], float dw[2], const f
 }
 
 /* X are keys. g: [group, TILE] from the thread's first key on; w: from its first column on. */
-__device__ static void weigh_pairs(uint32_t p[TILE / 16][4], const float (&z)[TILE / 2], const float *g, const float *w,
-                                   int32_t log_heads) {
+__device__ static void weigh_pairs(uint32_t p[TILE / 16][4], const float (&z)[TILE / 8][4], const float *g,
+                                   const float *w, int32_t log_heads) {
   float g0 = 0, g1 = 0;
 #pragma unroll
   for (int n = 0; n < TILE / 8; n++) {
@@ -116,7 +119,7 @@ __device__ static void weigh_pairs(uint32_t p[TILE / 16][4], const float (&z)[TI
       g1 = g[(n * 8 >> log_heads) * TILE + 8];
     }
     const float2 v = *(const float2 *)(w + n * 8);
-    const float *y = z + n * 4;
+    const float *y = z[n];
     p[n / 2][n % 2 * 2] = wn_pack_bf16(g0 * wn_kl_gate(y[0]) * v.x, g0 * wn_kl_gate(y[1]) * v.y);
     p[n / 2][n % 2 * 2 + 1] = wn_pack_bf16(g1 * wn_kl_gate(y[2]) * v.x, g1 * wn_kl_gate(y[3]) * v.y);
   }
@@ -126,51 +129,51 @@ __device__ static void weigh_pairs(uint32_t p[TILE / 16][4], const float (&z)[TI
 
 /* sum[slot 0: row, slot 1: row + 8 of X], as an accumulator lies */
 template <bool KEYS>
-__device__ static void multiply(const wide_params &a, int32_t tiles, ring r, float (&sum)[WIDTH / 2], float dw[2]) {
+__device__ static void multiply(const wide_params &a, int32_t tiles, ring r, float (&sum)[WIDTH / 8][4], float dw[2]) {
   const int32_t lane = threadIdx.x % 32, group = threadIdx.x / 128 - 1;
   const int32_t own = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int32_t row[2] = {own >> a.log_heads, (own + 8) >> a.log_heads};
   const uint64_t x = wn_wgmma_operand(r.x + group * (SLICE_BYTES / GROUPS));
-  float z[TILE / 2];
+  float z[TILE / 8][4];
   uint32_t used = 0; /* the barrier of the stage before */
-  wn_barrier_wait(r.x_full, 0);
-  if (group == 1 && tiles > 0) wn_turn_give(group);
+  wn_mbarrier_wait(r.x_full, 0);
+  if (group == 1 && tiles > 0) wn_turn_give(1 - group);
   if (tiles > 0) wn_turn_wait(group);
   for (int32_t i = 0; i < tiles; i++) {
     const uint32_t at = r.data + r.stage * a.stage_bytes;
     const float *g = (const float *)(r.stages + r.stage * a.stage_bytes + TILE_BYTES);
-    wn_barrier_wait(r.full + r.stage * 8, r.parity);
-    const uint64_t y = wn_wgmma_operand(at), y_rows = wn_wgmma_operand_rows(at, SLICE_BYTES);
-    wn_wgmma_begin();
+    wn_mbarrier_wait(r.full + r.stage * 8, r.parity);
+    const uint64_t y = wn_wgmma_operand(at), y_rows = wn_wgmma_operand(at, SLICE_BYTES);
+    wn_wgmma_fence();
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; k++) {
       const int step = k / 4 * (SLICE_BYTES >> 4) + k % 4 * 2;
-      wn_wgmma_64x128(z, x + step, y + step, k > 0);
+      wn_wgmma<WN_ALONG, WN_ALONG>(z, x + step, y + step, k > 0);
     }
     wn_wgmma_commit();
-    wn_turn_give(group);
+    wn_turn_give(1 - group);
     wn_wgmma_wait<0>(); /* this Z, and the P Y of the tile before */
     wn_wgmma_settle(z);
-    if (i > 0 && lane == 0) wn_barrier_arrive(used);
+    if (i > 0 && lane == 0) wn_mbarrier_arrive(used);
     uint32_t p[TILE / 16][4];
     if (KEYS)
       weigh_pairs(p, z, g + own, g + a.group * TILE + column, a.log_heads);
     else
       weigh_keys(p, dw, z, g + column, row);
     wn_turn_wait(group);
-    wn_wgmma_begin();
+    wn_wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < TILE / 16; k++) wn_wgmma_rows_64x128(sum, p[k], y_rows + k * 128);
+    for (int k = 0; k < TILE / 16; k++) wn_wgmma_registers(sum, p[k], y_rows + k * 128);
     wn_wgmma_commit();
     used = r.empty + r.stage * 8;
     advance(&r);
   }
-  if (group == 0 && tiles > 0) wn_turn_give(group);
+  if (group == 0 && tiles > 0) wn_turn_give(1 - group);
   wn_wgmma_wait<0>();
   wn_wgmma_settle(sum);
 }
 
-__device__ static void write_queries(const wide_params &a, const task &job, const float (&sum)[WIDTH / 2],
+__device__ static void write_queries(const wide_params &a, const task &job, const float (&sum)[WIDTH / 8][4],
                                      const float dw[2], int32_t own) {
   const int32_t lane = threadIdx.x % 32;
 #pragma unroll
@@ -183,18 +186,18 @@ __device__ static void write_queries(const wide_params &a, const task &job, cons
     wn_bf16 *to = a.in.dq.data + t * a.in.dq.row + h * a.in.dq.head + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; n++)
-      *(uint32_t *)(to + n * 8) = wn_pack_bf16(sum[n * 4 + slot * 2] * factor, sum[n * 4 + slot * 2 + 1] * factor);
+      *(uint32_t *)(to + n * 8) = wn_pack_bf16(sum[n][slot * 2] * factor, sum[n][slot * 2 + 1] * factor);
     if (lane % 4 == 0) a.in.dw.data[t * a.in.dw.row + h] = whole * a.in.factor;
   }
 }
 
-__device__ static void write_share(const wide_params &a, const float (&sum)[WIDTH / 2], int32_t key) {
+__device__ static void write_share(const wide_params &a, const float (&sum)[WIDTH / 8][4], int32_t key) {
   float *to = a.in.shares.data + ((int64_t)blockIdx.y * a.in.chunk.columns + key) * WIDTH + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int slot = 0; slot < 2; slot++)
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; n++)
-      *(float2 *)(to + slot * 8 * WIDTH + n * 8) = make_float2(sum[n * 4 + slot * 2], sum[n * 4 + slot * 2 + 1]);
+      *(float2 *)(to + slot * 8 * WIDTH + n * 8) = make_float2(sum[n][slot * 2], sum[n][slot * 2 + 1]);
 }
 
 /* ---- blocks ---- */
@@ -241,11 +244,11 @@ __global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_co
   r.x_full = r.empty + STAGES * 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      wn_barrier_init(r.full + i * 8, KEYS ? 1 + 32 : 1); /* the copying thread, the warp of weights */
-      wn_barrier_init(r.empty + i * 8, GROUPS * 4);       /* a lane of each multiplying warp */
+      wn_mbarrier_init(r.full + i * 8, KEYS ? 1 + 32 : 1); /* the copying thread, the warp of weights */
+      wn_mbarrier_init(r.empty + i * 8, GROUPS * 4);       /* a lane of each multiplying warp */
     }
-    wn_barrier_init(r.x_full, 1);
-    wn_barrier_init_fence();
+    wn_mbarrier_init(r.x_full, 1);
+    wn_mbarrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
@@ -255,7 +258,7 @@ __global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_co
   } else {
     wn_registers_grow<CONSUMER_REGISTERS>();
     const int32_t own = threadIdx.x - 128, row = own / 128 * 64 + own % 128 / 32 * 16 + own % 32 / 4;
-    float sum[WIDTH / 2] = {}, dw[2] = {};
+    float sum[WIDTH / 8][4] = {}, dw[2] = {};
     multiply<KEYS>(a, job.tiles, r, sum, dw);
     if (KEYS)
       write_share(a, sum, job.key0 + row);

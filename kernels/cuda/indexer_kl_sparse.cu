@@ -37,7 +37,6 @@
 #include "kernels/cuda/index_score.cuh"
 #include "kernels/cuda/indexer_kl_sparse.cuh"
 #include "kernels/cuda/operations.cuh"
-#include "kernels/cuda/ptx/scatter.cuh"
 
 enum {
   WARP = 32,

@@ -3,7 +3,8 @@
 #include <math.h>
 
 #include "kernels/cuda/indexer_kl_sparse.cuh"
-#include "kernels/cuda/ptx/scatter.cuh"
+#include "kernels/cuda/ptx/mbarrier.cuh"
+#include "kernels/cuda/ptx/tile_copy.cuh"
 
 enum {
   WARP = 32,
@@ -258,8 +259,8 @@ __device__ __forceinline__ bool key_exists(const job &j, int32_t key) {
 __device__ __forceinline__ void fetch_step(step_keys *to, const job &j, int64_t row, int32_t from, int32_t n) {
   const int32_t lane = (int32_t)threadIdx.x % WARP, tile = lane / 8 - 1;
   if (from >= n) return;
-  wn_cp_async_word(wn_shared_address(to->key + lane),
-                   j.selection.data + row * j.selection.row + min(from + lane, n - 1), from + lane < n);
+  wn_cp_async_4(wn_shared_address(to->key + lane), j.selection.data + row * j.selection.row + min(from + lane, n - 1),
+                from + lane < n);
   if (lane < 8) wn_cp_async_16(wn_shared_address(to->g + lane * 4), j.index + row * j.pitch + from + lane * 4, 16);
   if (tile == 0 || tile == 1) /* a padded row has whole steps */
     wn_cp_async_16(wn_shared_address(to->bits[tile] + lane % 8 * 4),
@@ -272,7 +273,7 @@ __device__ __forceinline__ void fetch_scales(step_keys *to, const job &j, int32_
   if (from >= n) return;
   const int32_t key = to->key[lane];
   const bool there = from + lane < n && key_exists(j, key);
-  wn_cp_async_word(wn_shared_address(to->scale + lane), j.key_scale + (there ? key : 0), there);
+  wn_cp_async_4(wn_shared_address(to->scale + lane), j.key_scale + (there ? key : 0), there);
 }
 
 /* A row a block, 32 columns a warp: each pick's contribution to dk, as integers, added to its key's by the copy engine.
@@ -309,7 +310,7 @@ __device__ static void key_row(const job &j, int64_t row, uint4 *memory) {
     step_sums(sums, now, b);
     const int32_t key = from + own < n ? now.key[own] : -1;
     if (keeper) wn_bulk_wait_read(); /* of the other buffer, before the barrier that lets it be written again */
-    wn_fence_async_shared();
+    wn_publish_shared();
     __syncthreads();
     if (keeper && key_exists(j, key)) {
       wn_bulk_add_s32(j.sums + (int64_t)key * j.sum_row, wn_shared_address(sums + own * SUM_ROW),
