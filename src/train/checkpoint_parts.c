@@ -25,7 +25,7 @@ wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params) {
 }
 
 wn_status wn_floats_upload(wn_device *device, wn_tensor *place, float *values) {
-  if (place->dtype == WN_F32) return device->ops->upload(device, place, values);
+  if (place->dtype != WN_BF16) return device->ops->upload(device, place, values);
   uint16_t *narrow = (uint16_t *)(void *)values;
   for (int64_t i = 0; i < wn_tensor_count(place); i++) {
     float value;
@@ -36,13 +36,14 @@ wn_status wn_floats_upload(wn_device *device, wn_tensor *place, float *values) {
   return device->ops->upload(device, place, narrow);
 }
 
-wn_status wn_floats_download(wn_device *device, float *values, const wn_tensor *place) {
+wn_status wn_floats_download(wn_device *device, void *values, const wn_tensor *place) {
   WN_TRY(device->ops->download(device, values, place));
-  if (place->dtype == WN_F32) return NULL;
-  for (int64_t i = wn_tensor_count(place) - 1; i >= 0; i--) {
+  if (place->dtype != WN_BF16) return NULL;
+  for (int64_t i = wn_tensor_count(place) - 1; i >= 0; i--) { /* from the end: the floats take twice the room */
     uint16_t narrow;
     memcpy(&narrow, (const char *)values + (size_t)i * sizeof narrow, sizeof narrow);
-    values[i] = wn_f32_from_bf16(narrow);
+    float wide = wn_f32_from_bf16(narrow);
+    memcpy((char *)values + (size_t)i * sizeof wide, &wide, sizeof wide);
   }
   return NULL;
 }

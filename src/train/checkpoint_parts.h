@@ -18,10 +18,10 @@ WN_MUST_USE wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_
 /* Elements that are converted at a time: bounds the host memory of saves and loads. */
 enum { WN_COPY_ELEMENTS = 1 << 18 };
 
-/* Host floats to and from a run of a piece: BF16 where a frozen piece is stored so (rounded in place, so `values` is
- * used up by upload). */
+/* Host floats to and from a tensor that may be BF16, as a frozen piece is on a GPU (upload rounds in place, so `values`
+ * is used up; download needs room for floats). Of any other dtype as it is. */
 WN_MUST_USE wn_status wn_floats_upload(wn_device *device, wn_tensor *place, float *values);
-WN_MUST_USE wn_status wn_floats_download(wn_device *device, float *values, const wn_tensor *place);
+WN_MUST_USE wn_status wn_floats_download(wn_device *device, void *values, const wn_tensor *place);
 
 /* The part of `field` that this rank holds, read from an entry of the parameter's shape. `buffer` has WN_COPY_ELEMENTS
  * floats. */

@@ -4,6 +4,7 @@
 #include "io/safetensors.h"
 #include "kernels/kernels.h"
 #include "train/batch.h"
+#include "train/checkpoint_parts.h"
 #include "train/inference.h"
 
 /* What will stand in the file: host copies, in order. */
@@ -23,20 +24,13 @@ static wn_status dump_grow(dump *d) {
   return specs && data ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the dump");
 }
 
-/* BF16 to FP32 where it lies, from the end, since the result is twice as long. */
-static void widen(void *data, int64_t n) {
-  for (int64_t i = n - 1; i >= 0; i--) {
-    float wide = wn_f32_from_bf16(((const uint16_t *)data)[i]);
-    memcpy((float *)data + i, &wide, sizeof wide);
-  }
-}
-
 /* Adds a host copy of `t` under "prefix" + name, or, with a number >= 0, "prefix" + number. */
 static wn_status dump_add(dump *d, wn_device *device, const wn_tensor *t, const char *prefix, const char *name,
                           int32_t number) {
   WN_TRY(dump_grow(d));
+  wn_dtype dtype = t->dtype == WN_BF16 ? WN_F32 : t->dtype;
   char *full = malloc(WN_NAME_BYTES + 32);
-  void *host = malloc((size_t)wn_tensor_count(t) * (size_t)wn_dtype_bytes(t->dtype == WN_BF16 ? WN_F32 : t->dtype) + 1);
+  void *host = malloc((size_t)wn_tensor_count(t) * (size_t)wn_dtype_bytes(dtype) + 1);
   if (!full || !host) {
     free(full);
     free(host);
@@ -46,14 +40,12 @@ static wn_status dump_add(dump *d, wn_device *device, const wn_tensor *t, const 
     snprintf(full, WN_NAME_BYTES + 32, "%s%d", prefix, number);
   else
     snprintf(full, WN_NAME_BYTES + 32, "%s%s", prefix, name);
-  wn_st_spec spec = {.name = full, .dtype = t->dtype == WN_BF16 ? WN_F32 : t->dtype, .rank = t->rank};
+  wn_st_spec spec = {.name = full, .dtype = dtype, .rank = t->rank};
   memcpy(spec.dim, t->dim, sizeof spec.dim);
   d->specs[d->n] = spec;
   d->data[d->n] = host;
   d->n++;
-  WN_TRY(device->ops->download(device, host, t));
-  if (t->dtype == WN_BF16) widen(host, wn_tensor_count(t));
-  return NULL;
+  return wn_floats_download(device, host, t);
 }
 
 static void dump_free(dump *d) {

@@ -59,13 +59,15 @@ static const wn_state test_state = {.step = 100,
                                     .skipped_in_a_row = 1,
                                     .indexer_trained = true};
 
-static inline wn_status test_rig_create(test_rig *rig, wn_world *world, const wn_model_config *config,
-                                        wn_param_settings settings, wn_stage stage, const char *run_dir,
-                                        const char *init_dir) {
+/* act: what operations would take weights as. BF16 as on a GPU: good for everything that runs none. */
+static inline wn_status test_rig_create_taking(wn_dtype act, test_rig *rig, wn_world *world,
+                                               const wn_model_config *config, wn_param_settings settings,
+                                               wn_stage stage, const char *run_dir, const char *init_dir) {
   *rig = (test_rig){.world = world, .all = wn_world_all(world)};
   WN_TRY(wn_cpu_create_f32(
       &rig->device,
       (wn_cpu_settings){.threads = 1, .weights_bytes = 64 << 20, .stash_bytes = 1 << 20, .scratch_bytes = 1 << 20}));
+  rig->device->dtype_of[WN_ACT] = act;
   WN_TRY(wn_model_create(&rig->model, rig->device, config, settings));
   WN_TRY(wn_store_create(&rig->store, rig->device, world, &rig->all, 1, rig->model->table.params, rig->model->table.n));
   rig->plan = (wn_checkpoint_plan){.model = rig->model,
@@ -78,6 +80,12 @@ static inline wn_status test_rig_create(test_rig *rig, wn_world *world, const wn
                                    .shard_bytes = 6000,
                                    .keep = 0};
   return NULL;
+}
+
+static inline wn_status test_rig_create(test_rig *rig, wn_world *world, const wn_model_config *config,
+                                        wn_param_settings settings, wn_stage stage, const char *run_dir,
+                                        const char *init_dir) {
+  return test_rig_create_taking(WN_F32, rig, world, config, settings, stage, run_dir, init_dir);
 }
 
 static inline void test_rig_free(test_rig *rig) {

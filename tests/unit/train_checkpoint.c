@@ -177,8 +177,8 @@ static void expect_base_unchanged(const test_rig *rig, const char *init, const c
 }
 
 /* A warm-up from a base without an indexer; the base's dtype is not the job's, and stays what it is. */
-static void warm_up(void **state, test_dir how, wn_param_settings settings, int32_t linked_from_init,
-                    int32_t model_files) {
+static void warm_up_taking(wn_dtype act, void **state, test_dir how, wn_param_settings settings,
+                           int32_t linked_from_init, int32_t model_files) {
   test_rig rig;
   char init[300], first[WN_PATH_BYTES], second[WN_PATH_BYTES], name[64];
   wn_model_config base = test_config;
@@ -186,7 +186,7 @@ static void warm_up(void **state, test_dir how, wn_param_settings settings, int3
   base.has_indexer = how.without == NULL || strcmp(how.without, "indexer") != 0;
   snprintf(init, sizeof init, "%s", wn_temp(state, "init").text);
   test_dir_write(init, &base, how, 5);
-  OK(test_rig_create(&rig, world, &test_config, settings, WN_STAGE_WARMUP, run_dir(state), init));
+  OK(test_rig_create_taking(act, &rig, world, &test_config, settings, WN_STAGE_WARMUP, run_dir(state), init));
   OK(wn_init_load(&rig.plan, init, true));
   wn_state at = test_state;
   at.step = 1;
@@ -221,6 +221,11 @@ static void warm_up(void **state, test_dir how, wn_param_settings settings, int3
   test_rig_free(&rig);
 }
 
+static void warm_up(void **state, test_dir how, wn_param_settings settings, int32_t linked_from_init,
+                    int32_t model_files) {
+  warm_up_taking(WN_F32, state, how, settings, linked_from_init, model_files);
+}
+
 static void links_a_single_file(void **state) {
   warm_up(state, (test_dir){.dtype = WN_BF16, .shards = 1, .without = "indexer"}, indexer_f32, 1, 2);
 }
@@ -237,6 +242,11 @@ static void copies_out_of_mixed_shards(void **state) {
 /* Some shards can be linked, some hold a trained tensor: the linked ones come first, whatever stood between them. */
 static void links_what_it_can(void **state) {
   warm_up(state, (test_dir){.dtype = WN_F32, .shards = 12, .mtp = true}, indexer_f32, 1, 9);
+}
+
+/* A GPU holds the frozen base in BF16: its files keep what BF16 cannot, and an exchanged base is still seen. */
+static void a_base_held_in_bf16(void **state) {
+  warm_up_taking(WN_BF16, state, (test_dir){.dtype = WN_F32, .shards = 12, .mtp = true}, indexer_f32, 1, 9);
 }
 
 /* A base on another file system cannot be hard-linked: a symbolic link leads to the file itself, from every later
@@ -327,17 +337,20 @@ static void copies_companions(void **state) {
 
 /* A base that was exchanged while the run went on would make a checkpoint of two models. */
 static void refuses_an_exchanged_base(void **state) {
-  test_rig rig;
   char init[300];
   wn_model_config base = test_config;
   base.has_indexer = false;
   snprintf(init, sizeof init, "%s", wn_temp(state, "init").text);
-  test_dir_write(init, &base, (test_dir){.dtype = WN_F32, .shards = 1}, 5);
-  OK(test_rig_create(&rig, world, &test_config, indexer_f32, WN_STAGE_WARMUP, run_dir(state), init));
-  OK(wn_init_load(&rig.plan, init, true));
-  test_dir_write(init, &base, (test_dir){.dtype = WN_F32, .shards = 1}, 6);
-  REFUSED(wn_checkpoint_save(&rig.plan, &test_state), WN_E_INPUT, "is not what it was when this run started");
-  test_rig_free(&rig);
+  for (int32_t bf16 = 0; bf16 < 2; bf16++) {
+    test_rig rig;
+    test_dir_write(init, &base, (test_dir){.dtype = WN_F32, .shards = 1}, 5);
+    OK(test_rig_create_taking(bf16 ? WN_BF16 : WN_F32, &rig, world, &test_config, indexer_f32, WN_STAGE_WARMUP,
+                              run_dir(state), init));
+    OK(wn_init_load(&rig.plan, init, true));
+    test_dir_write(init, &base, (test_dir){.dtype = WN_F32, .shards = 1}, 6);
+    REFUSED(wn_checkpoint_save(&rig.plan, &test_state), WN_E_INPUT, "is not what it was when this run started");
+    test_rig_free(&rig);
+  }
 }
 
 /* A linked file's digest is taken over from its manifest, but not when it was touched since, or is of another length.
@@ -556,6 +569,7 @@ int main(void) {
       TEMP_TEST(links_shards_and_mtp),
       TEMP_TEST(copies_out_of_mixed_shards),
       TEMP_TEST(links_what_it_can),
+      TEMP_TEST(a_base_held_in_bf16),
       TEMP_TEST(links_across_file_systems),
       TEMP_TEST(carries_mtp_through),
       TEMP_TEST(copies_companions),

@@ -88,6 +88,35 @@ static void draws(void **state) {
   test_rig_free(&rig);
 }
 
+/* As on a GPU: what is frozen is there in BF16 alone, what trains twice, the router's bias in FP32. */
+static void rounds_for_a_device_of_bf16(void **state) {
+  test_rig rig;
+  wn_temp_path init = wn_temp(state, "init");
+  test_dir_write(init.text, &test_config, (test_dir){.dtype = WN_F32, .shards = 1}, 5);
+  for (int32_t base = 0; base < 2; base++) {
+    OK(test_rig_create_taking(WN_BF16, &rig, world, &test_config, base ? adapt : warmup, WN_STAGE_ADAPT, *state,
+                              init.text));
+    OK(wn_init_load(&rig.plan, init.text, false));
+    for (int32_t i = 0; i < wn_store_pieces(rig.store); i++) {
+      const wn_piece *piece = wn_store_piece(rig.store, i);
+      bool copy = wn_kind_trains(piece->kind), narrow = piece->role == WN_ACT;
+      assert_true((piece->weight.data != piece->master.data) == copy);
+      assert_int_equal(piece->master.dtype, narrow && !copy ? WN_BF16 : WN_F32);
+      assert_int_equal(piece->weight.dtype, narrow ? WN_BF16 : WN_F32);
+      for (int32_t s = 0; s < piece->n_segments; s++)
+        for (int64_t e = 0; e < piece->segments[s].count; e++) {
+          wn_segment at = piece->segments[s];
+          float want = test_value(5, at.param, WN_FIELD_WEIGHT, at.first + e);
+          uint16_t rounded = wn_bf16_from_f32(want);
+          const void *weight = (const char *)piece->weight.data + (at.offset + e) * (narrow ? 2 : 4);
+          if (copy) assert_memory_equal((const float *)piece->master.data + at.offset + e, &want, sizeof want);
+          assert_memory_equal(weight, narrow ? (const void *)&rounded : &want, narrow ? 2 : 4);
+        }
+    }
+    test_rig_free(&rig);
+  }
+}
+
 /* ---- refusals ---- */
 
 static void refuse(void **state, wn_model_config written, test_dir how, bool allow_new_indexer, const char *sentence) {
@@ -183,6 +212,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       TEMP_TEST(reads_f32),       TEMP_TEST(reads_bf16),
       TEMP_TEST(reads_f16),       TEMP_TEST(draws),
+      TEMP_TEST(rounds_for_a_device_of_bf16),
       TEMP_TEST(missing_one),     TEMP_TEST(missing_many),
       TEMP_TEST(missing_indexer), TEMP_TEST(missing_half_an_indexer),
       TEMP_TEST(misshapen),       TEMP_TEST(surplus),
