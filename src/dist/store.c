@@ -32,7 +32,7 @@ typedef struct layer_state {
 
 /* Gradients of a slot that are on their way: it can be used again when they have arrived. */
 typedef struct reducing {
-  wn_transfer **transfers; /* [most units of a layer] */
+  wn_transfer **transfers; /* [n_params]: more than a layer has units */
   int32_t n;
 } reducing;
 
@@ -51,7 +51,6 @@ struct wn_store {
   layer_state *layers;
   wn_segment *segments;
   int64_t slot_bytes, grad_slot_elements, largest_reduced; /* elements of the largest unit that is summed */
-  int32_t most_units;                                      /* of one layer */
   wn_tensor weight_slots[N_SLOTS], grad_slots[N_SLOTS];
   bool weight_slot_taken[N_SLOTS], grad_slot_taken[N_SLOTS];
   reducing reducing[N_SLOTS];
@@ -155,7 +154,6 @@ static void add_layer_units(wn_store *store, layer_state *layer) {
     for (wn_kind kind = WN_BASE; kind < WN_N_KINDS; kind++)
       for (size_t r = 0; r < sizeof roles / sizeof *roles; r++)
         add_unit(store, layer, (wn_piece){.layer = layer->layer, .group = group, .kind = kind, .role = roles[r]});
-  if (layer->n_units > store->most_units) store->most_units = layer->n_units;
 }
 
 static void place_params(wn_store *store, const layer_state *layer, int64_t align) {
