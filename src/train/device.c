@@ -1,5 +1,6 @@
 #include "train/device.h"
 
+#include <omp.h>
 #include <sys/resource.h>
 
 #include "kernels/cpu/cpu.h"
@@ -13,7 +14,7 @@ static wn_status open_gpu(wn_device **out, int32_t threads, wn_world *world) {
     return WN_FAIL_HINT(WN_E_DEVICE, "start one process per GPU",
                         "rank %d is process %d of its host, which shows it %d GPU%s", wn_world_rank(world), place, gpus,
                         gpus == 1 ? "" : "s");
-  return wn_cuda_create(out, (wn_cuda_settings){.ordinal = place, .threads = threads});
+  return wn_cuda_create(out, (wn_cuda_settings){.ordinal = place, .threads = threads ? threads : omp_get_num_procs()});
 }
 
 static wn_status open_local(wn_device **out, wn_job_device choice, int32_t threads, wn_world *world, wn_log *log) {
@@ -27,9 +28,19 @@ static wn_status open_local(wn_device **out, wn_job_device choice, int32_t threa
   return NULL;
 }
 
+/* One rank on a GPU and another without would wait for each other in different collectives. */
+static wn_status check_same_kind(const wn_device *device, wn_world *world) {
+  int64_t gpus = device->kind == WN_CUDA;
+  WN_TRY(wn_group_sum_i64(wn_world_all(world), &gpus, 1));
+  if (gpus == 0 || gpus == wn_world_size(world)) return NULL;
+  return WN_FAIL_HINT(WN_E_DEVICE, "say which with device: cpu or device: cuda",
+                      "%lld of %d ranks found a GPU, the others none", (long long)gpus, wn_world_size(world));
+}
+
 wn_status wn_open_device(wn_device **out, wn_job_device choice, int32_t threads, wn_world *world, wn_log *log) {
   wn_device *device = NULL;
   wn_status status = wn_world_agree(world, open_local(&device, choice, threads, world, log));
+  if (!status) status = check_same_kind(device, world);
   if (status) wn_close_device(device);
   if (!status) *out = device;
   return status;
