@@ -247,7 +247,7 @@ wn_status wn_cuda_await(wn_device *device, cudaEvent_t event) {
   for (int64_t i = 0;; i++) {
     cudaError_t state = cudaEventQuery(event);
     if (state == cudaSuccess) return NULL;
-    if (state != cudaErrorNotReady) WN_CUDA_TRY(state);
+    if (state != cudaErrorNotReady) return wn_cuda_check(state, "work asked for before", __FILE__, __LINE__);
     if (i < SPINS) continue;
     const struct timespec nap = {0, NAP_NS};
     nanosleep(&nap, NULL);
