@@ -258,11 +258,11 @@ __device__ __forceinline__ void wn_walk_on(wn_walk_place &at, uint32_t stages) {
 template <typename Layout> __device__ __forceinline__ void wn_walk_barriers(uint32_t base, int arrivals) {
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < 8 * Layout::stages; i += 8) {
-      wn_barrier_init(base + Layout::full + i, (uint32_t)arrivals);
-      wn_barrier_init(base + Layout::empty + i, WN_MAKERS / 32);
+      wn_mbarrier_init(base + Layout::full + i, (uint32_t)arrivals);
+      wn_mbarrier_init(base + Layout::empty + i, WN_MAKERS / 32);
     }
-    wn_barrier_init(base + Layout::kept_full, 1);
-    wn_barrier_init_fence();
+    wn_mbarrier_init(base + Layout::kept_full, 1);
+    wn_mbarrier_init_fence();
   }
   __syncthreads();
 }
@@ -271,7 +271,7 @@ template <typename Layout> __device__ __forceinline__ void wn_walk_barriers(uint
 template <int DQ, int DV, typename Layout>
 __device__ __forceinline__ void wn_fetch_kept(uint32_t base, const CUtensorMap *a, const CUtensorMap *b, int head,
                                               int row0) {
-  wn_barrier_expect(base + Layout::kept_full, Layout::kept);
+  wn_mbarrier_expect(base + Layout::kept_full, Layout::kept);
   wn_tile_fetch<WN_BLOCK_ROWS, DQ>(base, a, head, row0, base + Layout::kept_full);
   wn_tile_fetch<WN_BLOCK_ROWS, DV>(base + WN_BLOCK_ROWS * DQ * 2, b, head, row0, base + Layout::kept_full);
 }
@@ -280,8 +280,8 @@ template <int DQ, int DV, typename Layout>
 __device__ __forceinline__ void wn_fetch_stage(uint32_t base, wn_walk_place at, const CUtensorMap *a,
                                                const CUtensorMap *b, int head, int row0) {
   const uint32_t tile = base + Layout::kept + at.stage * Layout::stage, full = base + Layout::full + 8 * at.stage;
-  wn_barrier_wait(base + Layout::empty + 8 * at.stage, at.parity ^ 1); /* passes at once the first time round */
-  wn_barrier_expect(full, Layout::tiles);
+  wn_mbarrier_wait(base + Layout::empty + 8 * at.stage, at.parity ^ 1); /* passes at once the first time round */
+  wn_mbarrier_expect(full, Layout::tiles);
   wn_tile_fetch<WN_TILE, DQ>(tile, a, head, row0, full);
   wn_tile_fetch<WN_TILE, DV>(tile + WN_TILE * DQ * 2, b, head, row0, full);
 }
@@ -307,12 +307,12 @@ __device__ __forceinline__ void wn_rows_make(uint32_t base, const wn_attend_job 
     uint32_t ds[4][4] = {}; /* of the tile before: of the first, nothing */
     wn_walk_place at = {0, 0};
     uint32_t before = 0;
-    wn_barrier_wait(base + layout::kept_full, 0);
+    wn_mbarrier_wait(base + layout::kept_full, 0);
     for (bool first = true; t < walk.end; first = false) {
       const uint32_t k = base + layout::kept + at.stage * layout::stage, v = k + WN_TILE * DQ * 2;
       float s[8][4], dp[8][4];
-      wn_barrier_wait(base + layout::full + 8 * at.stage, at.parity);
-      wn_wgmma_begin();
+      wn_mbarrier_wait(base + layout::full + 8 * at.stage, at.parity);
+      wn_wgmma_fence();
       wn_group_product<8, DQ, WN_BLOCK_ROWS>(s, base, group_row, k);
       wn_group_product<8, DV, WN_BLOCK_ROWS>(dp, d_o, group_row, v);
       wn_wgmma_commit();
@@ -325,17 +325,17 @@ __device__ __forceinline__ void wn_rows_make(uint32_t base, const wn_attend_job 
         for (int r = 0; r < 2; r++) words[r] = wn_row_word<MASKED>(job, mine + 8 * r, t);
       t = wn_next_tile<MASKED>(job, walk, block, t + 1);
       wn_wgmma_wait<1>();
-      wn_pin(s);
-      wn_pin(dp);
+      wn_wgmma_settle(s);
+      wn_wgmma_settle(dp);
       wn_logit_gradients(s, dp, words, full, lse, delta, job.scale);
       wn_wgmma_wait<0>();
       wn_pin_blocks(dq);
-      if (lane == 0 && !first) wn_barrier_arrive(base + layout::empty + 8 * before);
+      if (lane == 0 && !first) wn_mbarrier_arrive(base + layout::empty + 8 * before);
       wn_fragments<8>(ds, s);
       before = at.stage;
       wn_walk_on(at, layout::stages);
     }
-    wn_wgmma_begin();
+    wn_wgmma_fence();
     wn_group_accumulate<DQ / 64, 4>(dq, ds, base + layout::kept + before * layout::stage);
     wn_wgmma_commit();
     wn_wgmma_wait<0>();
@@ -388,39 +388,39 @@ __device__ __forceinline__ void wn_keys_make(char *shared, const wn_attend_job &
   wn_clear_blocks(dk);
   wn_clear_blocks(dv);
   wn_walk_place at = {0, 0};
-  wn_barrier_wait(base + layout::kept_full, 0);
+  wn_mbarrier_wait(base + layout::kept_full, 0);
   while (t < tiles) {
     const char *here = shared + layout::kept + at.stage * layout::stage;
     const wn_row_facts *facts = (const wn_row_facts *)(here + layout::tiles);
     const uint32_t q = wn_shared_address(here), d_o = q + WN_TILE * DQ * 2;
     float s[8][4], dp[8][4];
     uint32_t p[4][4], ds[4][4];
-    wn_barrier_wait(base + layout::full + 8 * at.stage, at.parity);
-    wn_wgmma_begin();
+    wn_mbarrier_wait(base + layout::full + 8 * at.stage, at.parity);
+    wn_wgmma_fence();
     wn_group_product<8, DQ, WN_BLOCK_ROWS>(s, base, group_key, q);
     wn_wgmma_commit();
     const bool full = wn_row_tile_full<MASKED>(job, t, block);
     t = wn_next_rows<MASKED>(job, t + 1, tiles, block);
     wn_wgmma_wait<0>();
-    wn_pin(s);
+    wn_wgmma_settle(s);
     wn_key_weights<MASKED>(s, facts, 0, first + lane / 4, group_key / WN_TILE, full, job.scale);
     wn_fragments<8>(p, s);
-    wn_wgmma_begin();
+    wn_wgmma_fence();
     wn_group_product<8, DV, WN_BLOCK_ROWS>(dp, v, group_key, d_o);
     wn_wgmma_commit();
     wn_group_accumulate<DV / 64, 4>(dv, p, d_o);
     wn_wgmma_commit();
     wn_wgmma_wait<1>();
-    wn_pin(dp);
+    wn_wgmma_settle(dp);
     wn_key_gradients(dp, p, facts, 0);
     wn_fragments<8>(ds, dp);
-    wn_wgmma_begin();
+    wn_wgmma_fence();
     wn_group_accumulate<DQ / 64, 4>(dk, ds, q);
     wn_wgmma_commit();
     wn_wgmma_wait<0>();
     wn_pin_blocks(dv);
     wn_pin_blocks(dk);
-    if (lane == 0) wn_barrier_arrive(base + layout::empty + 8 * at.stage);
+    if (lane == 0) wn_mbarrier_arrive(base + layout::empty + 8 * at.stage);
     wn_walk_on(at, layout::stages);
   }
 #pragma unroll
@@ -452,11 +452,11 @@ __global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
       if (threadIdx.x == WN_MAKERS) {
         wn_fetch_stage<DQ, DV, layout>(base, at, &maps.q, &maps.d_o, head, t * WN_TILE);
       } else if (warp > 0) {
-        wn_barrier_wait(base + layout::empty + 8 * at.stage, at.parity ^ 1);
+        wn_mbarrier_wait(base + layout::empty + 8 * at.stage, at.parity ^ 1);
         wn_bring_facts<MASKED>((wn_row_facts *)(shared + layout::kept + at.stage * layout::stage + layout::tiles), job,
                                head, t * WN_TILE, block, (int)threadIdx.x - WN_MAKERS - 32);
         __syncwarp(); /* the warp's stores come before the arrival of its first lane */
-        if (threadIdx.x % 32 == 0) wn_barrier_arrive(base + layout::full + 8 * at.stage);
+        if (threadIdx.x % 32 == 0) wn_mbarrier_arrive(base + layout::full + 8 * at.stage);
       }
       wn_walk_on(at, layout::stages);
     }

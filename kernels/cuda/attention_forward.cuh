@@ -149,9 +149,9 @@ enum { WN_GROUP_KEYS = 128 /* keys of a tile */ };
 template <int DV>
 __device__ __forceinline__ void wn_group_values(float (&o)[DV / 8][4], const uint32_t (&p)[WN_GROUP_KEYS / 16][4],
                                                 uint32_t v) {
-  const uint64_t b = wn_tile_descriptor(v, WN_GROUP_KEYS * 128);
+  const uint64_t b = wn_wgmma_operand(v, WN_GROUP_KEYS * 128);
 #pragma unroll
-  for (int ks = 0; ks < WN_GROUP_KEYS / 16; ks++) wn_warpgroup_registers(o, p[ks], b + (uint64_t)(ks * 2048 >> 4));
+  for (int ks = 0; ks < WN_GROUP_KEYS / 16; ks++) wn_wgmma_registers(o, p[ks], b + (uint64_t)(ks * 2048 >> 4));
 }
 
 /* What a lane's two rows see of a pair of key tiles; false: everything, and the words are not set. */
@@ -187,25 +187,25 @@ __device__ __forceinline__ void wn_forward_produce(uint32_t shared, const wn_att
   int pair = wn_begin_walk<MASKED>(job, block, &walk) / 2;
   uint32_t i = 0;
   if (2 * pair < walk.end) {
-    wn_barrier_expect(barriers + WN_Q_FULL, WN_BLOCK_ROWS * DQ * 2);
+    wn_mbarrier_expect(barriers + WN_Q_FULL, WN_BLOCK_ROWS * DQ * 2);
     wn_tile_fetch<WN_BLOCK_ROWS, DQ>(shared, &maps.q, head, block * WN_BLOCK_ROWS, barriers + WN_Q_FULL);
   }
   for (; 2 * pair < walk.end; i++) {
     const uint32_t stage = i & 1, at = barriers + 8 * stage, before = (i >> 1) - 1;
-    if (i > 1) wn_barrier_wait(at + WN_K_EMPTY, before & 1);
-    wn_barrier_expect(at + WN_K_FULL, layout::k_bytes);
+    if (i > 1) wn_mbarrier_wait(at + WN_K_EMPTY, before & 1);
+    wn_mbarrier_expect(at + WN_K_FULL, layout::k_bytes);
     wn_tile_fetch<WN_GROUP_KEYS, DQ>(shared + layout::keys + stage * layout::k_bytes, &maps.k, head,
                                      pair * WN_GROUP_KEYS, at + WN_K_FULL);
-    if (i > 1) wn_barrier_wait(at + WN_V_EMPTY, before & 1);
-    wn_barrier_expect(at + WN_V_FULL, layout::v_bytes);
+    if (i > 1) wn_mbarrier_wait(at + WN_V_EMPTY, before & 1);
+    wn_mbarrier_expect(at + WN_V_FULL, layout::v_bytes);
     wn_tile_fetch<WN_GROUP_KEYS, DV>(shared + layout::values + stage * layout::v_bytes, &maps.v, head,
                                      pair * WN_GROUP_KEYS, at + WN_V_FULL);
     pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
   }
   if (!job.delta.data) return;
   const uint32_t stage = i & 1, at = barriers + 8 * stage;
-  if (i > 1) wn_barrier_wait(at + WN_K_EMPTY, ((i >> 1) - 1) & 1);
-  wn_barrier_expect(at + WN_K_FULL, WN_BLOCK_ROWS * DV * 2);
+  if (i > 1) wn_mbarrier_wait(at + WN_K_EMPTY, ((i >> 1) - 1) & 1);
+  wn_mbarrier_expect(at + WN_K_FULL, WN_BLOCK_ROWS * DV * 2);
   wn_tile_fetch<WN_BLOCK_ROWS, DV>(shared + layout::keys + stage * layout::k_bytes, &maps.d_o, head,
                                    block * WN_BLOCK_ROWS, at + WN_K_FULL);
 }
@@ -228,52 +228,52 @@ __device__ __forceinline__ void wn_forward_consume(const char *shared, const wn_
     float s[KEYS / 8][4];
     uint32_t p[KEYS / 16][4];
     uint64_t words[2][2];
-    wn_barrier_wait(barriers + WN_Q_FULL, 0);
-    wn_barrier_wait(barriers + WN_K_FULL, 0);
-    wn_wgmma_begin();
+    wn_mbarrier_wait(barriers + WN_Q_FULL, 0);
+    wn_mbarrier_wait(barriers + WN_K_FULL, 0);
+    wn_wgmma_fence();
     wn_group_product<KEYS / 8, DQ, WN_BLOCK_ROWS>(s, base, warp_row / 64 * 64, base + layout::keys);
     wn_wgmma_commit();
     bool partial = wn_pair_words<MASKED>(words, job, walk, mine, pair);
     wn_wgmma_wait<0>();
-    wn_pin(s);
-    if (lane == 0) wn_barrier_arrive(barriers + WN_K_EMPTY);
+    wn_wgmma_settle(s);
+    if (lane == 0) wn_mbarrier_arrive(barriers + WN_K_EMPTY);
     if (partial) wn_mask_logits(s, words);
     wn_online_softmax(s, rows, decay, job.scale * WN_LOG2E);
     wn_fragments<KEYS / 8>(p, s);
     pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
     for (i = 1; 2 * pair < walk.end; i++) {
       const uint32_t next = i & 1, here = next ^ 1;
-      wn_barrier_wait(barriers + WN_K_FULL + 8 * next, i >> 1 & 1);
-      wn_wgmma_begin();
+      wn_mbarrier_wait(barriers + WN_K_FULL + 8 * next, i >> 1 & 1);
+      wn_wgmma_fence();
       wn_group_product<KEYS / 8, DQ, WN_BLOCK_ROWS>(s, base, warp_row / 64 * 64,
                                                     base + layout::keys + next * layout::k_bytes);
       wn_wgmma_commit();
-      wn_barrier_wait(barriers + WN_V_FULL + 8 * here, (i - 1) >> 1 & 1);
-      wn_wgmma_begin();
+      wn_mbarrier_wait(barriers + WN_V_FULL + 8 * here, (i - 1) >> 1 & 1);
+      wn_wgmma_fence();
       wn_group_values<DV>(o, p, base + layout::values + here * layout::v_bytes);
       wn_wgmma_commit();
       partial = wn_pair_words<MASKED>(words, job, walk, mine, pair);
       wn_wgmma_wait<1>();
-      wn_pin(s);
-      if (lane == 0) wn_barrier_arrive(barriers + WN_K_EMPTY + 8 * next);
+      wn_wgmma_settle(s);
+      if (lane == 0) wn_mbarrier_arrive(barriers + WN_K_EMPTY + 8 * next);
       if (partial) wn_mask_logits(s, words);
       wn_online_softmax(s, rows, decay, job.scale * WN_LOG2E);
       wn_wgmma_wait<0>();
-      wn_pin(o);
-      if (lane == 0) wn_barrier_arrive(barriers + WN_V_EMPTY + 8 * here);
+      wn_wgmma_settle(o);
+      if (lane == 0) wn_mbarrier_arrive(barriers + WN_V_EMPTY + 8 * here);
       wn_rescale(o, decay);
       wn_fragments<KEYS / 8>(p, s);
       pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
     }
-    wn_barrier_wait(barriers + WN_V_FULL + 8 * ((i - 1) & 1), (i - 1) >> 1 & 1);
-    wn_wgmma_begin();
+    wn_mbarrier_wait(barriers + WN_V_FULL + 8 * ((i - 1) & 1), (i - 1) >> 1 & 1);
+    wn_wgmma_fence();
     wn_group_values<DV>(o, p, base + layout::values + ((i - 1) & 1) * layout::v_bytes);
     wn_wgmma_commit();
     wn_wgmma_wait<0>();
-    wn_pin(o);
+    wn_wgmma_settle(o);
   }
   const char *d_o = shared + layout::keys + (i & 1) * layout::k_bytes;
-  if (job.delta.data) wn_barrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
+  if (job.delta.data) wn_mbarrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
   wn_finish_rows(job, head, row0, o, rows, [&](int r, int col) {
     const uint32_t at = wn_tile_at<WN_BLOCK_ROWS>(0, warp_row + lane / 4 + 8 * r, col >> 3) + (uint32_t)(col & 7) * 2;
     return __bfloat1622float2(*(const __nv_bfloat162 *)(d_o + at));
@@ -293,13 +293,13 @@ __global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
   block = blocks - 1 - block; /* the last rows see most keys: they go first */
   if (threadIdx.x == 0) {
     for (uint32_t stage = 0; stage < 16; stage += 8) {
-      wn_barrier_init(barriers + WN_K_FULL + stage, 1);
-      wn_barrier_init(barriers + WN_V_FULL + stage, 1);
-      wn_barrier_init(barriers + WN_K_EMPTY + stage, WN_MAKERS / 32);
-      wn_barrier_init(barriers + WN_V_EMPTY + stage, WN_MAKERS / 32);
+      wn_mbarrier_init(barriers + WN_K_FULL + stage, 1);
+      wn_mbarrier_init(barriers + WN_V_FULL + stage, 1);
+      wn_mbarrier_init(barriers + WN_K_EMPTY + stage, WN_MAKERS / 32);
+      wn_mbarrier_init(barriers + WN_V_EMPTY + stage, WN_MAKERS / 32);
     }
-    wn_barrier_init(barriers + WN_Q_FULL, 1);
-    wn_barrier_init_fence();
+    wn_mbarrier_init(barriers + WN_Q_FULL, 1);
+    wn_mbarrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x >= WN_MAKERS) {

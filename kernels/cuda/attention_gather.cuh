@@ -8,6 +8,7 @@
 #define WN_KERNELS_CUDA_ATTENTION_GATHER_CUH
 
 #include "kernels/cuda/ptx/mma.cuh"
+#include "kernels/cuda/ptx/warpgroup.cuh"
 #include "kernels/cuda/support.cuh"
 
 enum {
@@ -42,11 +43,6 @@ template <int MT> __device__ __forceinline__ uint32_t wn_block_at(int head, int 
   typedef wn_split<MT> S;
   const int swizzle = (head / (8 / S::NI)) & (S::NI - 1);
   return (uint32_t)((wn * S::HEADS + head) * (S::NI * 16) + ((piece ^ swizzle) << 4));
-}
-
-/* Waits for the `threads` threads that come to barrier `id` (1 .. 15; 0 is __syncthreads). */
-__device__ __forceinline__ void wn_pair_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ void wn_store_shared_16(uint32_t at, uint4 x) {

@@ -88,10 +88,10 @@ __device__ static void produce(const wn_attend_job &job, const wn_attend_maps &m
   for (int head = 0; head < job.heads; head++)
     for (int chunk = 0; chunk < b.chunks; chunk++) {
       const uint32_t q = b.base + at.stage * P_STAGE_BYTES, full = b.base + P_FULL + 8 * at.stage;
-      wn_barrier_wait(b.base + P_EMPTY + 8 * at.stage, at.parity ^ 1); /* passes at once the first time round */
-      wn_barrier_expect(full, P_STAGE_BYTES);
-      wn_copy_tile(q, &maps.q, chunk * P_DEPTH, head, b.row0, full);
-      wn_copy_tile(q + P_STAGE_BYTES / 2, &maps.k, chunk * P_DEPTH, head, b.key0, full);
+      wn_mbarrier_wait(b.base + P_EMPTY + 8 * at.stage, at.parity ^ 1); /* passes at once the first time round */
+      wn_mbarrier_expect(full, P_STAGE_BYTES);
+      wn_copy_tile_3d(q, &maps.q, chunk * P_DEPTH, head, b.row0, full);
+      wn_copy_tile_3d(q + P_STAGE_BYTES / 2, &maps.k, chunk * P_DEPTH, head, b.key0, full);
       move_on(at);
     }
 }
@@ -117,20 +117,21 @@ __device__ __forceinline__ static void walk_head(float (&sum)[P_CHUNKS][4], floa
   p_place release = at;
   for (int chunk = 0; chunk < b.chunks; chunk++) {
     const uint32_t q = b.base + at.stage * P_STAGE_BYTES, k = q + P_STAGE_BYTES / 2;
-    const uint64_t left = wn_tile_descriptor(q + b.warp_row / 64 * 64 * 128, 0), right = wn_tile_descriptor(k, 0);
-    wn_barrier_wait(b.base + P_FULL + 8 * at.stage, at.parity);
-    wn_wgmma_begin();
+    const uint64_t left = wn_wgmma_operand(q + b.warp_row / 64 * 64 * 128, 0), right = wn_wgmma_operand(k, 0);
+    wn_mbarrier_wait(b.base + P_FULL + 8 * at.stage, at.parity);
+    wn_wgmma_fence();
 #pragma unroll
     for (int ks = 0; ks < P_DEPTH / 16; ks++)
-      wn_warpgroup_shared(s, left + (uint64_t)(ks * 32 >> 4), right + (uint64_t)(ks * 32 >> 4), chunk + ks > 0);
+      wn_wgmma<WN_ALONG, WN_ALONG>(s, left + (uint64_t)(ks * 32 >> 4), right + (uint64_t)(ks * 32 >> 4),
+                                   chunk + ks > 0);
     wn_wgmma_commit();
     move_on(at);
   }
   add_head(sum, old, job, b, head - 1);
   wn_wgmma_wait<0>();
-  wn_pin(s);
+  wn_wgmma_settle(s);
   for (int chunk = 0; chunk < b.chunks; chunk++) {
-    if (threadIdx.x % 32 == 0) wn_barrier_arrive(b.base + P_EMPTY + 8 * release.stage);
+    if (threadIdx.x % 32 == 0) wn_mbarrier_arrive(b.base + P_EMPTY + 8 * release.stage);
     move_on(release);
   }
 }
@@ -169,10 +170,10 @@ __global__ static void __launch_bounds__(WN_GROUP_THREADS, 1)
                      (int)(threadIdx.x >> 5) * 16, (job.q.width + P_DEPTH - 1) / P_DEPTH};
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < 8 * P_STAGES; i += 8) {
-      wn_barrier_init(b.base + P_FULL + i, 1);
-      wn_barrier_init(b.base + P_EMPTY + i, WN_MAKERS / 32);
+      wn_mbarrier_init(b.base + P_FULL + i, 1);
+      wn_mbarrier_init(b.base + P_EMPTY + i, WN_MAKERS / 32);
     }
-    wn_barrier_init_fence();
+    wn_mbarrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x >= WN_MAKERS) {

@@ -18,7 +18,8 @@
  * TFLOP/s. */
 #include "kernels/cuda/attention_gather.cuh"
 #include "kernels/cuda/operations.cuh"
-#include "kernels/cuda/ptx/panels.cuh"
+#include "kernels/cuda/ptx/mbarrier.cuh"
+#include "kernels/cuda/ptx/wgmma.cuh"
 
 #include <math.h>
 
@@ -78,7 +79,7 @@ __device__ static void fold_halves(float own[wn_split<MT>::MI][wn_split<MT>::OWN
         const float *give = side ? acc[mi][t] : acc[mi][t + S::OWN];
         room[(mi * S::OWN + t) * 32 + lane] = make_float4(give[0], give[1], give[2], give[3]);
       }
-    wn_pair_sync(1 + block, 64);
+    wn_named_sync(1 + block, 64);
 #pragma unroll
     for (int mi = 0; mi < S::MI; mi++)
 #pragma unroll
@@ -346,22 +347,22 @@ typedef struct wide_state {
 
 /* Between the products the next tile's copies go out: in one go they would hold the warps up. */
 __device__ static void wide_logits(float (&s)[4][4], uint32_t q, uint32_t kv, int group, const wn_panel_gather &next) {
-  wn_group_settle(s);
-  wn_group_fence();
+  wn_wgmma_settle(s);
+  wn_wgmma_fence();
 #pragma unroll
   for (int panel = 0; panel < WIDE_PANELS; panel++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const uint32_t at = (uint32_t)(panel * PANEL_BYTES + i * 32);
-      wn_group_multiply<WN_ALONG, WN_ALONG>(
-          s, wn_panel_operand(q + at, 0), wn_panel_operand(kv + at + group * GROUP_KEYS * WN_PANEL_ROW_BYTES, 0), true);
+      wn_wgmma<WN_ALONG, WN_ALONG>(s, wn_wgmma_operand_anew(q + at, 0),
+                                   wn_wgmma_operand_anew(kv + at + group * GROUP_KEYS * WN_PANEL_ROW_BYTES, 0), true);
     }
     wn_gather_panel(next, panel);
   }
-  wn_group_commit();
+  wn_wgmma_commit();
   wn_cp_async_commit();
-  wn_group_wait<0>();
-  wn_group_settle(s);
+  wn_wgmma_wait<0>();
+  wn_wgmma_settle(s);
 }
 
 /* As softmax_tile; part[2][64 heads]. */
@@ -400,7 +401,7 @@ __device__ static void wide_softmax(wide_state &state, float (&s)[4][4], uint32_
     state.sum[e] = state.sum[e] * state.alpha[e] + sum;
     state.sum_bf16[e] = state.sum_bf16[e] * state.alpha[e] + sum_bf16;
   }
-  wn_group_publish();
+  wn_publish_shared();
   __syncthreads();
 }
 
@@ -411,16 +412,16 @@ __device__ static void wide_values(float (&o)[WIDE_NT][4], const wide_state &sta
     for (int j = 0; j < WIDE_NT; j++)
 #pragma unroll
       for (int x = 0; x < 4; x++) o[j][x] *= state.alpha[x >> 1];
-  wn_group_settle(o);
-  wn_group_fence();
+  wn_wgmma_settle(o);
+  wn_wgmma_fence();
 #pragma unroll
   for (int step = 0; step < WN_SPARSE_KEYS / 16; step++)
-    wn_group_multiply<WN_ALONG, WN_ACROSS>(
-        o, wn_panel_operand(p + step * 32, 0),
-        wn_panel_operand(kv + group * 4 * PANEL_BYTES + step * 16 * WN_PANEL_ROW_BYTES, PANEL_BYTES), true);
-  wn_group_commit();
-  wn_group_wait<0>();
-  wn_group_settle(o);
+    wn_wgmma<WN_ALONG, WN_ACROSS>(
+        o, wn_wgmma_operand_anew(p + step * 32, 0),
+        wn_wgmma_operand_anew(kv + group * 4 * PANEL_BYTES + step * 16 * WN_PANEL_ROW_BYTES, PANEL_BYTES), true);
+  wn_wgmma_commit();
+  wn_wgmma_wait<0>();
+  wn_wgmma_settle(o);
 }
 
 /* Both groups' part of a sum of each head to all: through part[2][64]. Begins and ends so that part may be written. */
@@ -499,7 +500,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void wide_kernel(const
   for (int t = 0; t < tiles; t++) {
     const uint32_t kv = l.kv + (t & 1) * stage_bytes;
     wn_cp_async_wait<0>();
-    wn_group_publish();
+    wn_publish_shared();
     __syncthreads();
     const uint32_t next_kv = l.kv + (~t & 1) * stage_bytes;
     const wn_panel_gather next = wn_gather_panels(next_kv, a.kv, key);

@@ -20,7 +20,8 @@
 #include "kernels/cuda/attention_gather.cuh"
 #include "kernels/cuda/attention_sparse_sums.cuh"
 #include "kernels/cuda/operations.cuh"
-#include "kernels/cuda/ptx/panels.cuh"
+#include "kernels/cuda/ptx/mbarrier.cuh"
+#include "kernels/cuda/ptx/wgmma.cuh"
 
 typedef enum pass {
   ALL_ROWS,     /* dq, p, sums and bounds */
@@ -99,7 +100,7 @@ __device__ static void swap_sides(float s[wn_split<MT>::MI][wn_split<MT>::OWN][4
       for (int x = 0; x < 4; x++) give[x] = side ? acc[mi][t][x] : acc[mi][t + S::OWN][x];
       give_room[(mi * S::OWN + t) * 32 + lane] = make_float4(give[0], give[1], give[2], give[3]);
     }
-  wn_pair_sync(1 + block, 64);
+  wn_named_sync(1 + block, 64);
 #pragma unroll
   for (int mi = 0; mi < S::MI; mi++)
 #pragma unroll
@@ -113,7 +114,7 @@ __device__ static void swap_sides(float s[wn_split<MT>::MI][wn_split<MT>::OWN][4
         dp[mi][t][x] = side ? kept : got[x];
       }
     }
-  wn_pair_sync(1 + block, 64); /* both have read: p and ds may be written there */
+  wn_named_sync(1 + block, 64); /* both have read: p and ds may be written there */
 }
 
 __device__ __forceinline__ static float sum_of_heads(float x) { /* over the eight lanes that hold one column */
@@ -397,21 +398,21 @@ __device__ static void wide_logits(float (&s)[4][4], float (&dp)[4][4], const ba
   const int lane = threadIdx.x & 31;
   const uint32_t rows = group ? l.d_o : l.q;
   float acc[8][4] = {};
-  wn_group_settle(acc);
-  wn_group_fence();
+  wn_wgmma_settle(acc);
+  wn_wgmma_fence();
   for (int step = 0; step < steps; step++) {
     const uint32_t at = (uint32_t)((step >> 2) * PANEL_BYTES + (step & 3) * 32);
-    wn_group_multiply<WN_ALONG, WN_ALONG>(acc, wn_panel_operand(rows + at, 0), wn_panel_operand(l.kv + at, 0), true);
+    wn_wgmma<WN_ALONG, WN_ALONG>(acc, wn_wgmma_operand_anew(rows + at, 0), wn_wgmma_operand_anew(l.kv + at, 0), true);
   }
-  wn_group_commit();
-  wn_group_wait<0>();
-  wn_group_settle(acc);
+  wn_wgmma_commit();
+  wn_wgmma_wait<0>();
+  wn_wgmma_settle(acc);
   float4 *give = (group ? ds_room : p_room) + lane, *get = (group ? p_room : ds_room) + lane;
 #pragma unroll
   for (int t = 0; t < 4; t++)
     give[t * 32] = group ? make_float4(acc[t][0], acc[t][1], acc[t][2], acc[t][3])
                          : make_float4(acc[t + 4][0], acc[t + 4][1], acc[t + 4][2], acc[t + 4][3]);
-  wn_pair_sync(1 + warp, 64);
+  wn_named_sync(1 + warp, 64);
 #pragma unroll
   for (int t = 0; t < 4; t++) {
     const float4 got4 = get[t * 32];
@@ -422,7 +423,7 @@ __device__ static void wide_logits(float (&s)[4][4], float (&dp)[4][4], const ba
       dp[t][x] = group ? acc[t + 4][x] : got[x];
     }
   }
-  wn_pair_sync(1 + warp, 64); /* both have read: p and ds may be written there */
+  wn_named_sync(1 + warp, 64); /* both have read: p and ds may be written there */
 }
 
 /* As make_p_ds; p and ds are tiles [64 heads][64 keys]. */
@@ -461,21 +462,22 @@ __device__ static void wide_p_ds(float (&s)[4][4], float (&dp)[4][4], const back
 /* dq += ds kv: the group's 256 columns and its 32 past the values. */
 __device__ static void wide_dq(float (&main)[WIDE_MAIN][4], float (&rest)[WIDE_REST][4], const backward_layout<4> &l,
                                int group) {
-  wn_group_settle(main);
-  wn_group_settle(rest);
-  wn_group_fence();
+  wn_wgmma_settle(main);
+  wn_wgmma_settle(rest);
+  wn_wgmma_fence();
 #pragma unroll
   for (int step = 0; step < WN_SPARSE_KEYS / 16; step++) {
-    const uint64_t ds = wn_panel_operand(l.ds + step * 32, 0);
-    wn_group_multiply<WN_ALONG, WN_ACROSS>(
-        main, ds, wn_panel_operand(l.kv + group * 4 * PANEL_BYTES + step * ROW_STEP, PANEL_BYTES), true);
-    wn_group_multiply<WN_ALONG, WN_ACROSS>(
-        rest, ds, wn_panel_operand(l.kv + REST_PANEL * PANEL_BYTES + group * 64 + step * ROW_STEP, PANEL_BYTES), true);
+    const uint64_t ds = wn_wgmma_operand_anew(l.ds + step * 32, 0);
+    wn_wgmma<WN_ALONG, WN_ACROSS>(
+        main, ds, wn_wgmma_operand_anew(l.kv + group * 4 * PANEL_BYTES + step * ROW_STEP, PANEL_BYTES), true);
+    wn_wgmma<WN_ALONG, WN_ACROSS>(
+        rest, ds, wn_wgmma_operand_anew(l.kv + REST_PANEL * PANEL_BYTES + group * 64 + step * ROW_STEP, PANEL_BYTES),
+        true);
   }
-  wn_group_commit();
-  wn_group_wait<0>();
-  wn_group_settle(main);
-  wn_group_settle(rest);
+  wn_wgmma_commit();
+  wn_wgmma_wait<0>();
+  wn_wgmma_settle(main);
+  wn_wgmma_settle(rest);
 }
 
 /* The tile's contributions to columns from `column` on: acc[64 keys][8 NT] = ds^T q (+ p^T d_o); q and d_o are given at
@@ -483,18 +485,18 @@ __device__ static void wide_dq(float (&main)[WIDE_MAIN][4], float (&rest)[WIDE_R
 template <int NT>
 __device__ static void wide_contributions(float (&acc)[NT][4], uint32_t ds, uint32_t q, uint32_t p, uint32_t d_o,
                                           bool values) {
-  wn_group_settle(acc);
-  wn_group_fence();
+  wn_wgmma_settle(acc);
+  wn_wgmma_fence();
 #pragma unroll
   for (int step = 0; step < WIDE_HEADS / 16; step++)
-    wn_group_multiply<WN_ACROSS, WN_ACROSS>(acc, wn_panel_operand(ds + step * ROW_STEP, PANEL_BYTES),
-                                            wn_panel_operand(q + step * ROW_STEP, PANEL_BYTES), step > 0);
+    wn_wgmma<WN_ACROSS, WN_ACROSS>(acc, wn_wgmma_operand_anew(ds + step * ROW_STEP, PANEL_BYTES),
+                                   wn_wgmma_operand_anew(q + step * ROW_STEP, PANEL_BYTES), step > 0);
   if (values)
 #pragma unroll
     for (int step = 0; step < WIDE_HEADS / 16; step++)
-      wn_group_multiply<WN_ACROSS, WN_ACROSS>(acc, wn_panel_operand(p + step * ROW_STEP, PANEL_BYTES),
-                                              wn_panel_operand(d_o + step * ROW_STEP, PANEL_BYTES), true);
-  wn_group_commit();
+      wn_wgmma<WN_ACROSS, WN_ACROSS>(acc, wn_wgmma_operand_anew(p + step * ROW_STEP, PANEL_BYTES),
+                                     wn_wgmma_operand_anew(d_o + step * ROW_STEP, PANEL_BYTES), true);
+  wn_wgmma_commit();
 }
 
 /* A thread's two keys of the tile in the contributions: 16 warp + lane / 4 and that plus 8. */
@@ -532,15 +534,15 @@ __device__ static void wide_scatter(const backward_args &a, const backward_layou
     float acc[8][4];
     const uint32_t at = (uint32_t)(panel * PANEL_BYTES);
     wide_contributions(acc, l.ds, l.q + at, l.p, l.d_o + at, true);
-    wn_group_wait<0>();
-    wn_group_settle(acc);
+    wn_wgmma_wait<0>();
+    wn_wgmma_settle(acc);
     wide_add(a, keys, acc, panel * WN_PANEL_COLUMNS);
   }
   {
     float acc[WIDE_REST][4];
     wide_contributions(acc, l.ds, l.q + REST_PANEL * PANEL_BYTES + group * 64, l.p, l.d_o, false);
-    wn_group_wait<0>();
-    wn_group_settle(acc);
+    wn_wgmma_wait<0>();
+    wn_wgmma_settle(acc);
     wide_add(a, keys, acc, WIDE_VALUES + group * 32);
   }
 #pragma unroll
@@ -592,7 +594,7 @@ template <bool MAIN> __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static v
   const int steps = group == 0 ? (a.kv.width + 15) / 16 : !MAIN && a.what == ONLY_P ? 0 : WIDE_VALUES / 16;
   for (int t = 0; t < tiles; t++) {
     wn_cp_async_wait<0>();
-    wn_group_publish();
+    wn_publish_shared();
     const bool mine = publish_keys<4>(a, l, key, scale);
     const bool wanted = wn_uniform(__syncthreads_or(mine)) || MAIN;
     wn_read_picks(key, pick, t + 1, count);
@@ -600,7 +602,7 @@ template <bool MAIN> __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static v
       float s[4][4], dp[4][4];
       wide_logits(s, dp, l, p_room, ds_room, steps, group, warp);
       wide_p_ds(s, dp, l, a.scale, a.scale_log2, count - t * WN_SPARSE_KEYS, group, warp);
-      wn_group_publish();
+      wn_publish_shared();
       __syncthreads();
       if (a.p.data && (MAIN || a.what == ONLY_P)) store_p(a, l.p_sum, 4, row, head_group, t);
       if (MAIN) wide_dq(main, rest, l, group);

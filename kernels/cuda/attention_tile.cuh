@@ -11,8 +11,11 @@
 #define WN_KERNELS_CUDA_ATTENTION_TILE_CUH
 
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/mma.cuh"
+#include "kernels/cuda/ptx/tile_copy.cuh"
 #include "kernels/cuda/ptx/warpgroup.cuh"
+#include "kernels/cuda/ptx/wgmma.cuh"
 
 enum {
   WN_TILE = 64,                      /* rows or keys */
@@ -100,7 +103,7 @@ template <int ROWS, int COLS>
 __device__ __forceinline__ void wn_tile_fetch(uint32_t tile, const CUtensorMap *map, int head, int row0,
                                               uint32_t barrier) {
 #pragma unroll
-  for (int c = 0; c < COLS; c += 64) wn_copy_tile(tile + (uint32_t)(c * 2 * ROWS), map, c, head, row0, barrier);
+  for (int c = 0; c < COLS; c += 64) wn_copy_tile_3d(tile + (uint32_t)(c * 2 * ROWS), map, c, head, row0, barrier);
 }
 
 /* ---- products of a warp ---- */
@@ -162,23 +165,23 @@ template <int NT> __device__ __forceinline__ void wn_clear(float (&acc)[NT][4]) 
 /* s = A[rows a_row.., WIDTH] B[8 NT rows, WIDTH]^T */
 template <int NT, int WIDTH, int A_ROWS>
 __device__ __forceinline__ void wn_group_product(float (&s)[NT][4], uint32_t a, int a_row, uint32_t b) {
-  const uint64_t left = wn_tile_descriptor(a + a_row * 128, 0), right = wn_tile_descriptor(b, 0);
+  const uint64_t left = wn_wgmma_operand(a + a_row * 128, 0), right = wn_wgmma_operand(b, 0);
 #pragma unroll
   for (int ks = 0; ks < WIDTH / 16; ks++)
-    wn_warpgroup_shared(s, left + (uint64_t)((ks / 4 * (A_ROWS * 128) + ks % 4 * 32) >> 4),
-                        right + (uint64_t)((ks / 4 * (8 * NT * 128) + ks % 4 * 32) >> 4), ks > 0);
+    wn_wgmma<WN_ALONG, WN_ALONG>(s, left + (uint64_t)((ks / 4 * (A_ROWS * 128) + ks % 4 * 32) >> 4),
+                                 right + (uint64_t)((ks / 4 * (8 * NT * 128) + ks % 4 * 32) >> 4), ks > 0);
 }
 
 /* acc[64, 64 BLOCKS] += A[64, 16 KS] B[16 KS rows, 64 BLOCKS], A in registers */
 template <int BLOCKS, int KS>
 __device__ __forceinline__ void wn_group_accumulate(float (&acc)[BLOCKS][8][4], const uint32_t (&a)[KS][4],
                                                     uint32_t b) {
-  const uint64_t right = wn_tile_descriptor(b, KS * 16 * 128);
+  const uint64_t right = wn_wgmma_operand(b, KS * 16 * 128);
 #pragma unroll
   for (int ks = 0; ks < KS; ks++)
 #pragma unroll
     for (int c = 0; c < BLOCKS; c++)
-      wn_warpgroup_registers(acc[c], a[ks], right + (uint64_t)((c * (KS * 16 * 128) + ks * 2048) >> 4));
+      wn_wgmma_registers(acc[c], a[ks], right + (uint64_t)((c * (KS * 16 * 128) + ks * 2048) >> 4));
 }
 
 template <int BLOCKS> __device__ __forceinline__ void wn_clear_blocks(float (&x)[BLOCKS][8][4]) {
@@ -187,7 +190,7 @@ template <int BLOCKS> __device__ __forceinline__ void wn_clear_blocks(float (&x)
 }
 template <int BLOCKS> __device__ __forceinline__ void wn_pin_blocks(float (&x)[BLOCKS][8][4]) {
 #pragma unroll
-  for (int c = 0; c < BLOCKS; c++) wn_pin(x[c]);
+  for (int c = 0; c < BLOCKS; c++) wn_wgmma_settle(x[c]);
 }
 
 /* ---- visibility ---- */

@@ -25,6 +25,17 @@ __device__ __forceinline__ uint64_t wn_wgmma_operand(uint32_t shared, uint32_t b
   return (uint64_t)((shared & 0x3ffff) >> 4) | (uint64_t)(block_bytes >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
          (uint64_t)1 << 62;
 }
+/* The same, made anew at each use: kept over a loop, operands would fill the registers. */
+__device__ __forceinline__ uint64_t wn_wgmma_operand_anew(uint32_t shared, uint32_t block_bytes) {
+  asm volatile("" : "+r"(shared));
+  return wn_wgmma_operand(shared, block_bytes);
+}
+
+/* x of a warp's first lane in all its lanes, which all call: the compiler may know that it is the same, and products in
+ * a branch on anything else are serialised. shfl.sync */
+__device__ __forceinline__ int wn_uniform(int x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
 
 /* ---- order ---- */
 
