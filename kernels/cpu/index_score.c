@@ -10,12 +10,6 @@ typedef int32_t bits __attribute__((vector_size(WN_VECTOR_BYTES)));
 #endif
 enum { LANES = WN_VECTOR_BYTES / (int)sizeof(wn_real), VECTORS = WN_PANEL / LANES };
 
-static inline vector load(const wn_real *from) {
-  vector x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
-
 void WN_CPU(expect_indexer)(const wn_tensor *q, const wn_tensor *k, const wn_tensor *w, const wn_rows *rows) {
   WN_EXPECT(q, WN_REAL_DTYPE, 3, rows->n_rows, q->dim[1], q->dim[2]);
   WN_EXPECT(k, WN_REAL_DTYPE, 2, rows->n_keys, q->dim[2]);
@@ -57,7 +51,7 @@ static inline __attribute__((always_inline)) void heads_by_panel(vector sum[VECT
   memset(dot, 0, sizeof dot);
   for (int64_t d = 0; d < width; d++) {
     vector key[VECTORS];
-    for (int c = 0; c < VECTORS; c++) key[c] = load(panel + d * WN_PANEL + c * LANES);
+    for (int c = 0; c < VECTORS; c++) memcpy(&key[c], panel + d * WN_PANEL + c * LANES, sizeof key[c]);
     for (int j = 0; j < n; j++) {
       wn_real x = row->q[(h0 + j) * row->q_stride + d];
       for (int c = 0; c < VECTORS; c++) dot[j][c] += x * key[c];
