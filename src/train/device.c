@@ -11,7 +11,7 @@ static wn_status open_gpu(wn_device **out, int32_t threads, wn_world *world) {
   int32_t gpus = wn_cuda_count(&why), place = wn_world_local_rank(world);
   if (gpus == 0) return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu or device: auto", "device is cuda, but %s", why);
   if (place >= gpus)
-    return WN_FAIL_HINT(WN_E_DEVICE, "start one process per GPU",
+    return WN_FAIL_HINT(WN_E_DEVICE, "start one process per GPU, and let each see all GPUs of its host",
                         "rank %d is process %d of its host, which shows it %d GPU%s", wn_world_rank(world), place, gpus,
                         gpus == 1 ? "" : "s");
   return wn_cuda_create(out, (wn_cuda_settings){.ordinal = place, .threads = threads ? threads : omp_get_num_procs()});
