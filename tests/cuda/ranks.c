@@ -37,7 +37,6 @@ static void run_to(void **state, const char *run, int32_t ranks, int64_t steps) 
                  at->dir, at->dir, at->dir, run, (long long)steps, at->options);
 }
 
-
 static void two_gpus_repeat_and_resume(void **state) {
   needs_two_gpus();
   run_to(state, "two-a", 2, 12);

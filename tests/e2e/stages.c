@@ -134,10 +134,11 @@ static void dense_loss_does_not_know_the_indexer(void **state) {
   const char *dir = *state;
   const char *const models[] = {seeded.text, one.text};
   for (size_t i = 0; i < 2; i++)
-    wn_winnow_ends(0, 1,
-                   "eval %s --device cpu --data %s/valid --selection dense --topk %d --seq-len 32 --threads 1 --csv %s/%zu.csv "
-                   "--sequences %s/%zu-s.csv",
-                   models[i], dir, i ? 1 : 6, dir, i, dir, i);
+    wn_winnow_ends(
+        0, 1,
+        "eval %s --device cpu --data %s/valid --selection dense --topk %d --seq-len 32 --threads 1 --csv %s/%zu.csv "
+        "--sequences %s/%zu-s.csv",
+        models[i], dir, i ? 1 : 6, dir, i, dir, i);
   tiny_expect_same_file(wn_temp(state, "0-s.csv").text, wn_temp(state, "1-s.csv").text);
 }
 
@@ -431,10 +432,11 @@ static void eval_on_two_ranks_says_the_same(void **state) {
   const char *dir = *state;
   wn_temp_path model = tiny_step(state, "warm", 6);
   for (int32_t ranks = 1; ranks <= 2; ranks++)
-    wn_winnow_ends(0, ranks,
-                   "eval %s --device cpu --data %s/valid --selection indexer,random --topk 4 --seq-len 32 --threads 1 --sequences "
-                   "%s/ranks%d.csv",
-                   model.text, dir, dir, ranks);
+    wn_winnow_ends(
+        0, ranks,
+        "eval %s --device cpu --data %s/valid --selection indexer,random --topk 4 --seq-len 32 --threads 1 --sequences "
+        "%s/ranks%d.csv",
+        model.text, dir, dir, ranks);
   tiny_expect_same_file(wn_temp(state, "ranks1.csv").text, wn_temp(state, "ranks2.csv").text);
 }
 

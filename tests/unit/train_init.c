@@ -210,14 +210,21 @@ static void a_damaged_checkpoint(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      TEMP_TEST(reads_f32),       TEMP_TEST(reads_bf16),
-      TEMP_TEST(reads_f16),       TEMP_TEST(draws),
+      TEMP_TEST(reads_f32),
+      TEMP_TEST(reads_bf16),
+      TEMP_TEST(reads_f16),
+      TEMP_TEST(draws),
       TEMP_TEST(rounds_for_a_device_of_bf16),
-      TEMP_TEST(missing_one),     TEMP_TEST(missing_many),
-      TEMP_TEST(missing_indexer), TEMP_TEST(missing_half_an_indexer),
-      TEMP_TEST(misshapen),       TEMP_TEST(surplus),
-      TEMP_TEST(surplus_layer),   TEMP_TEST(fp8),
-      TEMP_TEST(absent),          TEMP_TEST(a_damaged_checkpoint),
+      TEMP_TEST(missing_one),
+      TEMP_TEST(missing_many),
+      TEMP_TEST(missing_indexer),
+      TEMP_TEST(missing_half_an_indexer),
+      TEMP_TEST(misshapen),
+      TEMP_TEST(surplus),
+      TEMP_TEST(surplus_layer),
+      TEMP_TEST(fp8),
+      TEMP_TEST(absent),
+      TEMP_TEST(a_damaged_checkpoint),
   };
   return cmocka_run_group_tests(tests, make_world, free_world);
 }
