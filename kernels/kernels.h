@@ -188,7 +188,7 @@ struct wn_ops {
 
   /* ---- head ---- */
   /* logp[n] [STAT] = log softmax(h w^T)[target]; target[n] INDEX, -1: no target (logp 0, weight ignored).
-   * With dh: dh[n,D] and dw[V,D] [WGRAD] += gradients of -sum_i weight[i] logp[i]; weight[n] [STAT].
+   * With dh: dh[n,D] = and dw[V,D] [WGRAD] += gradients of -sum_i weight[i] logp[i]; weight[n] [STAT].
    * dh, dw, weight may be null together. Logits [chunk_rows, V] are the only ones that ever exist. */
   wn_status (*head_loss)(wn_device *, wn_tensor *logp, wn_tensor *dh, wn_tensor *dw, const wn_tensor *h,
                          const wn_tensor *w, const wn_tensor *target, const wn_tensor *weight, const wn_head_params *);
@@ -245,8 +245,8 @@ struct wn_ops {
   wn_status (*attention_sparse)(wn_device *, wn_tensor *o, wn_tensor *lse, wn_tensor *delta, const wn_tensor *d_o,
                                 const wn_tensor *q, const wn_tensor *kv, const wn_tensor *selection, const wn_rows *,
                                 const wn_attention_params *);
-  /* dq =, dkv +=, p[n,k] [STAT] = mean over heads of the probabilities, 0 at -1 (p may be null; dq, dkv, d_o, delta may
-   * be null together: then p alone is made). */
+  /* dq =, dkv [WGRAD] +=, p[n,k] [STAT] = mean over heads of the probabilities, 0 at -1 (p may be null; dq, dkv, d_o,
+   * delta may be null together: then p alone is made). */
   wn_status (*attention_sparse_backward)(wn_device *, wn_tensor *dq, wn_tensor *dkv, wn_tensor *p, const wn_tensor *d_o,
                                          const wn_tensor *q, const wn_tensor *kv, const wn_tensor *selection,
                                          const wn_tensor *lse, const wn_tensor *delta, const wn_rows *,

@@ -420,6 +420,7 @@ __device__ __forceinline__ void wn_keys_make(char *shared, const wn_attend_job &
     wn_wgmma_wait<0>();
     wn_pin_blocks(dv);
     wn_pin_blocks(dk);
+    __syncwarp(); /* every lane has read the rows' facts */
     if (lane == 0) wn_mbarrier_arrive(base + layout::empty + 8 * at.stage);
     wn_walk_on(at, layout::stages);
   }

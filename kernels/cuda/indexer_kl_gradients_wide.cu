@@ -154,6 +154,7 @@ __device__ static void multiply(const wide_params &a, int32_t tiles, ring r, flo
     wn_turn_give(1 - group);
     wn_wgmma_wait<0>(); /* this Z, and the P Y of the tile before */
     wn_wgmma_settle(z);
+    __syncwarp(); /* every lane has read g and w */
     if (i > 0 && lane == 0) wn_mbarrier_arrive(used);
     uint32_t p[TILE / 16][4];
     if (KEYS)

@@ -172,15 +172,17 @@ static wn_status make_map(CUtensorMap *map, CUtensorMapDataType type, CUtensorMa
   cudaDriverEntryPointQueryResult found;
   WN_CUDA_TRY(
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
-  WN_ASSERT(found == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
+  if (found != cudaDriverEntryPointSuccess)
+    return WN_FAIL_HINT(WN_E_DEVICE, "install a newer driver", "the GPU's driver has no cuTensorMapEncodeTiled");
   const cuuint64_t row = (cuuint64_t)v.row * sizeof(T); /* heads that share a row have no stride of their own */
   const cuuint64_t dim[3] = {(cuuint64_t)v.width, v.head ? (cuuint64_t)v.heads : 1, (cuuint64_t)n_rows};
   const cuuint64_t stride[2] = {v.head ? (cuuint64_t)v.head * sizeof(T) : row, row};
   const cuuint32_t box[3] = {(cuuint32_t)columns, (cuuint32_t)heads, (cuuint32_t)rows}, step[3] = {1, 1, 1};
   const CUresult result = encode(map, type, 3, v.data, dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  WN_ASSERT(result == CUDA_SUCCESS, "a tensor map of [%lld, %d, %d], strides %lld, %lld: %d", (long long)n_rows,
-            v.heads, v.width, (long long)v.row, (long long)v.head, (int)result);
+  if (result != CUDA_SUCCESS)
+    return WN_FAIL(WN_E_DEVICE, "no tensor map of [%lld, %d, %d], strides %lld, %lld: error %d", (long long)n_rows,
+                   v.heads, v.width, (long long)v.row, (long long)v.head, (int)result);
   return NULL;
 }
 

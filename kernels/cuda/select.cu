@@ -176,6 +176,7 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 1) mean_heads_kernel(be
 }
 
 static wn_status dense_rows(wn_device *device, const best_job *j, int32_t n_keys) {
+  if (n_keys == 0) return NULL; /* rows that see nothing; a launch over no keys is an error */
   const unsigned tiles = (unsigned)wn_ceil_div(j->n_rows, WN_DOT_TILE);
   const dim3 heads(tiles, (unsigned)j->n_heads), keys(tiles, (unsigned)wn_ceil_div(n_keys, WN_DOT_TILE));
   WN_ASSERT(keys.y < 65536, "%d keys", n_keys);

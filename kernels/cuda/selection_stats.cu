@@ -266,6 +266,7 @@ static wn_status dense_rows(wn_device *device, float *p, int64_t pitch, const sa
   j.lse = (float *)memory;
   const unsigned tiles = (unsigned)wn_ceil_div(j.n_rows, WN_DOT_TILE), keys = (unsigned)wn_ceil_div(k.n, WN_DOT_TILE);
   WN_ASSERT(keys < 65536 && j.n_heads < 65536, "%lld keys, %d heads", (long long)k.n, j.n_heads);
+  if (k.n == 0) return NULL; /* rows that see nothing; a launch over no keys is an error */
   WN_CUDA_TRY(cudaFuncSetAttribute(log_sum_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, WN_DOT_SHARED_BYTES));
   WN_CUDA_TRY(
       cudaFuncSetAttribute(mean_heads_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, WN_DOT_SHARED_BYTES));

@@ -4,7 +4,8 @@
  * - Every operation is `extern "C" wn_status wn_cuda_NAME(...)`, declared in operations.cuh from the table itself.
  * - Everything runs on the compute queue; scratch may be reused as soon as the host releases it, because what comes
  *   after runs after. Nothing synchronises unless its contract says so.
- * - No float atomics: sums run in an order that depends on shapes only. Integer atomics are fine (order-free).
+ * - No float atomics (but where one addition reaches each element, grouped.cu): sums run in an order of the shapes
+ * only. Integer atomics are fine (order-free).
  * - No T x T buffer. 64-bit offsets wherever rows times width can pass 2^31. */
 #ifndef WN_KERNELS_CUDA_SUPPORT_CUH
 #define WN_KERNELS_CUDA_SUPPORT_CUH
