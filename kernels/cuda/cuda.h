@@ -28,11 +28,11 @@ const char *wn_cuda_name(const wn_device *device);
 WN_MUST_USE wn_status wn_cuda_memory(wn_device *device, size_t *total_used, size_t *arenas, size_t *other);
 /* Waits until all work asked for so far is done; work that failed shows here. */
 WN_MUST_USE wn_status wn_cuda_synchronize(wn_device *device);
-/* While the host waits for the device, `watch` (NULL: none) is called about every millisecond with the seconds waited so
- * far; its error ends the wait. */
+/* While the host waits for the device, `watch` (NULL: none) is called about every millisecond with the seconds waited
+ * so far; its error ends the wait. */
 void wn_cuda_set_watch(wn_device *device, wn_status (*watch)(void *context, double waited_s), void *context);
-/* A stopwatch on the compute queue, by the GPU's own clock: seconds that what was asked for between start and stop took.
- * stop waits for it. */
+/* A stopwatch on the compute queue, by the GPU's own clock: seconds that what was asked for between start and stop
+ * took. stop waits for it. */
 WN_MUST_USE wn_status wn_cuda_timer_start(wn_device *device);
 WN_MUST_USE wn_status wn_cuda_timer_stop(wn_device *device, double *seconds);
 /* The two queues, as cudaStream_t: operations run on compute; collectives on comm. */

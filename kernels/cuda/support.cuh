@@ -45,7 +45,7 @@ static inline cudaStream_t wn_cuda_stream(wn_device *device) {
   return wn_cuda_of(device)->compute;
 }
 
-/* NULL, or WN_E_DEVICE: "CALL failed: <CUDA's own words>". */
+/* NULL, or WN_E_DEVICE (WN_E_MEMORY where that is what CUDA says): "the GPU failed: CALL: <CUDA's own words>". */
 extern "C" WN_MUST_USE wn_status wn_cuda_check(cudaError_t error, const char *call, const char *file, int line);
 extern "C" WN_MUST_USE wn_status wn_cublas_check(cublasStatus_t error, const char *call, const char *file, int line);
 #define WN_CUDA_TRY(call) WN_TRY(wn_cuda_check((call), #call, __FILE__, __LINE__))
