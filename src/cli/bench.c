@@ -234,7 +234,7 @@ wn_status wn_bench_limits(wn_bench *b) {
   int64_t n = gpu ? (int64_t)1 << 29 : (int64_t)1 << 24, side = gpu ? 8192 : 512;
   size_t mark = wn_arena_mark(b->device->stash), host = wn_arena_mark(b->device->host);
   double *times;
-  int32_t k;
+  int32_t k = 0;
   b->copy_rate = b->product_rate = (double)NAN;
   WN_TRY(wn_bench_in(b, WN_ACT, 1, 1, n, 0, 0));
   WN_TRY(wn_bench_out_of(b, WN_ACT, WN_BENCH_SET, 1, n, 0, 0));
