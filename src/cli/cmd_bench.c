@@ -250,15 +250,12 @@ done:
 }
 
 #define SIZE(flag, field, text)                                                                                        \
-  {                                                                                                                    \
-    .name = (flag), .kind = WN_FLAG_INT, .value = &f.s.field, .least = 1, .most = 1 << 30, .argument = "N",            \
-    .help = (text)                                                                                                     \
-  }
+  { (flag), WN_FLAG_INT, &f.s.field, 1, 1 << 30, "N", (text) }
 
 wn_status wn_cmd_bench(int argc, char **argv, wn_world *world, wn_log *log) {
   bench_flags f = {.device = "auto", .picks = "random", .repeats = 15, .stage = 1, .seconds = 3};
   const wn_flag flags[] = {
-      {.name = "--list", .kind = WN_FLAG_SWITCH, .value = &f.list, .help = "names of the operations"},
+      {"--list", WN_FLAG_SWITCH, &f.list, 0, 0, NULL, "names of the operations"},
       WN_FLAG_DEVICE(&f.device),
       SIZE("--seq", seq, "keys (default 8192; on a CPU every size is small by default)"),
       SIZE("--rows", rows, "queries, the last of them (default: all)"),
@@ -278,44 +275,14 @@ wn_status wn_cmd_bench(int argc, char **argv, wn_world *world, wn_log *log) {
       SIZE("--expert-width", expert_width, "intermediate width of an expert (2048)"),
       SIZE("--vocab", vocab, "vocabulary (129280)"),
       SIZE("--elements", elements, "of flat pieces, for adamw and sum_squares (2^28)"),
-      {.name = "--picks",
-       .kind = WN_FLAG_TEXT,
-       .value = &f.picks,
-       .argument = "random|recent",
-       .help = "which keys sparse attention gets (default random)"},
-      {.name = "--stage",
-       .kind = WN_FLAG_INT,
-       .value = &f.stage,
-       .least = 1,
-       .most = 2,
-       .argument = "1|2",
-       .help = "of `bench layer` (default 1)"},
-      {.name = "--memory",
-       .kind = WN_FLAG_SWITCH,
-       .value = &f.memory,
-       .help = "of `bench layer`: what it needs scratch for, on standard error"},
-      {.name = "--repeats",
-       .kind = WN_FLAG_INT,
-       .value = &f.repeats,
-       .least = 3,
-       .most = 100000,
-       .argument = "N",
-       .help = "timed runs at most (default 15)"},
-      {.name = "--seconds",
-       .kind = WN_FLAG_REAL,
-       .value = &f.seconds,
-       .least = 0,
-       .most = 1e6,
-       .argument = "S",
-       .help = "no more runs after so long, but three (default 3)"},
-      {.name = "--threads",
-       .kind = WN_FLAG_INT,
-       .value = &f.threads,
-       .least = 0,
-       .most = 4096,
-       .argument = "N",
-       .help = "CPU threads (default: all cores)"},
-      {.name = "--csv", .kind = WN_FLAG_TEXT, .value = &f.csv, .argument = "FILE", .help = "append the rows there too"},
+      {"--picks", WN_FLAG_TEXT, &f.picks, 0, 0, "random|recent", "which keys sparse attention gets (default random)"},
+      {"--stage", WN_FLAG_INT, &f.stage, 1, 2, "1|2", "of `bench layer` (default 1)"},
+      {"--memory", WN_FLAG_SWITCH, &f.memory, 0, 0, NULL,
+       "of `bench layer`: what it needs scratch for, on standard error"},
+      {"--repeats", WN_FLAG_INT, &f.repeats, 3, 100000, "N", "timed runs at most (default 15)"},
+      {"--seconds", WN_FLAG_REAL, &f.seconds, 0, 1e6, "S", "no more runs after so long, but three (default 3)"},
+      WN_FLAG_THREADS(&f.threads, "CPU threads (default: all cores)"),
+      {"--csv", WN_FLAG_TEXT, &f.csv, 0, 0, "FILE", "append the rows there too"},
   };
   const wn_command_help help = {
       "winnow bench [OPERATION | layer] [flags]",

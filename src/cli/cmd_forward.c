@@ -106,13 +106,7 @@ wn_status wn_cmd_forward(int argc, char **argv, wn_world *world, wn_log *log) {
        .argument = "ROWS",
        .help = "first row of each packed document (default 0)"},
       WN_FLAG_DEVICE(&device_name),
-      {.name = "--threads",
-       .kind = WN_FLAG_INT,
-       .value = &threads,
-       .least = 0,
-       .most = 4096,
-       .argument = "N",
-       .help = "CPU threads (default: all cores)"},
+      WN_FLAG_THREADS(&threads, "CPU threads (default: all cores)"),
   };
   const wn_command_help help = {"winnow forward MODEL_DIR --tokens IDS|FILE --dump OUT.safetensors [flags]",
                                 "Runs one sequence and writes hidden states, attention outputs, index scores, "

@@ -120,10 +120,9 @@ wn_status wn_flags_parse(int argc, char **argv, const wn_flag *flags, int32_t n_
 }
 
 wn_status wn_flag_device(wn_job_device *out, const char *text) {
-  static const char *const names[] = {[WN_JOB_AUTO] = "auto", [WN_JOB_CPU] = "cpu", [WN_JOB_CUDA] = "cuda"};
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; wn_job_device_names[i]; i++) {
     *out = (wn_job_device)i;
-    if (strcmp(text, names[i]) == 0) return NULL;
+    if (strcmp(text, wn_job_device_names[i]) == 0) return NULL;
   }
   return WN_FAIL(WN_E_USAGE, "--device is auto, cpu or cuda, not '%s'", text);
 }

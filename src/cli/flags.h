@@ -32,6 +32,13 @@ typedef struct wn_flag {
   }
 WN_MUST_USE wn_status wn_flag_device(wn_job_device *out, const char *text);
 
+/* --threads N into an int64_t. */
+#define WN_FLAG_THREADS(number, text)                                                                                  \
+  {                                                                                                                    \
+    .name = "--threads", .kind = WN_FLAG_INT, .value = (number), .least = 0, .most = 4096, .argument = "N",            \
+    .help = (text)                                                                                                     \
+  }
+
 typedef struct wn_command_help {
   const char *usage, *about;
 } wn_command_help;

@@ -11,7 +11,7 @@
 #define AT(field) offsetof(wn_job, field)
 
 static const char *const stages[] = {"pretrain", "warmup", "adapt", NULL};
-static const char *const devices[] = {"auto", "cpu", "cuda", NULL};
+const char *const wn_job_device_names[] = {[WN_JOB_AUTO] = "auto", [WN_JOB_CPU] = "cpu", [WN_JOB_CUDA] = "cuda", NULL};
 static const char *const schedules[] = {"constant", "linear", "cosine", NULL};
 static const char *const moments[] = {"f32", NULL};
 static const char *const file_dtypes[] = {"f32", "bf16", NULL};
@@ -25,7 +25,7 @@ static const wn_option options[] = {
      .help = "instead of init, for pretrain only: a directory with config.json; random weights from training.seed"},
     {"run_dir", WN_PATH, AT(run_dir), .may_change = true,
      .help = "directory of the run: resolved configuration, metrics, checkpoints; a run found there is resumed"},
-    {"device", WN_CHOICE, AT(device), .fallback = "auto", .may_change = true, .choices = devices,
+    {"device", WN_CHOICE, AT(device), .fallback = "auto", .may_change = true, .choices = wn_job_device_names,
      .help = "what computes; auto takes a GPU where there is one that this build can use"},
     {"threads", WN_INT32, AT(threads), 0, 4096, .fallback = "0", .may_change = true,
      .help = "CPU threads of a rank; 0: as many as the cores it may use; no result depends on it"},
