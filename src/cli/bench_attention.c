@@ -75,6 +75,22 @@ static wn_status per_head_outputs(wn_bench *b) {
   return NULL;
 }
 
+/* Room for what the forward before a backward makes: lse and delta, two more of in, and o. */
+static wn_status per_head_results(wn_bench *b, wn_tensor *o) {
+  const wn_bench_sizes *s = &b->s;
+  for (int i = 0; i < 2; i++) MAKE_IN(WN_STAT, 0, 2, s->rows, s->heads, 0);
+  return wn_device_tensor(b->device, o, b->device->stash, "bench o", WN_ACT, 3, s->rows, s->heads, s->v, 0);
+}
+
+/* out: dq, dk, dv. */
+static wn_status per_head_gradients(wn_bench *b) {
+  const wn_bench_sizes *s = &b->s;
+  MAKE_OUT(WN_ACT, WN_BENCH_SET, 3, s->rows, s->heads, s->nope + s->rope);
+  MAKE_OUT(WN_ACT, WN_BENCH_ADD, 3, s->seq, s->heads, s->nope + s->rope);
+  MAKE_OUT(WN_ACT, WN_BENCH_ADD, 3, s->seq, s->heads, s->v);
+  return NULL;
+}
+
 static double per_head_forward(const wn_bench *b) {
   return 2 * (double)b->s.heads * b->pairs * (key_width(b) + (double)b->s.v);
 }
@@ -148,18 +164,14 @@ static wn_status absent(const char *name) {
 }
 
 static wn_status attention_dense_backward_make(wn_bench *b) {
-  const wn_bench_sizes *s = &b->s;
   const wn_attention_params params = attention_params(b);
   if (!b->ops->attention_dense) return absent("attention_dense");
   WN_TRY(per_head_operands(b, false, true));
-  for (int i = 0; i < 2; i++) MAKE_IN(WN_STAT, 0, 2, s->rows, s->heads, 0);
   wn_tensor o;
-  WN_TRY(wn_device_tensor(b->device, &o, b->device->stash, "bench o", WN_ACT, 3, s->rows, s->heads, s->v, 0));
+  WN_TRY(per_head_results(b, &o));
   WN_TRY(b->ops->attention_dense(b->device, &o, &b->in[4], &b->in[5], &b->in[3], &b->in[0], &b->in[1], &b->in[2],
                                  &b->rows, &params));
-  MAKE_OUT(WN_ACT, WN_BENCH_SET, 3, s->rows, s->heads, s->nope + s->rope);
-  MAKE_OUT(WN_ACT, WN_BENCH_ADD, 3, s->seq, s->heads, s->nope + s->rope);
-  MAKE_OUT(WN_ACT, WN_BENCH_ADD, 3, s->seq, s->heads, s->v);
+  WN_TRY(per_head_gradients(b));
   counted(b, per_head_backward(b));
   return NULL;
 }
@@ -185,19 +197,15 @@ static wn_status attention_masked_check(wn_bench *b) {
 }
 
 static wn_status attention_masked_backward_make(wn_bench *b) {
-  const wn_bench_sizes *s = &b->s;
   const wn_attention_params params = attention_params(b);
   if (!b->ops->attention_masked) return absent("attention_masked");
   WN_TRY(per_head_operands(b, true, true));
-  for (int i = 0; i < 2; i++) MAKE_IN(WN_STAT, 0, 2, s->rows, s->heads, 0);
   wn_tensor o;
-  WN_TRY(wn_device_tensor(b->device, &o, b->device->stash, "bench o", WN_ACT, 3, s->rows, s->heads, s->v, 0));
+  WN_TRY(per_head_results(b, &o));
   WN_TRY(b->ops->attention_masked(b->device, &o, &b->in[5], &b->in[6], &b->in[4], &b->in[0], &b->in[1], &b->in[2],
                                   &b->in[3], &b->rows, &params));
-  MAKE_OUT(WN_ACT, WN_BENCH_SET, 3, s->rows, s->heads, s->nope + s->rope);
-  MAKE_OUT(WN_ACT, WN_BENCH_ADD, 3, s->seq, s->heads, s->nope + s->rope);
-  MAKE_OUT(WN_ACT, WN_BENCH_ADD, 3, s->seq, s->heads, s->v);
-  MAKE_OUT(WN_STAT, WN_BENCH_SET, 2, s->rows, s->topk, 0);
+  WN_TRY(per_head_gradients(b));
+  MAKE_OUT(WN_STAT, WN_BENCH_SET, 2, b->s.rows, b->s.topk, 0);
   counted(b, per_head_backward(b));
   return NULL;
 }

@@ -488,15 +488,20 @@ static void grouped_work(wn_bench *b) {
   counted(b, 2.0 * (double)expert_rows(b) * (double)b->s.hidden * (double)b->s.expert_width);
 }
 
-static wn_status grouped_linear_make(wn_bench *b) {
+/* Rows of width `from` and the experts' weights [E][F,D]; out, rows of width `to`. */
+static wn_status grouped_product(wn_bench *b, int64_t from, int64_t to) {
   int64_t D = b->s.hidden, F = b->s.expert_width;
   int32_t *index;
   WN_TRY(choose_experts(b, &index, NULL));
-  MAKE_IN(WN_ACT, 1, 2, expert_rows(b), D, 0);
+  MAKE_IN(WN_ACT, 1, 2, expert_rows(b), from, 0);
   MAKE_IN(WN_ACT, 1 / sqrt((double)D), 3, b->s.experts, F, D);
-  MAKE_OUT(WN_ACT, WN_BENCH_SET, 2, expert_rows(b), F, 0);
+  MAKE_OUT(WN_ACT, WN_BENCH_SET, 2, expert_rows(b), to, 0);
   grouped_work(b);
   return experts_of(b, WN_ACT, &b->in[1]);
+}
+
+static wn_status grouped_linear_make(wn_bench *b) {
+  return grouped_product(b, b->s.hidden, b->s.expert_width);
 }
 static wn_status grouped_linear_run(wn_bench *b) {
   return b->ops->grouped_linear(b->device, &b->out[0], &b->in[0], b->expert, (int32_t)b->s.experts, b->offset,
@@ -504,14 +509,7 @@ static wn_status grouped_linear_run(wn_bench *b) {
 }
 
 static wn_status grouped_linear_backward_input_make(wn_bench *b) {
-  int64_t D = b->s.hidden, F = b->s.expert_width;
-  int32_t *index;
-  WN_TRY(choose_experts(b, &index, NULL));
-  MAKE_IN(WN_ACT, 1, 2, expert_rows(b), F, 0);
-  MAKE_IN(WN_ACT, 1 / sqrt((double)D), 3, b->s.experts, F, D);
-  MAKE_OUT(WN_ACT, WN_BENCH_SET, 2, expert_rows(b), D, 0);
-  grouped_work(b);
-  return experts_of(b, WN_ACT, &b->in[1]);
+  return grouped_product(b, b->s.expert_width, b->s.hidden);
 }
 static wn_status grouped_linear_backward_input_run(wn_bench *b) {
   return b->ops->grouped_linear_backward_input(b->device, &b->out[0], &b->in[0], b->expert, (int32_t)b->s.experts,
