@@ -52,32 +52,21 @@ static void backward(twin_bench *b, attention *a) {
                                            &a->k.cpu, &a->v.cpu, &a->lse.cpu, &a->delta.cpu, &a->rows.cpu, &a->params));
 }
 
-/* delta and dq are sums that cancel: in a row that sees few keys, or whose weight is all on one, next to nothing is
- * left, while each term keeps the rounding of its BF16 weight. So the whole is held to a tighter bar than the rows,
- * unless it is a few rows itself. */
-static void close_sum(twin_bench *b, const char *what, const twin *t) {
-  twin_error e = twin_compare(b, what, t);
-  print_message("  %-40s norm %.2e  worst row %.2e (row %lld)\n", what, e.norm, e.worst, (long long)e.worst_row);
-  bool few = wn_tensor_count(&t->cpu) / t->cpu.dim[t->cpu.rank - 1] < 16;
-  if (!(e.norm <= (few ? 5e-2 : 5e-3) && e.worst <= 0.2))
-    fail_msg("%s: off by %.3e in norm and %.3e in row %lld", what, e.norm, e.worst, (long long)e.worst_row);
-}
-
 /* A row of width 1 is one number, which may cancel. */
 static void close_rows(twin_bench *b, const char *what, const twin *t) {
   if (t->cpu.dim[2] > 1)
     twin_close(b, what, t, twin_bf16);
   else
-    close_sum(b, what, t);
+    twin_close_sum(b, what, t);
 }
 
 static void both_ways(twin_bench *b, attention *a) {
   forward(b, a);
   close_rows(b, "o", &a->o);
   twin_close(b, "lse", &a->lse, twin_f32);
-  close_sum(b, "delta", &a->delta);
+  twin_close_sum(b, "delta", &a->delta);
   backward(b, a);
-  close_sum(b, "dq", &a->dq);
+  twin_close_sum(b, "dq", &a->dq);
   close_rows(b, "dk", &a->dk);
   close_rows(b, "dv", &a->dv);
 }
@@ -176,7 +165,7 @@ static void values_beside_keys(void **state) {
   forward(b, &a);
   backward(b, &a);
   twin_close(b, "o", &a.o, twin_bf16);
-  close_sum(b, "dq", &a.dq);
+  twin_close_sum(b, "dq", &a.dq);
   twin_close(b, "dk and dv", &dkv, twin_bf16);
   twin_end(b);
 }
@@ -188,10 +177,10 @@ static void large_logits(void **state) {
   forward(b, &a);
   twin_close(b, "o", &a.o, twin_bf16);
   twin_close(b, "lse", &a.lse, twin_f32);
-  close_sum(b, "delta", &a.delta);
+  twin_close_sum(b, "delta", &a.delta);
   backward(b, &a);
-  close_sum(b, "dq", &a.dq);
-  close_sum(b, "dk", &a.dk);
+  twin_close_sum(b, "dq", &a.dq);
+  twin_close_sum(b, "dk", &a.dk);
   twin_close(b, "dv", &a.dv, twin_bf16);
   twin_end(b);
 }
@@ -255,7 +244,7 @@ static void row_chunks_add_up(void **state) {
   }
   OK(b->cpu->ops->attention_dense_backward(b->cpu, &a.dq.cpu, &a.dk.cpu, &a.dv.cpu, &a.d_o.cpu, &a.q.cpu, &a.k.cpu,
                                            &a.v.cpu, &a.lse.cpu, &a.delta.cpu, &a.rows.cpu, &a.params));
-  close_sum(b, "dq", &a.dq);
+  twin_close_sum(b, "dq", &a.dq);
   twin_close(b, "dk", &a.dk, twin_bf16);
   twin_close(b, "dv", &a.dv, twin_bf16);
   twin_end(b);

@@ -90,17 +90,6 @@ static void backward_on(wn_device *device, const attention *a, bool cuda, bool g
 #undef OF
 }
 
-/* delta and dq are sums that cancel: in a row that sees few keys, or whose weight is all on one, next to nothing is
- * left, while each term keeps the rounding of its BF16 weight. So the whole is held to a tighter bar than the rows,
- * unless it is a few rows itself. */
-static void close_sum(twin_bench *b, const char *what, const twin *t) {
-  twin_error e = twin_compare(b, what, t);
-  print_message("  %-40s norm %.2e  worst row %.2e (row %lld)\n", what, e.norm, e.worst, (long long)e.worst_row);
-  bool few = wn_tensor_count(&t->cpu) / t->cpu.dim[t->cpu.rank - 1] < 16;
-  if (!(e.norm <= (few ? 5e-2 : 5e-3) && e.worst <= 0.2))
-    fail_msg("%s: off by %.3e in norm and %.3e in row %lld", what, e.norm, e.worst, (long long)e.worst_row);
-}
-
 /* Small probabilities stand beside large ones: p is compared by rows and as a whole. */
 static void check_p(twin_bench *b, attention *a) {
   twin_close(b, "p", &a->p, twin_f32);
@@ -116,10 +105,10 @@ static void both_ways(twin_bench *b, attention *a) {
   forward_on(b->cpu, a, false);
   twin_close(b, "o", &a->o, twin_bf16);
   twin_close(b, "lse", &a->lse, twin_f32);
-  close_sum(b, "delta", &a->delta);
+  twin_close_sum(b, "delta", &a->delta);
   backward_on(b->cuda, a, true, true, true);
   backward_on(b->cpu, a, false, true, true);
-  close_sum(b, "dq", &a->dq);
+  twin_close_sum(b, "dq", &a->dq);
   twin_close(b, "dk", &a->dk, twin_bf16);
   twin_close(b, "dv", &a->dv, twin_bf16);
   check_p(b, a);
@@ -224,7 +213,7 @@ static void p_alone_and_gradients_alone(void **state) {
   check_p(b, &a);
   backward_on(b->cuda, &a, true, true, false);
   backward_on(b->cpu, &a, false, true, false);
-  close_sum(b, "dq", &a.dq);
+  twin_close_sum(b, "dq", &a.dq);
   twin_close(b, "dk", &a.dk, twin_bf16);
   twin_close(b, "dv", &a.dv, twin_bf16);
   twin_end(b);

@@ -24,17 +24,7 @@ typedef struct problem {
 
 /* Row i is query m - n + i: it sees all keys up to itself, or those of its document. */
 static twin_rows make_rows(twin_bench *b, const shape *s) {
-  int32_t *x = malloc((size_t)s->n * 3 * sizeof *x);
-  assert_non_null(x);
-  for (int32_t i = 0; i < s->n; i++) {
-    int32_t at = s->m - s->n + i, third = s->m / 3 + 1;
-    x[i] = s->rows == DOCUMENTS ? at / third * third : 0;
-    x[s->n + i] = s->rows == HOLES && i % 7 == 3 ? x[i] - 1 : at;
-    x[2 * s->n + i] = at;
-  }
-  twin_rows rows = twin_rows_of(b, s->m, x, x + s->n, x + 2 * s->n, s->n);
-  free(x);
-  return rows;
+  return twin_causal_end(b, s->n, s->m, s->rows == DOCUMENTS ? s->m / 3 + 1 : 0, s->rows == HOLES);
 }
 
 /* Distinct visible keys, ascending, of a number that differs from row to row; some rows pick nothing. SAME_FIRST: all

@@ -22,20 +22,6 @@ static uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-static twin_rows rows_of(twin_bench *b, const shape *s) {
-  int32_t *x = malloc((size_t)s->n * 3 * sizeof *x);
-  assert_non_null(x);
-  for (int32_t i = 0; i < s->n; i++) {
-    int32_t at = s->m - s->n + i;
-    x[i] = s->document ? at / s->document * s->document : 0;
-    x[s->n + i] = s->holes && i % 7 == 3 ? x[i] - 1 : at;
-    x[2 * s->n + i] = at;
-  }
-  twin_rows rows = twin_rows_of(b, s->m, x, x + s->n, x + 2 * s->n, s->n);
-  free(x);
-  return rows;
-}
-
 /* Distinct keys, ascending, from all over what the row sees; -1 at the end. */
 static twin selection_of(twin_bench *b, const shape *s, const twin_rows *rows) {
   double *pick = malloc((size_t)(s->n * s->k) * sizeof *pick);
@@ -80,7 +66,7 @@ static double anything(const scene *c, int64_t i, int64_t j) {
 
 static scene make_scene(twin_bench *b, const shape *s) {
   scene c = {.params = {.scale = 1 / sqrt((double)s->width), .coeff = 0.7}};
-  c.rows = rows_of(b, s);
+  c.rows = twin_causal_end(b, s->n, s->m, s->document, s->holes);
   c.selection = selection_of(b, s, &c.rows);
   c.q = twin_random(b, WN_ACT, 1, 1, s->margin, 3, s->n, s->heads, s->width);
   c.k = twin_random(b, WN_ACT, 2, 1, s->margin, 2, s->m, s->width, 0);

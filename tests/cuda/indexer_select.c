@@ -23,22 +23,8 @@ typedef struct scene {
   wn_indexer_params params;
 } scene;
 
-static twin_rows make_rows(twin_bench *b, const shape *c) {
-  int32_t *x = malloc((size_t)c->n * 3 * sizeof *x);
-  assert_non_null(x);
-  for (int32_t i = 0; i < c->n; i++) {
-    int32_t at = i + c->m - c->n;
-    x[i] = c->document ? at / c->document * c->document : 0;
-    x[c->n + i] = c->holes && i % 7 == 3 ? x[i] - 1 : at;
-    x[2 * c->n + i] = at;
-  }
-  twin_rows rows = twin_rows_of(b, c->m, x, x + c->n, x + 2 * c->n, c->n);
-  free(x);
-  return rows;
-}
-
 static scene make_scene(twin_bench *b, const shape *c, int64_t margin, double deviation) {
-  return (scene){.rows = make_rows(b, c),
+  return (scene){.rows = twin_causal_end(b, c->n, c->m, c->document, c->holes),
                  .q = twin_random(b, WN_ACT, 11, deviation, margin, 3, c->n, c->heads, c->width),
                  .k = twin_random(b, WN_ACT, 12, 1, margin, 2, c->m, c->width, 0),
                  .w = twin_random(b, WN_STAT, 13, 1, margin, 2, c->n, c->heads, 0),
@@ -55,32 +41,17 @@ static void gpu_select(twin_bench *b, const scene *s, wn_tensor *picks) {
 
 /* ---- the plain form: sort all, take k, sort those ---- */
 
-typedef struct ranked {
-  double score;
-  int32_t key;
-} ranked;
-
-static int by_score(const void *a, const void *b) {
-  const ranked *x = a, *y = b;
-  if (x->score != y->score) return x->score > y->score ? -1 : 1;
-  return x->key < y->key ? -1 : x->key > y->key;
-}
-
-static int by_number(const void *a, const void *b) {
-  return *(const int32_t *)a < *(const int32_t *)b ? -1 : *(const int32_t *)a > *(const int32_t *)b;
-}
-
 static void plain_top_k(int32_t *pick, int64_t k, const float *score, int32_t first, int32_t last) {
   int32_t visible = last >= first ? last - first + 1 : 0;
-  ranked *all = malloc((size_t)visible * sizeof *all + 8);
+  twin_ranked *all = malloc((size_t)visible * sizeof *all + 8);
   assert_non_null(all);
   for (int32_t i = 0; i < visible; i++) {
     float x = score[first + i];
-    all[i] = (ranked){isnan(x) ? -INFINITY : x, first + i};
+    all[i] = (twin_ranked){isnan(x) ? -INFINITY : x, first + i};
   }
-  qsort(all, (size_t)visible, sizeof *all, by_score);
+  qsort(all, (size_t)visible, sizeof *all, twin_by_score);
   for (int64_t i = 0; i < k; i++) pick[i] = i < visible ? all[i].key : -1;
-  qsort(pick, (size_t)(k < visible ? k : visible), sizeof *pick, by_number);
+  qsort(pick, (size_t)(k < visible ? k : visible), sizeof *pick, twin_by_number);
   free(all);
 }
 

@@ -71,20 +71,10 @@ typedef struct scene {
 } scene;
 
 static scene make_scene(twin_bench *b, const shape *c, int64_t margin) {
-  int32_t *x = malloc((size_t)c->n * 3 * sizeof *x);
-  assert_non_null(x);
-  for (int32_t i = 0; i < c->n; i++) {
-    int32_t at = i + c->m - c->n;
-    x[i] = c->document ? at / c->document * c->document : 0;
-    x[c->n + i] = c->holes && i % 7 == 3 ? x[i] - 1 : at;
-    x[2 * c->n + i] = at;
-  }
-  scene s = {.rows = twin_rows_of(b, c->m, x, x + c->n, x + 2 * c->n, c->n),
-             .q = twin_random(b, WN_ACT, 21, c->logits, margin, 3, c->n, c->heads, c->width),
-             .k = twin_random(b, WN_ACT, 22, 1, margin, 3, c->m, c->shared ? 1 : c->heads, c->width),
-             .params = {.scale = 1 / sqrt(c->width)}};
-  free(x);
-  return s;
+  return (scene){.rows = twin_causal_end(b, c->n, c->m, c->document, c->holes),
+                 .q = twin_random(b, WN_ACT, 21, c->logits, margin, 3, c->n, c->heads, c->width),
+                 .k = twin_random(b, WN_ACT, 22, 1, margin, 3, c->m, c->shared ? 1 : c->heads, c->width),
+                 .params = {.scale = 1 / sqrt(c->width)}};
 }
 
 /* p[0 .. last - first] of row r, FP64. */
@@ -110,10 +100,6 @@ static void plain_target(double *p, const scene *s, int32_t r) {
   free(logit);
 }
 
-static int by_number(const void *a, const void *b) {
-  return *(const int32_t *)a < *(const int32_t *)b ? -1 : *(const int32_t *)a > *(const int32_t *)b;
-}
-
 /* Every key that the GPU picks and the CPU does not has the threshold's probability, but for rounding. */
 static void compare_best(const scene *s, const shape *c, int shape_number, int64_t k, const int32_t *got,
                          const int32_t *want, int64_t counts[2]) {
@@ -132,7 +118,7 @@ static void compare_best(const scene *s, const shape *c, int shape_number, int64
       if (x[j] < 0) continue;
       assert_in_range(x[j], first, s->rows.cpu.last_key[r]);
       counts[1]++;
-      if (bsearch(&x[j], y, n_picks, sizeof *y, by_number)) continue;
+      if (bsearch(&x[j], y, n_picks, sizeof *y, twin_by_number)) continue;
       counts[0]++;
       if (!(p[x[j] - first] >= lowest * (1 - tolerance) - 1e-37)) /* below that FP32 has no numbers left */
         fail_msg("shape %d row %d: key %d with p %g is picked, the threshold is %g", shape_number, r, x[j],
@@ -165,17 +151,6 @@ static void the_best_is_the_cpus_but_for_rounding(void **state) {
   twin_end(b);
 }
 
-typedef struct ranked {
-  double p;
-  int32_t key;
-} ranked;
-
-static int by_rank(const void *a, const void *b) {
-  const ranked *x = a, *y = b;
-  if (x->p != y->p) return x->p > y->p ? -1 : 1;
-  return x->key < y->key ? -1 : x->key > y->key;
-}
-
 /* Keys of 16 kinds: of equal probabilities the lowest keys go in. (The CPU's products of equal keys differ in the last
  * bit where its vectors end, so the plain form is the judge.) */
 static void ties_take_the_lowest_key(void **state) {
@@ -184,7 +159,7 @@ static void ties_take_the_lowest_key(void **state) {
   scene s = make_scene(b, &c, 0);
   int64_t n = wn_tensor_count(&s.k.cpu), row = c.heads * c.width;
   double *x = malloc((size_t)n * sizeof *x), *p = malloc((size_t)c.m * sizeof *p);
-  ranked *all = malloc((size_t)c.m * sizeof *all);
+  twin_ranked *all = malloc((size_t)c.m * sizeof *all);
   assert_true(x && p && all);
   for (int64_t i = 0; i < n; i++) x[i] = wn_test_get(&s.k.cpu, i / row % 16 * row + i % row);
   twin_set(b, &s.k, x);
@@ -195,10 +170,10 @@ static void ties_take_the_lowest_key(void **state) {
     for (int32_t r = 0; r < c.n; r++) {
       int32_t *pick = (int32_t *)picks.cpu.data + r * k, visible = s.rows.cpu.last_key[r] + 1;
       plain_target(p, &s, r);
-      for (int32_t i = 0; i < visible; i++) all[i] = (ranked){p[i], i};
-      qsort(all, (size_t)visible, sizeof *all, by_rank);
+      for (int32_t i = 0; i < visible; i++) all[i] = (twin_ranked){p[i], i};
+      qsort(all, (size_t)visible, sizeof *all, twin_by_score);
       for (int64_t i = 0; i < k; i++) pick[i] = all[i].key;
-      qsort(pick, (size_t)k, sizeof *pick, by_number);
+      qsort(pick, (size_t)k, sizeof *pick, twin_by_number);
     }
     twin_same_ints(b, "sixteen kinds of keys", &picks);
   }
