@@ -331,34 +331,29 @@ __global__ static void logits_gradient_kernel(wn_view<wn_bf16> dz, wn_view<float
   }
 }
 
+/* c += dz b, a sum of k */
+static wn_product product_of(wn_tensor *c, const wn_view<wn_bf16> &dz, const wn_tensor *b, int64_t k) {
+  wn_product p = {};
+  p.c = c->data;
+  p.a = dz.data;
+  p.b = b->data;
+  p.c_dtype = c->dtype;
+  p.m = c->dim[0];
+  p.n = c->dim[1];
+  p.k = k;
+  p.c_stride = c->stride[0];
+  p.a_stride = dz.row;
+  p.b_stride = b->stride[0];
+  p.accumulate = true;
+  return p;
+}
+
 /* dx += dz w, dw += dz^T x */
 static wn_status backward_products(wn_device *device, wn_tensor *dx, wn_tensor *dw, const wn_view<wn_bf16> &dz,
                                    const wn_tensor *x, const wn_tensor *w) {
-  wn_product input = {};
-  input.c = dx->data;
-  input.a = dz.data;
-  input.b = w->data;
-  input.c_dtype = WN_BF16;
-  input.m = x->dim[0];
-  input.n = x->dim[1];
-  input.k = w->dim[0];
-  input.c_stride = dx->stride[0];
-  input.a_stride = dz.row;
-  input.b_stride = w->stride[0];
-  input.accumulate = true;
-  wn_product matrix = {};
-  matrix.c = dw->data;
-  matrix.a = dz.data;
-  matrix.b = x->data;
-  matrix.c_dtype = WN_F32;
-  matrix.m = w->dim[0];
-  matrix.n = x->dim[1];
-  matrix.k = x->dim[0];
-  matrix.c_stride = dw->stride[0];
-  matrix.a_stride = dz.row;
-  matrix.b_stride = x->stride[0];
+  const wn_product input = product_of(dx, dz, w, w->dim[0]);
+  wn_product matrix = product_of(dw, dz, x, x->dim[0]);
   matrix.transpose_a = true;
-  matrix.accumulate = true;
   WN_TRY(wn_cuda_product(device, &input));
   return wn_cuda_product(device, &matrix);
 }
