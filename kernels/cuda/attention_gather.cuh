@@ -17,7 +17,11 @@ enum {
   WN_SPARSE_KEYS = 64, /* picks in a tile */
   WN_PANEL_COLUMNS = 64,
   WN_PANEL_ROW_BYTES = 128,
-  WN_PIECE_COLUMNS = 8 /* 16 bytes */
+  WN_PIECE_COLUMNS = 8, /* 16 bytes */
+  /* of the kernels for values of 512 columns and many heads */
+  WN_WIDE_HEADS = 64,
+  WN_WIDE_VALUES = 512,
+  WN_WIDE_PANEL_BYTES = 64 * WN_PANEL_ROW_BYTES /* of 64 heads or 64 keys */
 };
 
 /* How eight warps divide [16 MT heads][64 keys]: warp w makes the heads of m-tiles from MI * wm and the keys of n-tiles

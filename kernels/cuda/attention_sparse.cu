@@ -20,6 +20,7 @@
 #include "kernels/cuda/operations.cuh"
 #include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 #include <math.h>
 
@@ -102,15 +103,6 @@ template <int MT> struct softmax_state {
   float sum[wn_split<MT>::MI][2], sum_bf16[wn_split<MT>::MI][2];
 };
 
-__device__ __forceinline__ static float max_of_four_lanes(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ static float sum_of_four_lanes(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 /* From a tile's logits: p in shared memory, alpha = what earlier sums are multiplied by. `left`: picks from this tile's
  * first on. Two barriers inside; after the last, p and alpha are there for all. */
 template <int MT>
@@ -132,7 +124,7 @@ __device__ static void softmax_tile(softmax_state<MT> &state, float s[wn_split<M
           logit = first + 8 * t + x < left ? logit * scale_log2 : -INFINITY;
           top = fmaxf(top, logit);
         }
-      top = max_of_four_lanes(top);
+      top = wn_quad_max(top);
       const int head = (wm * S::MI + mi) * 16 + (lane >> 2) + 8 * e;
       if ((lane & 3) == 0) l.part[head * PARTS + wn * 2 + side] = top;
     }
@@ -198,7 +190,7 @@ __device__ static float sum_of_keys(const float mine[wn_split<MT>::MI][2], const
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int head = (wm * S::MI + mi) * 16 + (lane >> 2) + 8 * e;
-      const float sum = sum_of_four_lanes(mine[mi][e]);
+      const float sum = wn_quad_sum(mine[mi][e]);
       if ((lane & 3) == 0) l.part[head * PARTS + wn * 2 + side] = sum;
     }
   __syncthreads();
@@ -256,7 +248,7 @@ __device__ static void store_rows(const forward_args &a, float o[MT][NT][4], con
         if (column < a.v_width) dot += x * __bfloat162float(grad[column]);
         if (column + 1 < a.v_width) dot += y * __bfloat162float(grad[column + 1]);
       }
-      dot = sum_of_four_lanes(dot);
+      dot = wn_quad_sum(dot);
       if ((lane & 3) == 0) l.part[warp * HEADS + local] = dot;
     }
   __syncthreads();
@@ -329,15 +321,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, MT == 1 ? 2 : 1) static void for
 
 /* ---- 512 + 64 columns, many heads: the same by two warpgroups ---- */
 
-enum {
-  WIDE_HEADS = 64,
-  WIDE_VALUES = 512,
-  WIDE_WIDTH = 576,
-  WIDE_PANELS = 9,
-  WIDE_NT = 32,
-  GROUP_KEYS = 32,
-  PANEL_BYTES = 64 * WN_PANEL_ROW_BYTES
-};
+enum { WIDE_WIDTH = 576, WIDE_PANELS = 9, WIDE_NT = 32, GROUP_KEYS = 32 };
 
 /* Each warpgroup makes the logits of half of a tile's keys and owns half of o's columns, both for all 64 heads, so that
  * a thread's two heads are the same in both: of its warp's 16, row lane / 4 and that plus 8. */
@@ -353,7 +337,7 @@ __device__ static void wide_logits(float (&s)[4][4], uint32_t q, uint32_t kv, in
   for (int panel = 0; panel < WIDE_PANELS; panel++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const uint32_t at = (uint32_t)(panel * PANEL_BYTES + i * 32);
+      const uint32_t at = (uint32_t)(panel * WN_WIDE_PANEL_BYTES + i * 32);
       wn_wgmma<WN_ALONG, WN_ALONG>(s, wn_wgmma_operand_anew(q + at, 0),
                                    wn_wgmma_operand_anew(kv + at + group * GROUP_KEYS * WN_PANEL_ROW_BYTES, 0), true);
     }
@@ -380,13 +364,13 @@ __device__ static void wide_softmax(wide_state &state, float (&s)[4][4], uint32_
         logit = first + 8 * t + x < left ? logit * scale_log2 : -INFINITY;
         top = fmaxf(top, logit);
       }
-    top = max_of_four_lanes(top);
-    if ((lane & 3) == 0) part[group * WIDE_HEADS + head + 8 * e] = top;
+    top = wn_quad_max(top);
+    if ((lane & 3) == 0) part[group * WN_WIDE_HEADS + head + 8 * e] = top;
   }
   __syncthreads();
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-    const float top = fmaxf(state.top[e], fmaxf(part[head + 8 * e], part[WIDE_HEADS + head + 8 * e]));
+    const float top = fmaxf(state.top[e], fmaxf(part[head + 8 * e], part[WN_WIDE_HEADS + head + 8 * e]));
     float sum = 0, sum_bf16 = 0;
 #pragma unroll
     for (int t = 0; t < 4; t++) {
@@ -394,7 +378,7 @@ __device__ static void wide_softmax(wide_state &state, float (&s)[4][4], uint32_
       const uint32_t xy = wn_pack_bf16(x, y);
       sum += x + y;
       sum_bf16 += __uint_as_float(xy << 16) + __uint_as_float(xy & 0xffff0000u);
-      wn_store_shared_4(p + wn_tile_at(WIDE_HEADS, head + 8 * e, group * 4 + t) + 4 * (lane & 3), xy);
+      wn_store_shared_4(p + wn_tile_at(WN_WIDE_HEADS, head + 8 * e, group * 4 + t) + 4 * (lane & 3), xy);
     }
     state.alpha[e] = wn_exp2(state.top[e] - top);
     state.top[e] = top;
@@ -418,7 +402,9 @@ __device__ static void wide_values(float (&o)[WIDE_NT][4], const wide_state &sta
   for (int step = 0; step < WN_SPARSE_KEYS / 16; step++)
     wn_wgmma<WN_ALONG, WN_ACROSS>(
         o, wn_wgmma_operand_anew(p + step * 32, 0),
-        wn_wgmma_operand_anew(kv + group * 4 * PANEL_BYTES + step * 16 * WN_PANEL_ROW_BYTES, PANEL_BYTES), true);
+        wn_wgmma_operand_anew(kv + group * 4 * WN_WIDE_PANEL_BYTES + step * 16 * WN_PANEL_ROW_BYTES,
+                              WN_WIDE_PANEL_BYTES),
+        true);
   wn_wgmma_commit();
   wn_wgmma_wait<0>();
   wn_wgmma_settle(o);
@@ -430,12 +416,12 @@ __device__ static void wide_sums(float x[2], float *part, int group, int warp) {
   __syncthreads();
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-    x[e] = sum_of_four_lanes(x[e]);
-    if ((lane & 3) == 0) part[group * WIDE_HEADS + head + 8 * e] = x[e];
+    x[e] = wn_quad_sum(x[e]);
+    if ((lane & 3) == 0) part[group * WN_WIDE_HEADS + head + 8 * e] = x[e];
   }
   __syncthreads();
 #pragma unroll
-  for (int e = 0; e < 2; e++) x[e] = part[head + 8 * e] + part[WIDE_HEADS + head + 8 * e];
+  for (int e = 0; e < 2; e++) x[e] = part[head + 8 * e] + part[WN_WIDE_HEADS + head + 8 * e];
 }
 
 __device__ static void wide_store(const forward_args &a, float (&o)[WIDE_NT][4], wide_state &state, float *part,
@@ -456,9 +442,9 @@ __device__ static void wide_store(const forward_args &a, float (&o)[WIDE_NT][4],
     const wn_bf16 *grad = a.d_o.data ? a.d_o.data + row * a.d_o.row + head * a.d_o.head : NULL;
 #pragma unroll
     for (int j = 0; j < WIDE_NT; j++) {
-      const int column = group * (WIDE_VALUES / 2) + j * 8 + 2 * (lane & 3);
+      const int column = group * (WN_WIDE_VALUES / 2) + j * 8 + 2 * (lane & 3);
       const float x = o[j][2 * e] * inverse, y = o[j][2 * e + 1] * inverse;
-      wn_store_pair(out, column, WIDE_VALUES, x, y, a.o_pairs);
+      wn_store_pair(out, column, WN_WIDE_VALUES, x, y, a.o_pairs);
       if (!grad) continue;
       const wn_two two = wn_load_pair(grad, column, a.d_o_pairs);
       dot[e] += x * two.x + y * two.y;
@@ -477,7 +463,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void wide_kernel(const
   extern __shared__ __align__(1024) char memory[];
   const forward_layout<4> l = lay_out<4>(memory, wn_shared_address(memory), a.kv.width, 2);
   const int64_t row = blockIdx.x / a.groups;
-  const int first_head = (int)(blockIdx.x % a.groups) * WIDE_HEADS;
+  const int first_head = (int)(blockIdx.x % a.groups) * WN_WIDE_HEADS;
   const int of_block = wn_uniform(threadIdx.x >> 5), group = of_block >> 2, warp = of_block & 3;
   const int32_t *pick = a.selection.data + row * a.selection.row;
   const uint32_t stage_bytes = (uint32_t)wn_tile_bytes(WN_SPARSE_KEYS, a.kv.width);
@@ -489,7 +475,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void wide_kernel(const
   int32_t key[2];
   wn_read_picks(key, pick, 0, count);
   if (tiles) {
-    wn_load_heads<WIDE_HEADS>(l.q, a.q, row, first_head, a.q_aligned);
+    wn_load_heads<WN_WIDE_HEADS>(l.q, a.q, row, first_head, a.q_aligned);
     wn_gather(l.kv, a.kv, key, a.kv_aligned);
   }
   wn_cp_async_commit();
@@ -517,7 +503,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void wide_kernel(const
 static wn_status launch_wide(wn_device *device, forward_args a) {
   const size_t bytes = lay_out<4>(NULL, 0, a.kv.width, 2).bytes;
   WN_ASSERT(bytes <= wn_cuda_of(device)->block_shared_bytes, "%zu bytes of shared memory", bytes);
-  a.groups = (int32_t)wn_ceil_div(a.q.heads, WIDE_HEADS);
+  a.groups = (int32_t)wn_ceil_div(a.q.heads, WN_WIDE_HEADS);
   a.stages = 2;
   WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
   wide_kernel<<<(unsigned)(a.q.n * a.groups), WN_SPARSE_THREADS, bytes, wn_cuda_stream(device)>>>(a);
@@ -574,7 +560,7 @@ wn_status wn_cuda_attention_sparse(wn_device *device, wn_tensor *o, wn_tensor *l
   a.kv_aligned = wn_gather_aligned(a.kv);
   a.o_pairs = wn_pairs_aligned(a.o);
   if (a.q.n == 0 || a.q.heads == 0) return NULL;
-  if (a.q.heads > 16 && a.v_width == WIDE_VALUES && a.q.width == WIDE_WIDTH && a.kv_aligned)
+  if (a.q.heads > 16 && a.v_width == WN_WIDE_VALUES && a.q.width == WIDE_WIDTH && a.kv_aligned)
     return launch_wide(device, a);
   if (a.q.heads > 16 && a.v_width <= 128) return launch<4, 2>(device, a);
   if (a.q.heads > 16 && a.v_width <= 512 && a.q.width <= 576) return launch<4, 8>(device, a);

@@ -382,13 +382,10 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void backward_kernel(c
 /* ---- values of 512 columns, many heads: the same by two warpgroups ---- */
 
 enum {
-  WIDE_HEADS = 64,
-  WIDE_VALUES = 512,
   WIDE_MAIN = 32, /* n-tiles of dq that a group owns: 256 columns */
   WIDE_REST = 4,  /* and half of the panel past the values */
   ROW_STEP = 16 * WN_PANEL_ROW_BYTES,
-  PANEL_BYTES = 64 * WN_PANEL_ROW_BYTES,
-  REST_PANEL = WIDE_VALUES / WN_PANEL_COLUMNS
+  REST_PANEL = WN_WIDE_VALUES / WN_PANEL_COLUMNS
 };
 
 /* Group 0: s = q kv^T; group 1: dp = d_o v^T; 64 heads, 64 keys. Then they swap halves as in swap_sides: s and dp of
@@ -401,7 +398,7 @@ __device__ static void wide_logits(float (&s)[4][4], float (&dp)[4][4], const ba
   wn_wgmma_settle(acc);
   wn_wgmma_fence();
   for (int step = 0; step < steps; step++) {
-    const uint32_t at = (uint32_t)((step >> 2) * PANEL_BYTES + (step & 3) * 32);
+    const uint32_t at = (uint32_t)((step >> 2) * WN_WIDE_PANEL_BYTES + (step & 3) * 32);
     wn_wgmma<WN_ALONG, WN_ALONG>(acc, wn_wgmma_operand_anew(rows + at, 0), wn_wgmma_operand_anew(l.kv + at, 0), true);
   }
   wn_wgmma_commit();
@@ -445,7 +442,7 @@ __device__ static void wide_p_ds(float (&s)[4][4], float (&dp)[4][4], const back
         ds[x] = p[x] * (dp[t][2 * e + x] - delta) * scale;
         sums[t][x] += p[x];
       }
-      const uint32_t at = wn_tile_at(WIDE_HEADS, head, group * 4 + t) + 4 * (lane & 3);
+      const uint32_t at = wn_tile_at(WN_WIDE_HEADS, head, group * 4 + t) + 4 * (lane & 3);
       wn_store_shared_4(l.p + at, wn_pack_bf16(p[0], p[1]));
       wn_store_shared_4(l.ds + at, wn_pack_bf16(ds[0], ds[1]));
     }
@@ -469,9 +466,12 @@ __device__ static void wide_dq(float (&main)[WIDE_MAIN][4], float (&rest)[WIDE_R
   for (int step = 0; step < WN_SPARSE_KEYS / 16; step++) {
     const uint64_t ds = wn_wgmma_operand_anew(l.ds + step * 32, 0);
     wn_wgmma<WN_ALONG, WN_ACROSS>(
-        main, ds, wn_wgmma_operand_anew(l.kv + group * 4 * PANEL_BYTES + step * ROW_STEP, PANEL_BYTES), true);
+        main, ds, wn_wgmma_operand_anew(l.kv + group * 4 * WN_WIDE_PANEL_BYTES + step * ROW_STEP, WN_WIDE_PANEL_BYTES),
+        true);
     wn_wgmma<WN_ALONG, WN_ACROSS>(
-        rest, ds, wn_wgmma_operand_anew(l.kv + REST_PANEL * PANEL_BYTES + group * 64 + step * ROW_STEP, PANEL_BYTES),
+        rest, ds,
+        wn_wgmma_operand_anew(l.kv + REST_PANEL * WN_WIDE_PANEL_BYTES + group * 64 + step * ROW_STEP,
+                              WN_WIDE_PANEL_BYTES),
         true);
   }
   wn_wgmma_commit();
@@ -488,14 +488,14 @@ __device__ static void wide_contributions(float (&acc)[NT][4], uint32_t ds, uint
   wn_wgmma_settle(acc);
   wn_wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < WIDE_HEADS / 16; step++)
-    wn_wgmma<WN_ACROSS, WN_ACROSS>(acc, wn_wgmma_operand_anew(ds + step * ROW_STEP, PANEL_BYTES),
-                                   wn_wgmma_operand_anew(q + step * ROW_STEP, PANEL_BYTES), step > 0);
+  for (int step = 0; step < WN_WIDE_HEADS / 16; step++)
+    wn_wgmma<WN_ACROSS, WN_ACROSS>(acc, wn_wgmma_operand_anew(ds + step * ROW_STEP, WN_WIDE_PANEL_BYTES),
+                                   wn_wgmma_operand_anew(q + step * ROW_STEP, WN_WIDE_PANEL_BYTES), step > 0);
   if (values)
 #pragma unroll
-    for (int step = 0; step < WIDE_HEADS / 16; step++)
-      wn_wgmma<WN_ACROSS, WN_ACROSS>(acc, wn_wgmma_operand_anew(p + step * ROW_STEP, PANEL_BYTES),
-                                     wn_wgmma_operand_anew(d_o + step * ROW_STEP, PANEL_BYTES), true);
+    for (int step = 0; step < WN_WIDE_HEADS / 16; step++)
+      wn_wgmma<WN_ACROSS, WN_ACROSS>(acc, wn_wgmma_operand_anew(p + step * ROW_STEP, WN_WIDE_PANEL_BYTES),
+                                     wn_wgmma_operand_anew(d_o + step * ROW_STEP, WN_WIDE_PANEL_BYTES), true);
   wn_wgmma_commit();
 }
 
@@ -532,7 +532,7 @@ __device__ static void wide_scatter(const backward_args &a, const backward_layou
   }
   for (int panel = group * 4; panel < group * 4 + 4; panel++) {
     float acc[8][4];
-    const uint32_t at = (uint32_t)(panel * PANEL_BYTES);
+    const uint32_t at = (uint32_t)(panel * WN_WIDE_PANEL_BYTES);
     wide_contributions(acc, l.ds, l.q + at, l.p, l.d_o + at, true);
     wn_wgmma_wait<0>();
     wn_wgmma_settle(acc);
@@ -540,10 +540,10 @@ __device__ static void wide_scatter(const backward_args &a, const backward_layou
   }
   {
     float acc[WIDE_REST][4];
-    wide_contributions(acc, l.ds, l.q + REST_PANEL * PANEL_BYTES + group * 64, l.p, l.d_o, false);
+    wide_contributions(acc, l.ds, l.q + REST_PANEL * WN_WIDE_PANEL_BYTES + group * 64, l.p, l.d_o, false);
     wn_wgmma_wait<0>();
     wn_wgmma_settle(acc);
-    wide_add(a, keys, acc, WIDE_VALUES + group * 32);
+    wide_add(a, keys, acc, WN_WIDE_VALUES + group * 32);
   }
 #pragma unroll
   for (int e = 0; e < 2; e++) record_most(a, keys.key[e], group, keys.most[e], keys.scale[e]);
@@ -570,7 +570,7 @@ template <bool MAIN> __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static v
   if (a.what == AGAIN && a.keys.global[WN_SPARSE_AGAIN] == 0) return;
   const backward_layout<4> l = lay_out<4>(memory, wn_shared_address(memory), a.kv.width, a.v_width);
   const int64_t row = (int64_t)(blockIdx.x / a.groups) * (a.what == SAMPLED_ROWS ? WN_SPARSE_SAMPLE : 1);
-  const int head_group = (int)(blockIdx.x % a.groups), first_head = head_group * WIDE_HEADS;
+  const int head_group = (int)(blockIdx.x % a.groups), first_head = head_group * WN_WIDE_HEADS;
   const int of_block = wn_uniform(threadIdx.x >> 5), group = of_block >> 2, warp = of_block & 3;
   const int32_t *pick = a.selection.data + row * a.selection.row;
   float4 *p_room = (float4 *)(memory + (l.p - l.q) + warp * ROW_STEP);
@@ -591,7 +591,7 @@ template <bool MAIN> __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static v
   read_scales(a, scale, key);
 
   float main[WIDE_MAIN][4] = {}, rest[WIDE_REST][4] = {};
-  const int steps = group == 0 ? (a.kv.width + 15) / 16 : !MAIN && a.what == ONLY_P ? 0 : WIDE_VALUES / 16;
+  const int steps = group == 0 ? (a.kv.width + 15) / 16 : !MAIN && a.what == ONLY_P ? 0 : WN_WIDE_VALUES / 16;
   for (int t = 0; t < tiles; t++) {
     wn_cp_async_wait<0>();
     wn_publish_shared();
@@ -616,8 +616,8 @@ template <bool MAIN> __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static v
   }
   if (a.p.data && (MAIN || a.what == ONLY_P)) clear_p(a, row, head_group, tiles * WN_SPARSE_KEYS);
   if (!MAIN) return;
-  wide_store(a, main, row, first_head, group * (WIDE_VALUES / 2), warp);
-  wide_store(a, rest, row, first_head, WIDE_VALUES + group * 32, warp);
+  wide_store(a, main, row, first_head, group * (WN_WIDE_VALUES / 2), warp);
+  wide_store(a, rest, row, first_head, WN_WIDE_VALUES + group * 32, warp);
 }
 
 /* ---- host ---- */
@@ -729,7 +729,7 @@ wn_status wn_cuda_attention_sparse_backward(wn_device *device, wn_tensor *dq, wn
   const size_t most = wn_cuda_of(device)->block_shared_bytes;
   const bool tall = a.q.heads > 16 && a.q.width <= 576 && lay_out<4>(NULL, 0, a.q.width, a.v_width).bytes <= most;
   launcher *one = launch<1, 18>;
-  if (tall && a.v_width == WIDE_VALUES && a.q.width > WIDE_VALUES)
+  if (tall && a.v_width == WN_WIDE_VALUES && a.q.width > WN_WIDE_VALUES)
     one = launch_wide;
   else if (tall)
     one = a.q.width <= 128 ? launch<4, 2> : launch<4, 9>;

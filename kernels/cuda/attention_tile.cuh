@@ -16,6 +16,7 @@
 #include "kernels/cuda/ptx/tile_copy.cuh"
 #include "kernels/cuda/ptx/warpgroup.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 enum {
   WN_TILE = 64,                      /* rows or keys */
@@ -291,16 +292,6 @@ __device__ __forceinline__ void wn_put_rows(const wn_view<wn_bf16> &y, int row0,
     if (row < rows) wn_put_pair<ADD>(y, row, head, 8 * j + col, acc[j][0] * factor, acc[j][1] * factor);
     if (row + 8 < rows) wn_put_pair<ADD>(y, row + 8, head, 8 * j + col, acc[j][2] * factor, acc[j][3] * factor);
   }
-}
-
-/* Sum, or largest, over the four lanes that hold a row. */
-__device__ __forceinline__ float wn_quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-__device__ __forceinline__ float wn_quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
 /* ---- launching ---- */
