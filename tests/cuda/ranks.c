@@ -11,25 +11,6 @@ static void needs_two_gpus(void) {
   skip();
 }
 
-static void pretrain_is_the_same(void **state) {
-  needs_two_gpus();
-  expect_same_gradients(state, "pretrain", wn_temp(state, "base").text, 65);
-  expect_same_losses(state, "pretrain", wn_temp(state, "base").text, "lm_loss");
-}
-
-static void warmup_is_the_same(void **state) {
-  needs_two_gpus();
-  expect_same_gradients(state, "warmup", wn_temp(state, "base").text, 15);
-  expect_same_losses(state, "warmup", wn_temp(state, "base").text, "indexer_kl");
-}
-
-static void adapt_is_the_same(void **state) {
-  needs_two_gpus();
-  wn_temp_path warm = wn_temp(state, "loss-warmup-1/checkpoints/step-000020");
-  expect_same_gradients(state, "adapt", warm.text, 80);
-  expect_same_losses(state, "adapt", warm.text, "loss");
-}
-
 static void run_to(void **state, const char *run, int32_t ranks, int64_t steps) {
   const shared *at = *state;
   wn_winnow_ends(0, ranks,
@@ -124,6 +105,7 @@ int main(int argc, char **argv) {
   shared at = {.self = argv[0],
                .options = "device=cuda",
                .most_ranks = 2,
+               .needs = needs_two_gpus,
                .gradient_bar = 1e-4,
                .first_loss_bar = 1e-6,
                .loss_bar = 2e-2};

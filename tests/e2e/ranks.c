@@ -5,20 +5,6 @@ static wn_temp_path path_of(void **state, const char *name) {
   return wn_temp(state, name);
 }
 
-static void pretrain_is_the_same(void **state) {
-  expect_same_gradients(state, "pretrain", path_of(state, "base").text, 65);
-  expect_same_losses(state, "pretrain", path_of(state, "base").text, "lm_loss");
-}
-static void warmup_is_the_same(void **state) {
-  expect_same_gradients(state, "warmup", path_of(state, "base").text, 15);
-  expect_same_losses(state, "warmup", path_of(state, "base").text, "indexer_kl");
-}
-static void adapt_is_the_same(void **state) {
-  wn_temp_path warm = path_of(state, "loss-warmup-1/checkpoints/step-000020");
-  expect_same_gradients(state, "adapt", warm.text, 80);
-  expect_same_losses(state, "adapt", warm.text, "loss");
-}
-
 /* ---- memory ---- */
 
 /* Weights, moments and gradients of some 120 MB; layers of a hundredth of that, so that what a layer's gathered weights

@@ -85,6 +85,7 @@ typedef struct shared {
   char dir[64];
   const char *self, *options; /* of every job, "" or "key=value ..." */
   int32_t most_ranks;
+  void (*needs)(void);                           /* NULL, or skips where there is too little for most_ranks */
   double gradient_bar, first_loss_bar, loss_bar; /* relative */
 } shared; /* *state begins with the directory: the tiny_ helpers take it for one */
 
@@ -157,6 +158,32 @@ static inline void expect_same_losses(void **state, const char *stage, const cha
     worst = fmax(worst, error);
   }
   print_message("%s: losses of two ranks and of one differ by %.2g at most in 20 steps\n", stage, worst);
+}
+
+/* ---- tests that both devices have ---- */
+
+static inline void needed(void **state) {
+  const shared *at = *state;
+  if (at->needs) at->needs();
+}
+
+static inline void pretrain_is_the_same(void **state) {
+  needed(state);
+  expect_same_gradients(state, "pretrain", wn_temp(state, "base").text, 65);
+  expect_same_losses(state, "pretrain", wn_temp(state, "base").text, "lm_loss");
+}
+
+static inline void warmup_is_the_same(void **state) {
+  needed(state);
+  expect_same_gradients(state, "warmup", wn_temp(state, "base").text, 15);
+  expect_same_losses(state, "warmup", wn_temp(state, "base").text, "indexer_kl");
+}
+
+static inline void adapt_is_the_same(void **state) {
+  needed(state);
+  wn_temp_path warm = wn_temp(state, "loss-warmup-1/checkpoints/step-000020");
+  expect_same_gradients(state, "adapt", warm.text, 80);
+  expect_same_losses(state, "adapt", warm.text, "loss");
 }
 
 /* Group setup and teardown: the directory of a tiny job. */
