@@ -25,34 +25,35 @@ static const struct embedding_shape {
 } embedding_shapes[] = {{1, 1, 1},      {5, 13, 7},    {200, 64, 31}, {333, 72, 5000},
                         {1000, 96, 17}, {64, 2056, 9}, {3000, 40, 1}, {0, 16, 8}};
 
-static void embedding_copies_rows(void **state) {
+static void every_embedding(void **state, void (*check)(twin_bench *, struct embedding_shape, int64_t margin)) {
   twin_bench *b = twin_begin(state);
   for (size_t i = 0; i < sizeof embedding_shapes / sizeof *embedding_shapes; i++)
-    for (int64_t margin = 0; margin < 9; margin += 4) {
-      struct embedding_shape s = embedding_shapes[i];
-      twin w = twin_random(b, WN_ACT, 1, 1, margin, 2, s.vocabulary, s.width, 0);
-      twin h = twin_strided(b, WN_ACT, margin, 2, s.n, s.width, 0), tokens = skewed_tokens(b, 2, s.n, s.vocabulary, 0);
-      twin_poison(b, &h);
-      OK(b->cuda->ops->embedding(b->cuda, &h.cuda, &tokens.cuda, &w.cuda));
-      OK(b->cpu->ops->embedding(b->cpu, &h.cpu, &tokens.cpu, &w.cpu));
-      twin_close(b, "embedding", &h, 0);
-    }
+    for (int64_t margin = 0; margin < 9; margin += 4) check(b, embedding_shapes[i], margin);
   twin_end(b);
 }
 
+static void check_embedding(twin_bench *b, struct embedding_shape s, int64_t margin) {
+  twin w = twin_random(b, WN_ACT, 1, 1, margin, 2, s.vocabulary, s.width, 0);
+  twin h = twin_strided(b, WN_ACT, margin, 2, s.n, s.width, 0), tokens = skewed_tokens(b, 2, s.n, s.vocabulary, 0);
+  twin_poison(b, &h);
+  OK(b->cuda->ops->embedding(b->cuda, &h.cuda, &tokens.cuda, &w.cuda));
+  OK(b->cpu->ops->embedding(b->cpu, &h.cpu, &tokens.cpu, &w.cpu));
+  twin_close(b, "embedding", &h, 0);
+}
+static void embedding_copies_rows(void **state) {
+  every_embedding(state, check_embedding);
+}
+
+static void check_embedding_backward(twin_bench *b, struct embedding_shape s, int64_t margin) {
+  twin dw = twin_random(b, WN_WGRAD, 1, 1, margin, 2, s.vocabulary, s.width, 0);
+  twin dh = twin_random(b, WN_ACT, 2, 1, margin, 2, s.n, s.width, 0);
+  twin tokens = skewed_tokens(b, 3, s.n, s.vocabulary, 0);
+  OK(b->cuda->ops->embedding_backward(b->cuda, &dw.cuda, &dh.cuda, &tokens.cuda));
+  OK(b->cpu->ops->embedding_backward(b->cpu, &dw.cpu, &dh.cpu, &tokens.cpu));
+  twin_close(b, "embedding_backward", &dw, twin_f32);
+}
 static void embedding_gradient_matches(void **state) {
-  twin_bench *b = twin_begin(state);
-  for (size_t i = 0; i < sizeof embedding_shapes / sizeof *embedding_shapes; i++)
-    for (int64_t margin = 0; margin < 9; margin += 4) {
-      struct embedding_shape s = embedding_shapes[i];
-      twin dw = twin_random(b, WN_WGRAD, 1, 1, margin, 2, s.vocabulary, s.width, 0);
-      twin dh = twin_random(b, WN_ACT, 2, 1, margin, 2, s.n, s.width, 0);
-      twin tokens = skewed_tokens(b, 3, s.n, s.vocabulary, 0);
-      OK(b->cuda->ops->embedding_backward(b->cuda, &dw.cuda, &dh.cuda, &tokens.cuda));
-      OK(b->cpu->ops->embedding_backward(b->cpu, &dw.cpu, &dh.cpu, &tokens.cpu));
-      twin_close(b, "embedding_backward", &dw, twin_f32);
-    }
-  twin_end(b);
+  every_embedding(state, check_embedding_backward);
 }
 
 typedef struct head_case {
