@@ -1,40 +1,16 @@
 /* Dense attention on the GPU against the FP64 CPU: shapes off every tile, documents, empty rows, views with free
  * strides, large logits, accumulation, repeats. Everything runs forward and backward, each device on its own lse and
  * delta. */
-#include "support/twin.h"
+#include "support/twin_attention.h"
 
 typedef struct shape {
   int32_t n, heads, dq, dv;
 } shape;
 
-/* Operands and results of one attention. */
-typedef struct attention {
-  twin q, k, v, d_o, o, lse, delta, dq, dk, dv;
-  twin_rows rows;
-  wn_attention_params params;
-} attention;
-
 enum { SEED_Q = 11, SEED_K, SEED_V, SEED_DO, SEED_DK, SEED_DV };
 
-/* `margin` elements stand after every head's row of every tensor. Results are poisoned; dk and dv begin as numbers. */
 static attention attention_of(twin_bench *b, shape s, twin_rows rows, double q_deviation, int64_t margin) {
-  int64_t n = rows.cpu.n_rows, m = rows.cpu.n_keys, h = s.heads;
-  attention a = {.rows = rows, .params = {.scale = 1 / sqrt(s.dq)}};
-  a.q = twin_random(b, WN_ACT, SEED_Q, q_deviation, margin, 3, n, h, s.dq);
-  a.k = twin_random(b, WN_ACT, SEED_K, 1, margin, 3, m, h, s.dq);
-  a.v = twin_random(b, WN_ACT, SEED_V, 1, margin, 3, m, h, s.dv);
-  a.d_o = twin_random(b, WN_ACT, SEED_DO, 1, margin, 3, n, h, s.dv);
-  a.o = twin_strided(b, WN_ACT, margin, 3, n, h, s.dv);
-  a.lse = twin_strided(b, WN_STAT, margin, 2, n, h, 0);
-  a.delta = twin_strided(b, WN_STAT, margin, 2, n, h, 0);
-  a.dq = twin_strided(b, WN_ACT, margin, 3, n, h, s.dq);
-  a.dk = twin_random(b, WN_ACT, SEED_DK, 0.3, margin, 3, m, h, s.dq);
-  a.dv = twin_random(b, WN_ACT, SEED_DV, 0.3, margin, 3, m, h, s.dv);
-  twin_poison(b, &a.o);
-  twin_poison(b, &a.lse);
-  twin_poison(b, &a.delta);
-  twin_poison(b, &a.dq);
-  return a;
+  return twin_attention(b, rows, s.heads, s.dq, s.dv, SEED_Q, q_deviation, margin);
 }
 
 static void forward(twin_bench *b, attention *a) {

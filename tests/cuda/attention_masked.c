@@ -1,16 +1,10 @@
 /* Attention over a selection, per head, on the GPU against the FP64 CPU. Selections are ascending, distinct and end in
  * -1; p is checked with and without gradients. */
-#include "support/twin.h"
+#include "support/twin_attention.h"
 
 typedef struct shape {
   int32_t k, heads, dq, dv;
 } shape;
-
-typedef struct attention {
-  twin q, k, v, d_o, o, lse, delta, dq, dk, dv, p, selection;
-  twin_rows rows;
-  wn_attention_params params;
-} attention;
 
 enum { SEED_Q = 21, SEED_K, SEED_V, SEED_DO, SEED_DK, SEED_DV, SEED_PICKS };
 
@@ -49,24 +43,9 @@ static twin selection_of(twin_bench *b, const wn_rows *rows, int32_t k, draw d) 
 }
 
 static attention attention_of(twin_bench *b, shape s, twin_rows rows, draw d, int64_t margin) {
-  int64_t n = rows.cpu.n_rows, m = rows.cpu.n_keys, h = s.heads;
-  attention a = {.rows = rows, .params = {.scale = 1 / sqrt(s.dq)}};
-  a.q = twin_random(b, WN_ACT, SEED_Q, 1, margin, 3, n, h, s.dq);
-  a.k = twin_random(b, WN_ACT, SEED_K, 1, margin, 3, m, h, s.dq);
-  a.v = twin_random(b, WN_ACT, SEED_V, 1, margin, 3, m, h, s.dv);
-  a.d_o = twin_random(b, WN_ACT, SEED_DO, 1, margin, 3, n, h, s.dv);
-  a.o = twin_strided(b, WN_ACT, margin, 3, n, h, s.dv);
-  a.lse = twin_strided(b, WN_STAT, margin, 2, n, h, 0);
-  a.delta = twin_strided(b, WN_STAT, margin, 2, n, h, 0);
-  a.dq = twin_strided(b, WN_ACT, margin, 3, n, h, s.dq);
-  a.dk = twin_random(b, WN_ACT, SEED_DK, 0.3, margin, 3, m, h, s.dq);
-  a.dv = twin_random(b, WN_ACT, SEED_DV, 0.3, margin, 3, m, h, s.dv);
-  a.p = twin_strided(b, WN_STAT, margin, 2, n, s.k, 0);
+  attention a = twin_attention(b, rows, s.heads, s.dq, s.dv, SEED_Q, 1, margin);
+  a.p = twin_strided(b, WN_STAT, margin, 2, rows.cpu.n_rows, s.k, 0);
   a.selection = selection_of(b, &rows.cpu, s.k, d);
-  twin_poison(b, &a.o);
-  twin_poison(b, &a.lse);
-  twin_poison(b, &a.delta);
-  twin_poison(b, &a.dq);
   twin_poison(b, &a.p);
   return a;
 }

@@ -234,17 +234,6 @@ static inline void twin_close(twin_bench *b, const char *what, const twin *t, do
              bar);
 }
 
-/* For attention: delta and dq are sums that cancel: in a row that sees few keys, or whose weight is all on one, next to
- * nothing is left, while each term keeps the rounding of its BF16 weight. So the whole is held to a tighter bar than
- * the rows, unless it is a few rows itself. */
-static inline void twin_close_sum(twin_bench *b, const char *what, const twin *t) {
-  twin_error e = twin_compare(b, what, t);
-  print_message("  %-40s norm %.2e  worst row %.2e (row %lld)\n", what, e.norm, e.worst, (long long)e.worst_row);
-  bool few = wn_tensor_count(&t->cpu) / t->cpu.dim[t->cpu.rank - 1] < 16;
-  if (!(e.norm <= (few ? 5e-2 : 5e-3) && e.worst <= 0.2))
-    fail_msg("%s: off by %.3e in norm and %.3e in row %lld", what, e.norm, e.worst, (long long)e.worst_row);
-}
-
 /* Bars of the comparison: operands in BF16, or everything in FP32. */
 static const double twin_bf16 = 1e-2, twin_f32 = 1e-5;
 
