@@ -2,6 +2,7 @@
  * 64-bit word for every row and key tile and which key tiles 64 rows pick in; operands that allow 16-byte accesses.
  * Words are no larger than the selection itself: attention_masked.cu cuts the rows where they would be. */
 #include "kernels/cuda/attention_tile.cuh"
+#include "kernels/cuda/tensor_map.cuh"
 
 enum {
   WORD_ROWS = 8,       /* rows of a block of words_kernel, a warp each */
@@ -109,21 +110,7 @@ wn_status wn_attend_operand(wn_device *device, wn_view<wn_bf16> *view, const wn_
 }
 
 static wn_status describe(CUtensorMap *map, const wn_view<wn_bf16> &x, uint32_t rows) {
-  const cuuint64_t dim[3] = {(cuuint64_t)x.width, (cuuint64_t)x.heads, (cuuint64_t)x.n};
-  const cuuint64_t stride[2] = {(cuuint64_t)x.head * 2, (cuuint64_t)x.row * 2};
-  const cuuint32_t box[3] = {64, 1, rows}, step[3] = {1, 1, 1};
-  cudaDriverEntryPointQueryResult found;
-  decltype(&cuTensorMapEncodeTiled) encode;
-  WN_CUDA_TRY(
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess)
-    return WN_FAIL_HINT(WN_E_DEVICE, "install a newer driver", "the GPU's driver has no cuTensorMapEncodeTiled");
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, x.data, dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    return WN_FAIL(WN_E_DEVICE, "describing a tensor to the GPU's copy engine failed (error %d)", (int)result);
-  return NULL;
+  return wn_cuda_view_map(map, x, x.n, 64, 1, (int32_t)rows);
 }
 
 wn_status wn_attend_describe(wn_attend_maps *maps, const wn_attend_job *job, uint32_t rows, uint32_t keys) {

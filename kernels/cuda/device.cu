@@ -26,6 +26,18 @@ wn_status wn_cublas_check(cublasStatus_t error, const char *call, const char *fi
   return wn_fail_at(file, line, WN_E_DEVICE, NULL, "cuBLAS failed: %s: %s", call, cublasGetStatusString(error));
 }
 
+void wn_cuda_expect(const char *name, const wn_tensor *t, wn_dtype dtype, int32_t rank, int64_t d0, int64_t d1,
+                    int64_t d2) {
+  const int64_t dim[3] = {d0, d1, d2};
+  WN_ASSERT(t, "%s is absent", name);
+  bool ok = t->dtype == dtype && t->rank == rank;
+  for (int32_t i = 0; ok && i < rank; i++) ok = t->dim[i] == dim[i];
+  ok = ok && (rank == 1 || t->dim[rank - 1] <= 1 || t->stride[rank - 1] == 1);
+  WN_ASSERT(ok, "%s is %s of rank %d [%lld,%lld,%lld], last stride %lld; expected %s of rank %d [%lld,%lld,%lld]", name,
+            wn_dtype_name(t->dtype), t->rank, (long long)t->dim[0], (long long)t->dim[1], (long long)t->dim[2],
+            (long long)t->stride[t->rank - 1], wn_dtype_name(dtype), rank, (long long)d0, (long long)d1, (long long)d2);
+}
+
 /* ---- virtual memory ---- */
 
 typedef struct driver {

@@ -20,8 +20,4 @@ typedef struct wn_product {
  * queue and our workspace: the same bits each time. Nothing to add (m, n or batch 0; k 0 with accumulate) is fine. */
 extern "C" WN_MUST_USE wn_status wn_cuda_product(wn_device *device, const wn_product *product);
 
-/* Asserts dtype, rank, dimensions (d2 is ignored at rank 2, d1 and d2 at rank 1) and a dense last dimension. */
-extern "C" void wn_cuda_expect(const char *name, const wn_tensor *t, wn_dtype dtype, int32_t rank, int64_t d0,
-                               int64_t d1, int64_t d2);
-
 #endif

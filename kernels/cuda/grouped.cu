@@ -35,6 +35,7 @@
 #include "kernels/cuda/ptx/tile_copy.cuh"
 #include "kernels/cuda/ptx/warpgroup.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
+#include "kernels/cuda/tensor_map.cuh"
 
 enum {
   ROWS = 128,
@@ -266,26 +267,12 @@ __global__ static void __launch_bounds__(THREADS, 1) products_kernel(const __gri
 
 /* ---- host ---- */
 
-typedef decltype(&cuTensorMapEncodeTiled) map_encoder;
-
-static wn_status find_encoder(map_encoder *encode) {
-  cudaDriverEntryPointQueryResult found;
-  WN_CUDA_TRY(
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)encode, 12000, cudaEnableDefault, &found));
-  if (found == cudaDriverEntryPointSuccess) return NULL;
-  return WN_FAIL_HINT(WN_E_DEVICE, "install a newer driver", "the GPU's driver has no cuTensorMapEncodeTiled");
-}
-
 /* Boxes of 64 columns and `box_rows` rows of data[rows, columns]. */
-static wn_status make_map(map_encoder encode, CUtensorMap *map, const void *data, int64_t rows, int64_t columns,
-                          int64_t stride, uint32_t box_rows) {
-  const cuuint64_t dim[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, bytes[1] = {(cuuint64_t)stride * 2};
-  const cuuint32_t box[2] = {64, box_rows}, steps[2] = {1, 1};
-  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, dim, bytes, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result == CUDA_SUCCESS) return NULL;
-  return WN_FAIL(WN_E_DEVICE, "describing a matrix to the GPU's copy engine failed (error %d)", (int)result);
+static wn_status make_map(CUtensorMap *map, const void *data, int64_t rows, int64_t columns, int64_t stride,
+                          uint32_t box_rows) {
+  const int64_t dim[2] = {columns, rows};
+  const uint32_t box[2] = {64, box_rows};
+  return wn_cuda_tensor_map(map, WN_BF16, data, 2, dim, &stride, box);
 }
 
 static bool aligned(const void *data, int64_t stride, int64_t element_bytes) {
@@ -299,16 +286,16 @@ extern "C" bool wn_cuda_products_fit(const wn_product *p) {
          aligned(p->c, p->c_stride, c_bytes) && p->n * c_bytes % 16 == 0;
 }
 
-static wn_status add_group(map_encoder encode, group_list *list, const wn_product *p) {
+static wn_status add_group(group_list *list, const wn_product *p) {
   const int32_t at = list->n_groups++;
   CUtensorMap *a = &list->a[at], *b = &list->b[at];
   group *g = &list->each[at];
   WN_ASSERT(p->m < INT32_MAX && p->n < INT32_MAX && p->k < INT32_MAX, "a group of %lld x %lld x %lld", (long long)p->m,
             (long long)p->n, (long long)p->k);
-  WN_TRY(p->transpose_a ? make_map(encode, a, p->a, p->k, p->m, p->a_stride, SLICE)
-                        : make_map(encode, a, p->a, p->m, p->k, p->a_stride, ROWS));
-  WN_TRY(p->transpose_b ? make_map(encode, b, p->b, p->n, p->k, p->b_stride, COLUMNS)
-                        : make_map(encode, b, p->b, p->k, p->n, p->b_stride, SLICE));
+  WN_TRY(p->transpose_a ? make_map(a, p->a, p->k, p->m, p->a_stride, SLICE)
+                        : make_map(a, p->a, p->m, p->k, p->a_stride, ROWS));
+  WN_TRY(p->transpose_b ? make_map(b, p->b, p->n, p->k, p->b_stride, COLUMNS)
+                        : make_map(b, p->b, p->k, p->n, p->b_stride, SLICE));
   g->c = p->c;
   g->c_stride = p->c_stride;
   g->m = (int32_t)p->m, g->n = (int32_t)p->n, g->k = (int32_t)p->k;
@@ -336,9 +323,7 @@ static wn_status launch_form(wn_device *device, const group_list *list, const wn
 }
 
 extern "C" wn_status wn_cuda_products(wn_device *device, const wn_product *product, int32_t n) {
-  map_encoder encode;
   group_list list;
-  WN_TRY(find_encoder(&encode));
   for (int32_t from = 0; from < n;) {
     list.n_groups = list.n_tiles = 0;
     for (; from < n && list.n_groups < MOST_GROUPS; from++) {
@@ -348,7 +333,7 @@ extern "C" wn_status wn_cuda_products(wn_device *device, const wn_product *produ
       WN_ASSERT(p->transpose_b == product->transpose_b && p->accumulate == product->accumulate &&
                     p->c_dtype == product->c_dtype,
                 "grouped products of several forms");
-      WN_TRY(add_group(encode, &list, p));
+      WN_TRY(add_group(&list, p));
     }
     if (list.n_groups == 0) continue;
     WN_TRY(launch_form(device, &list, product));

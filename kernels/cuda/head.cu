@@ -29,8 +29,6 @@ namespace groups = cooperative_groups;
 
 enum { THREADS = 256, PACK = 8 /* columns a thread takes at once */ };
 
-#define EXPECT(t, dtype, rank, d0, d1, d2) wn_cuda_expect(#t, (t), (dtype), (rank), (d0), (d1), (d2))
-
 static unsigned grid_for(wn_device *device, int64_t items, int64_t threads) {
   const int64_t blocks = wn_ceil_div(items, threads), most = (int64_t)wn_cuda_of(device)->n_sms * 16;
   return (unsigned)(blocks < most ? blocks : most);
@@ -57,9 +55,9 @@ __global__ static void embedding_kernel(wn_view<wn_bf16> h, wn_view<int32_t> tok
 }
 
 wn_status wn_cuda_embedding(wn_device *device, wn_tensor *h, const wn_tensor *tokens, const wn_tensor *w) {
-  EXPECT(h, WN_BF16, 2, tokens->dim[0], w->dim[1], 0);
-  EXPECT(tokens, WN_I32, 1, h->dim[0], 0, 0);
-  EXPECT(w, WN_BF16, 2, w->dim[0], h->dim[1], 0);
+  WN_CUDA_EXPECT(h, WN_BF16, 2, tokens->dim[0], w->dim[1], 0);
+  WN_CUDA_EXPECT(tokens, WN_I32, 1, h->dim[0], 0, 0);
+  WN_CUDA_EXPECT(w, WN_BF16, 2, w->dim[0], h->dim[1], 0);
   const wn_view<wn_bf16> to = wn_view_of<wn_bf16>(h), from = wn_view_of<wn_bf16>(w);
   const wn_view<int32_t> t = wn_view_of<int32_t>(tokens);
   if (to.n == 0 || to.width == 0) return NULL;
@@ -221,9 +219,9 @@ static wn_status sum_rows(wn_device *device, const wn_view<float> &dw, const wn_
 }
 
 wn_status wn_cuda_embedding_backward(wn_device *device, wn_tensor *dw, const wn_tensor *dh, const wn_tensor *tokens) {
-  EXPECT(dw, WN_F32, 2, dw->dim[0], dh->dim[1], 0);
-  EXPECT(dh, WN_BF16, 2, tokens->dim[0], dw->dim[1], 0);
-  EXPECT(tokens, WN_I32, 1, dh->dim[0], 0, 0);
+  WN_CUDA_EXPECT(dw, WN_F32, 2, dw->dim[0], dh->dim[1], 0);
+  WN_CUDA_EXPECT(dh, WN_BF16, 2, tokens->dim[0], dw->dim[1], 0);
+  WN_CUDA_EXPECT(tokens, WN_I32, 1, dh->dim[0], 0, 0);
   const wn_view<float> to = wn_view_of<float>(dw);
   const wn_view<wn_bf16> from = wn_view_of<wn_bf16>(dh);
   const wn_view<int32_t> t = wn_view_of<int32_t>(tokens);
@@ -411,15 +409,15 @@ static wn_status loss_rows(wn_device *device, loss_chunk *chunk, wn_tensor *logp
 static void expect_loss(const wn_tensor *logp, const wn_tensor *dh, const wn_tensor *dw, const wn_tensor *h,
                         const wn_tensor *w, const wn_tensor *target, const wn_tensor *weight) {
   const int64_t n = h->dim[0], vocabulary = w->dim[0], width = w->dim[1];
-  EXPECT(logp, WN_F32, 1, n, 0, 0);
-  EXPECT(h, WN_BF16, 2, n, width, 0);
-  EXPECT(w, WN_BF16, 2, vocabulary, width, 0);
-  EXPECT(target, WN_I32, 1, n, 0, 0);
+  WN_CUDA_EXPECT(logp, WN_F32, 1, n, 0, 0);
+  WN_CUDA_EXPECT(h, WN_BF16, 2, n, width, 0);
+  WN_CUDA_EXPECT(w, WN_BF16, 2, vocabulary, width, 0);
+  WN_CUDA_EXPECT(target, WN_I32, 1, n, 0, 0);
   WN_ASSERT((dh == NULL) == (dw == NULL) && (dh == NULL) == (weight == NULL), "dh, dw, weight come together");
   if (!dh) return;
-  EXPECT(dh, WN_BF16, 2, n, width, 0);
-  EXPECT(dw, WN_F32, 2, vocabulary, width, 0);
-  EXPECT(weight, WN_F32, 1, n, 0, 0);
+  WN_CUDA_EXPECT(dh, WN_BF16, 2, n, width, 0);
+  WN_CUDA_EXPECT(dw, WN_F32, 2, vocabulary, width, 0);
+  WN_CUDA_EXPECT(weight, WN_F32, 1, n, 0, 0);
 }
 
 wn_status wn_cuda_head_loss(wn_device *device, wn_tensor *logp, wn_tensor *dh, wn_tensor *dw, const wn_tensor *h,

@@ -19,6 +19,7 @@
 #include "kernels/cuda/ptx/tile_copy.cuh"
 #include "kernels/cuda/ptx/warpgroup.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
+#include "kernels/cuda/tensor_map.cuh"
 
 enum {
   COLUMNS = 256, /* of queries times heads */
@@ -246,26 +247,6 @@ __global__ static void __launch_bounds__(THREADS, 1)
 
 /* ---- host ---- */
 
-/* Boxes of `box` elements of a tensor of BF16, three dimensions, innermost first, rows of a box swizzled by 128 bytes.
- */
-static wn_status tensor_map(CUtensorMap *map, const wn_bf16 *data, const uint64_t dim[3], const int64_t stride[2],
-                            const uint32_t box[3], uint32_t rank) {
-  const cuuint64_t bytes[2] = {(cuuint64_t)stride[0] * 2, (cuuint64_t)stride[1] * 2};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  cudaDriverEntryPointQueryResult found;
-  decltype(&cuTensorMapEncodeTiled) encode;
-  WN_CUDA_TRY(
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess)
-    return WN_FAIL_HINT(WN_E_DEVICE, "install a newer driver", "the GPU's driver has no cuTensorMapEncodeTiled");
-  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, (void *)data, (const cuuint64_t *)dim,
-                                 bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    return WN_FAIL(WN_E_DEVICE, "describing a tensor to the GPU's copy engine failed (error %d)", (int)result);
-  return NULL;
-}
-
 template <int HEADS, int HALVES>
 static wn_status launch(wn_device *device, const CUtensorMap *q_map, const CUtensorMap *k_map, const wide_job *j) {
   const int32_t n_sms = wn_cuda_of(device)->n_sms;
@@ -292,14 +273,12 @@ bool wn_cuda_index_scores_wide_fits(const wn_view<wn_bf16> &q, const wn_view<wn_
 wn_status wn_cuda_index_scores_wide(wn_device *device, float *scores, int64_t pitch, const wn_view<wn_bf16> &q,
                                     const wn_view<wn_bf16> &k, const wn_view<float> &w, const int32_t *first,
                                     const int32_t *last, int32_t least, float scale) {
-  const uint32_t rows = (uint32_t)(COLUMNS / q.heads);
-  const uint64_t q_dim[3] = {(uint64_t)q.width, (uint64_t)q.heads, (uint64_t)q.n};
-  const uint64_t k_dim[3] = {(uint64_t)k.width, (uint64_t)k.n, 1};
-  const int64_t q_stride[2] = {q.head, q.row}, k_stride[2] = {k.row, 0};
-  const uint32_t q_box[3] = {HALF, (uint32_t)q.heads, rows}, k_box[3] = {HALF, KEYS, 1};
+  const int32_t rows = COLUMNS / q.heads;
+  const int64_t k_dim[2] = {k.width, k.n};
+  const uint32_t k_box[2] = {HALF, KEYS};
   CUtensorMap q_map, k_map;
-  WN_TRY(tensor_map(&q_map, q.data, q_dim, q_stride, q_box, 3));
-  WN_TRY(tensor_map(&k_map, k.data, k_dim, k_stride, k_box, 2));
+  WN_TRY(wn_cuda_view_map(&q_map, q, q.n, HALF, q.heads, rows));
+  WN_TRY(wn_cuda_tensor_map(&k_map, WN_BF16, k.data, 2, k_dim, &k.row, k_box));
   const wide_job j = {.w = w.data,
                       .w_row = w.row,
                       .first = first,

@@ -78,13 +78,6 @@ bool wn_kl_gradients_fit(const wn_kl_gradient *a);
 /* The width that the gradients' kernels pad dI to. */
 int32_t wn_kl_padded_width(int32_t width);
 
-/* A map for the copy engine of v's first n_rows rows: boxes of `columns` columns (64 bf16: in rows of 128 bytes,
- * swizzled), `heads` heads, `rows` rows; what lies past the tensor reads as 0. indexer_kl_scores_wide.cu */
-WN_MUST_USE wn_status wn_kl_map(CUtensorMap *map, const wn_view<wn_bf16> &v, int64_t n_rows, int32_t columns,
-                                int32_t heads, int32_t rows);
-WN_MUST_USE wn_status wn_kl_map(CUtensorMap *map, const wn_view<float> &v, int64_t n_rows, int32_t columns,
-                                int32_t heads, int32_t rows);
-
 /* ---- in kernels ---- */
 
 __device__ __forceinline__ bool wn_kl_sees(const wn_kl_chunk &chunk, int32_t row_tile, int32_t key) {
@@ -96,11 +89,6 @@ __device__ __forceinline__ bool wn_kl_sees(const wn_kl_chunk &chunk, int32_t row
  * only those below 3e-39, denormals, come out as less than 1. */
 __device__ __forceinline__ float wn_kl_gate(float z) {
   return __saturatef(z * 3.4e38f);
-}
-
-/* 4 bytes from global to shared memory, asynchronously; zeros unless `exists` (the address must be valid anyway) */
-__device__ __forceinline__ void wn_kl_copy_4(uint32_t shared, const void *global, bool exists) {
-  wn_cp_async_4(shared, global, exists);
 }
 
 /* Elements column .. column + 7 of a row to 16 bytes of shared memory; zeros past the width, or where the row does not

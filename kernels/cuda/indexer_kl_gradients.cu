@@ -269,7 +269,7 @@ __device__ static void load_pairs(const gradient_params &a, const pair_table *ta
   if (threadIdx.x < STREAMED) {
     const int32_t t = t0 + table->row[threadIdx.x], h = h0 + table->head[threadIdx.x];
     const bool exists = t < a.in.chunk.n_rows && h < a.in.q.heads;
-    wn_kl_copy_4(w + threadIdx.x * 4, exists ? a.in.w.data + t * a.in.w.row + h : a.in.w.data, exists);
+    wn_cp_async_4(w + threadIdx.x * 4, exists ? a.in.w.data + t * a.in.w.row + h : a.in.w.data, exists);
   }
   load_g(g, a.in.chunk.p + (int64_t)t0 * a.in.chunk.columns + key0, a.in.chunk.columns, a.group, S::block_rows,
          KEY_G_STRIDE);

@@ -10,6 +10,7 @@
 #include "kernels/cuda/ptx/tile_copy.cuh"
 #include "kernels/cuda/ptx/warpgroup.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
+#include "kernels/cuda/tensor_map.cuh"
 
 enum { TILE = 128, WIDTH = 128, SLICE = 64, STAGES = 4, GROUPS = 2, THREADS = (GROUPS + 1) * 128 };
 enum { SLICE_BYTES = TILE * SLICE * 2, TILE_BYTES = SLICE_BYTES * WIDTH / SLICE, ALIGN_BYTES = 1024 };
@@ -82,7 +83,7 @@ __device__ static void produce_weights(const wide_params &a, const task &job, co
     for (int32_t pair = lane; pair < TILE; pair += 32) {
       const int32_t t = t0 + (pair >> a.log_heads), h = pair & ((1 << a.log_heads) - 1);
       const bool exists = t < a.in.chunk.n_rows;
-      wn_kl_copy_4(to + pair * 4, exists ? a.in.w.data + t * a.in.w.row + h : a.in.w.data, exists);
+      wn_cp_async_4(to + pair * 4, exists ? a.in.w.data + t * a.in.w.row + h : a.in.w.data, exists);
     }
     wn_mbarrier_arrive_after_copies(r.full + r.stage * 8);
     advance(&r);
@@ -290,9 +291,9 @@ wn_status wn_kl_gradients_wide(wn_device *device, const wn_kl_gradient *in) {
   a.stage_bytes = TILE_BYTES + (int32_t)wn_ceil_div((a.group + 1) * TILE * 4, ALIGN_BYTES) * ALIGN_BYTES;
   const wn_kl_chunk *c = &in->chunk;
   const wn_view<float> g = {c->p, c->columns, 0, (int64_t)c->n_row_tiles * WN_KL_TILE, 1, c->columns};
-  WN_TRY(wn_kl_map(&a.pairs, in->q, c->n_rows, SLICE, in->q.heads, a.group));
-  WN_TRY(wn_kl_map(&a.keys, in->k, c->n_keys, SLICE, 1, TILE));
-  WN_TRY(wn_kl_map(&a.g, g, g.n, TILE, 1, a.group));
+  WN_TRY(wn_cuda_view_map(&a.pairs, in->q, c->n_rows, SLICE, in->q.heads, a.group));
+  WN_TRY(wn_cuda_view_map(&a.keys, in->k, c->n_keys, SLICE, 1, TILE));
+  WN_TRY(wn_cuda_view_map(&a.g, g, g.n, TILE, 1, a.group));
   WN_TRY(launch<false>(device, &a, dim3((unsigned)wn_ceil_div(c->n_rows, a.group))));
   return launch<true>(device, &a, dim3((unsigned)(c->columns / TILE), (unsigned)in->shares.n_splits));
 }

@@ -49,7 +49,7 @@ __device__ static void load_slice(const wn_kl_sum &a, const loader &l, uint32_t 
   if (last && threadIdx.x < WN_KL_TILE) {
     const bool exists = row0 + (int32_t)threadIdx.x < a.chunk.n_rows;
     const float *term = exists ? a.term + (row0 + threadIdx.x) * a.term_row + head : a.term;
-    wn_kl_copy_4(stage + 2 * TILE_BYTES + threadIdx.x * 4, term, exists);
+    wn_cp_async_4(stage + 2 * TILE_BYTES + threadIdx.x * 4, term, exists);
   }
 }
 

@@ -13,6 +13,7 @@
 #include "kernels/cuda/ptx/tile_copy.cuh"
 #include "kernels/cuda/ptx/warpgroup.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
+#include "kernels/cuda/tensor_map.cuh"
 
 enum { ROWS = 128, KEYS = 192, SLICE = 64, STAGES = 5, GROUPS = 2, THREADS = (GROUPS + 1) * 128, PAIR = 2 };
 enum { X_BYTES = ROWS * SLICE * 2, Y_BYTES = KEYS * SLICE * 2, STAGE_BYTES = X_BYTES + Y_BYTES, ALIGN_BYTES = 1024 };
@@ -165,37 +166,6 @@ __global__ static void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(THREADS, 1
   wn_cluster_sync(); /* a block's memory stays while the other may still write or arrive there */
 }
 
-template <typename T>
-static wn_status make_map(CUtensorMap *map, CUtensorMapDataType type, CUtensorMapSwizzle swizzle, const wn_view<T> &v,
-                          int64_t n_rows, int32_t columns, int32_t heads, int32_t rows) {
-  decltype(&cuTensorMapEncodeTiled) encode;
-  cudaDriverEntryPointQueryResult found;
-  WN_CUDA_TRY(
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess)
-    return WN_FAIL_HINT(WN_E_DEVICE, "install a newer driver", "the GPU's driver has no cuTensorMapEncodeTiled");
-  const cuuint64_t row = (cuuint64_t)v.row * sizeof(T); /* heads that share a row have no stride of their own */
-  const cuuint64_t dim[3] = {(cuuint64_t)v.width, v.head ? (cuuint64_t)v.heads : 1, (cuuint64_t)n_rows};
-  const cuuint64_t stride[2] = {v.head ? (cuuint64_t)v.head * sizeof(T) : row, row};
-  const cuuint32_t box[3] = {(cuuint32_t)columns, (cuuint32_t)heads, (cuuint32_t)rows}, step[3] = {1, 1, 1};
-  const CUresult result = encode(map, type, 3, v.data, dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    return WN_FAIL(WN_E_DEVICE, "no tensor map of [%lld, %d, %d], strides %lld, %lld: error %d", (long long)n_rows,
-                   v.heads, v.width, (long long)v.row, (long long)v.head, (int)result);
-  return NULL;
-}
-
-wn_status wn_kl_map(CUtensorMap *map, const wn_view<wn_bf16> &v, int64_t n_rows, int32_t columns, int32_t heads,
-                    int32_t rows) {
-  return make_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, v, n_rows, columns, heads, rows);
-}
-
-wn_status wn_kl_map(CUtensorMap *map, const wn_view<float> &v, int64_t n_rows, int32_t columns, int32_t heads,
-                    int32_t rows) {
-  return make_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, v, n_rows, columns, heads, rows);
-}
-
 template <bool TARGET> static wn_status launch(wn_device *device, const wide_params *a) {
   WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel<TARGET>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
   const dim3 grid((unsigned)wn_ceil_div(a->sum.chunk.n_row_tiles, PAIR) * PAIR,
@@ -208,7 +178,7 @@ template <bool TARGET> static wn_status launch(wn_device *device, const wide_par
 wn_status wn_kl_sum_wide(wn_device *device, const wn_kl_sum *sum, bool target) {
   wide_params a = {};
   a.sum = *sum;
-  WN_TRY(wn_kl_map(&a.x, sum->x, sum->chunk.n_rows, SLICE, 1, ROWS));
-  WN_TRY(wn_kl_map(&a.y, sum->y, sum->chunk.n_keys, SLICE, 1, KEYS / PAIR));
+  WN_TRY(wn_cuda_view_map(&a.x, sum->x, sum->chunk.n_rows, SLICE, 1, ROWS));
+  WN_TRY(wn_cuda_view_map(&a.y, sum->y, sum->chunk.n_keys, SLICE, 1, KEYS / PAIR));
   return target ? launch<true>(device, &a) : launch<false>(device, &a);
 }

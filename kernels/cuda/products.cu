@@ -22,23 +22,27 @@
 
 enum { THREADS = 256, TERMS = 3 };
 
-#define EXPECT(t, dtype, rank, d0, d1, d2) wn_cuda_expect(#t, (t), (dtype), (rank), (d0), (d1), (d2))
-
 static wn_dtype output_dtype(const wn_tensor *t) {
   return t->dtype == WN_F32 ? WN_F32 : WN_BF16;
+}
+
+/* c = a b, of matrices as they are stored. */
+static wn_product of_matrices(const wn_tensor *c, const wn_tensor *a, const wn_tensor *b) {
+  wn_product p = {};
+  p.c = c->data, p.a = a->data, p.b = b->data;
+  p.c_dtype = c->dtype;
+  p.m = c->dim[0], p.n = c->dim[1], p.k = a->dim[1];
+  p.c_stride = c->stride[0], p.a_stride = a->stride[0], p.b_stride = b->stride[0];
+  return p;
 }
 
 /* y = x w^T */
 static wn_product forward_of(const wn_tensor *y, const wn_tensor *x, const wn_tensor *w, bool accumulate) {
   const int64_t n = x->dim[0], inputs = w->dim[1], outputs = w->dim[0];
-  EXPECT(y, output_dtype(y), 2, n, outputs, 0);
-  EXPECT(x, WN_BF16, 2, n, inputs, 0);
-  EXPECT(w, WN_BF16, 2, outputs, inputs, 0);
-  wn_product p = {};
-  p.c = y->data, p.a = x->data, p.b = w->data;
-  p.c_dtype = y->dtype;
-  p.m = n, p.n = outputs, p.k = inputs;
-  p.c_stride = y->stride[0], p.a_stride = x->stride[0], p.b_stride = w->stride[0];
+  WN_CUDA_EXPECT(y, output_dtype(y), 2, n, outputs, 0);
+  WN_CUDA_EXPECT(x, WN_BF16, 2, n, inputs, 0);
+  WN_CUDA_EXPECT(w, WN_BF16, 2, outputs, inputs, 0);
+  wn_product p = of_matrices(y, x, w);
   p.transpose_b = true;
   p.accumulate = accumulate;
   return p;
@@ -47,14 +51,10 @@ static wn_product forward_of(const wn_tensor *y, const wn_tensor *x, const wn_te
 /* dx = dy w */
 static wn_product backward_input_of(const wn_tensor *dx, const wn_tensor *dy, const wn_tensor *w, bool accumulate) {
   const int64_t n = dy->dim[0], inputs = w->dim[1], outputs = w->dim[0];
-  EXPECT(dx, output_dtype(dx), 2, n, inputs, 0);
-  EXPECT(dy, WN_BF16, 2, n, outputs, 0);
-  EXPECT(w, WN_BF16, 2, outputs, inputs, 0);
-  wn_product p = {};
-  p.c = dx->data, p.a = dy->data, p.b = w->data;
-  p.c_dtype = dx->dtype;
-  p.m = n, p.n = inputs, p.k = outputs;
-  p.c_stride = dx->stride[0], p.a_stride = dy->stride[0], p.b_stride = w->stride[0];
+  WN_CUDA_EXPECT(dx, output_dtype(dx), 2, n, inputs, 0);
+  WN_CUDA_EXPECT(dy, WN_BF16, 2, n, outputs, 0);
+  WN_CUDA_EXPECT(w, WN_BF16, 2, outputs, inputs, 0);
+  wn_product p = of_matrices(dx, dy, w);
   p.accumulate = accumulate;
   return p;
 }
@@ -62,14 +62,11 @@ static wn_product backward_input_of(const wn_tensor *dx, const wn_tensor *dy, co
 /* dw += dy^T x */
 static wn_product backward_weight_of(const wn_tensor *dw, const wn_tensor *dy, const wn_tensor *x) {
   const int64_t n = dy->dim[0], inputs = x->dim[1], outputs = dy->dim[1];
-  EXPECT(dw, WN_F32, 2, outputs, inputs, 0);
-  EXPECT(dy, WN_BF16, 2, n, outputs, 0);
-  EXPECT(x, WN_BF16, 2, n, inputs, 0);
-  wn_product p = {};
-  p.c = dw->data, p.a = dy->data, p.b = x->data;
-  p.c_dtype = WN_F32;
-  p.m = outputs, p.n = inputs, p.k = n;
-  p.c_stride = dw->stride[0], p.a_stride = dy->stride[0], p.b_stride = x->stride[0];
+  WN_CUDA_EXPECT(dw, WN_F32, 2, outputs, inputs, 0);
+  WN_CUDA_EXPECT(dy, WN_BF16, 2, n, outputs, 0);
+  WN_CUDA_EXPECT(x, WN_BF16, 2, n, inputs, 0);
+  wn_product p = of_matrices(dw, dy, x);
+  p.k = n; /* over the rows */
   p.transpose_a = true;
   p.accumulate = true;
   return p;
@@ -126,7 +123,7 @@ wn_status wn_cuda_linear_backward_weight(wn_device *device, wn_tensor *dw, const
     const wn_product p = backward_weight_of(dw, dy, x);
     return wn_cuda_product(device, &p);
   }
-  EXPECT(dy, WN_F32, 2, x->dim[0], dw->dim[0], 0);
+  WN_CUDA_EXPECT(dy, WN_F32, 2, x->dim[0], dw->dim[0], 0);
   if (wn_tensor_count(dy) == 0) return NULL;
   const size_t mark = wn_arena_mark(device->scratch);
   wn_tensor terms[TERMS];
@@ -145,9 +142,9 @@ wn_status wn_cuda_per_head_linear(wn_device *device, wn_tensor *y, const wn_tens
                                   const wn_per_head_params *params) {
   const int64_t n = x->dim[0], heads = w->dim[0], rows = w->dim[1], cols = w->dim[2];
   const int64_t inputs = params->transpose ? cols : rows, outputs = params->transpose ? rows : cols;
-  EXPECT(y, output_dtype(y), 3, n, heads, outputs);
-  EXPECT(x, WN_BF16, 3, n, heads, inputs);
-  EXPECT(w, WN_BF16, 3, heads, rows, cols);
+  WN_CUDA_EXPECT(y, output_dtype(y), 3, n, heads, outputs);
+  WN_CUDA_EXPECT(x, WN_BF16, 3, n, heads, inputs);
+  WN_CUDA_EXPECT(w, WN_BF16, 3, heads, rows, cols);
   if (heads == 0) return NULL;
   wn_product p = {};
   p.c = y->data, p.a = x->data, p.b = w->data;
@@ -163,9 +160,9 @@ wn_status wn_cuda_per_head_linear(wn_device *device, wn_tensor *y, const wn_tens
 wn_status wn_cuda_per_head_linear_backward_weight(wn_device *device, wn_tensor *dw, const wn_tensor *a,
                                                   const wn_tensor *b) {
   const int64_t n = a->dim[0], heads = a->dim[1], rows = a->dim[2], cols = b->dim[2];
-  EXPECT(dw, WN_F32, 3, heads, rows, cols);
-  EXPECT(a, WN_BF16, 3, n, heads, rows);
-  EXPECT(b, WN_BF16, 3, n, heads, cols);
+  WN_CUDA_EXPECT(dw, WN_F32, 3, heads, rows, cols);
+  WN_CUDA_EXPECT(a, WN_BF16, 3, n, heads, rows);
+  WN_CUDA_EXPECT(b, WN_BF16, 3, n, heads, cols);
   if (heads == 0) return NULL;
   wn_product p = {};
   p.c = dw->data, p.a = a->data, p.b = b->data;

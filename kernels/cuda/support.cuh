@@ -66,6 +66,11 @@ static inline int64_t wn_ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+/* Asserts dtype, rank, dimensions (d2 is ignored at rank 2, d1 and d2 at rank 1) and a dense last dimension. */
+extern "C" void wn_cuda_expect(const char *name, const wn_tensor *t, wn_dtype dtype, int32_t rank, int64_t d0,
+                               int64_t d1, int64_t d2);
+#define WN_CUDA_EXPECT(t, dtype, rank, d0, d1, d2) wn_cuda_expect(#t, (t), (dtype), (rank), (d0), (d1), (d2))
+
 /* A tensor as kernels take it: [n, heads, width] with free strides and a dense last dimension. Tensors of rank 2 have
  * one head, of rank 1 one head of width 1 (element i is data[i * row]). T is the element type, asserted against the
  * tensor's dtype. */
