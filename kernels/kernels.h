@@ -298,8 +298,9 @@ struct wn_ops {
    * weight itself). */
   wn_status (*adamw)(wn_device *, wn_tensor *master, wn_tensor *m, wn_tensor *v, wn_tensor *weight,
                      const wn_tensor *grad, const wn_adamw_params *);
-  /* host results; sum of squares in double, in fixed chunks; count of non-finite elements */
-  wn_status (*sum_squares)(wn_device *, double *sum, int64_t *non_finite, const wn_tensor *x);
+  /* Of each of n tensors x[i]: sum[i] = the sum of squares in double, in fixed chunks; non_finite[i] = the number of
+   * elements that are not finite, which are left out of the sum. Host results: waits for the device, once. */
+  wn_status (*sum_squares)(wn_device *, double *sum, int64_t *non_finite, const wn_tensor *x, int32_t n);
 };
 
 #endif

@@ -77,7 +77,7 @@ static double piece_squares(const wn_real *x, int64_t n, int64_t *non_finite) {
   return sum;
 }
 
-wn_status WN_CPU(sum_squares)(wn_device *device, double *sum, int64_t *non_finite, const wn_tensor *x) {
+static wn_status tensor_squares(wn_device *device, double *sum, int64_t *non_finite, const wn_tensor *x) {
   WN_EXPECT(x, WN_REAL_DTYPE, x->rank, x->dim[0], x->dim[1], x->dim[2], x->dim[3]);
   wn_cpu_pieces pieces = wn_cpu_pieces_of(x);
   size_t mark = wn_arena_mark(device->scratch);
@@ -98,5 +98,10 @@ wn_status WN_CPU(sum_squares)(wn_device *device, double *sum, int64_t *non_finit
     *non_finite += bad[i];
   }
   wn_arena_release(device->scratch, mark);
+  return NULL;
+}
+
+wn_status WN_CPU(sum_squares)(wn_device *device, double *sum, int64_t *non_finite, const wn_tensor *x, int32_t n) {
+  for (int32_t i = 0; i < n; i++) WN_TRY(tensor_squares(device, &sum[i], &non_finite[i], &x[i]));
   return NULL;
 }

@@ -184,33 +184,44 @@ __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) *total = mine;
 }
 
-wn_status wn_cuda_sum_squares(wn_device *device, double *sum, int64_t *non_finite, const wn_tensor *x) {
+/* *total, on the device, from x; parts [MOST_CHUNKS] is working memory. */
+static wn_status ask_squares(wn_device *device, squares_part *total, squares_part *parts, const wn_tensor *x) {
   const int64_t count = wn_tensor_count(x);
   const bool dense = wn_tensor_dense(x);
   wn_tensor whole = dense ? wn_tensor_view(*x, 1, count, 0, 0, 0) : *x;
   const wn_view<float> v = wn_view_of<float>(&whole);
-  *sum = 0;
-  *non_finite = 0;
-  if (count == 0) return NULL;
   int64_t chunk = wn_ceil_div(wn_ceil_div(count, MOST_CHUNKS), THREADS * FOUR) * THREADS * FOUR;
   if (chunk < LEAST_CHUNK) chunk = LEAST_CHUNK;
   const int64_t chunks = wn_ceil_div(count, chunk);
-  size_t mark = wn_arena_mark(device->scratch);
-  void *memory;
-  WN_TRY(wn_cuda_scratch(device, &memory, "sums of squares", (chunks + 1) * (int64_t)sizeof(squares_part)));
-  squares_part *total = (squares_part *)memory, answer;
   cudaStream_t stream = wn_cuda_stream(device);
-  if (dense && (uintptr_t)v.data % 16 == 0)
-    squares_kernel<FOUR><<<(unsigned)chunks, THREADS, 0, stream>>>(total + 1, v, count, chunk);
-  else
-    squares_kernel<1><<<(unsigned)chunks, THREADS, 0, stream>>>(total + 1, v, count, chunk);
+  if (chunks > 0) {
+    if (dense && (uintptr_t)v.data % 16 == 0)
+      squares_kernel<FOUR><<<(unsigned)chunks, THREADS, 0, stream>>>(parts, v, count, chunk);
+    else
+      squares_kernel<1><<<(unsigned)chunks, THREADS, 0, stream>>>(parts, v, count, chunk);
+    WN_CUDA_LAUNCHED("sum of squares");
+  }
+  squares_total_kernel<<<1, THREADS, 0, stream>>>(total, parts, (int32_t)chunks);
   WN_CUDA_LAUNCHED("sum of squares");
-  squares_total_kernel<<<1, THREADS, 0, stream>>>(total, total + 1, (int32_t)chunks);
-  WN_CUDA_LAUNCHED("sum of squares");
-  wn_tensor bytes = wn_tensor_of(total, WN_U8, 1, (int64_t)sizeof answer, 0, 0, 0);
-  WN_TRY(wn_cuda_download(device, &answer, &bytes));
-  *sum = answer.sum;
-  *non_finite = answer.non_finite;
+  return NULL;
+}
+
+wn_status wn_cuda_sum_squares(wn_device *device, double *sum, int64_t *non_finite, const wn_tensor *x, int32_t n) {
+  const size_t mark = wn_arena_mark(device->scratch), host_mark = wn_arena_mark(device->host);
+  const size_t bytes = (size_t)n * sizeof(squares_part);
+  void *memory, *copy;
+  if (n == 0) return NULL;
+  WN_TRY(wn_cuda_scratch(device, &memory, "sums of squares", (n + MOST_CHUNKS) * (int64_t)sizeof(squares_part)));
+  WN_TRY(wn_arena_alloc(device->host, &copy, "sums of squares", bytes));
+  squares_part *total = (squares_part *)memory, *answer = (squares_part *)copy;
+  for (int32_t i = 0; i < n; i++) WN_TRY(ask_squares(device, &total[i], total + n, &x[i]));
+  wn_tensor all = wn_tensor_of(total, WN_U8, 1, (int64_t)bytes, 0, 0, 0);
+  WN_TRY(wn_cuda_download(device, answer, &all));
+  for (int32_t i = 0; i < n; i++) {
+    sum[i] = answer[i].sum;
+    non_finite[i] = answer[i].non_finite;
+  }
+  wn_arena_release(device->host, host_mark);
   wn_arena_release(device->scratch, mark);
   return NULL;
 }

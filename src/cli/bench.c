@@ -173,7 +173,7 @@ wn_status wn_bench_not_finite(wn_bench *b, int64_t *count, const wn_tensor *t) {
     double sum;
     wn_tensor part = wn_tensor_slice(whole, 0, from, n), to = wn_tensor_slice(wide, 0, 0, n);
     WN_TRY(b->ops->cast(b->device, &to, &part));
-    WN_TRY(b->ops->sum_squares(b->device, &sum, &bad, &to));
+    WN_TRY(b->ops->sum_squares(b->device, &sum, &bad, &to, 1));
     *count += bad;
   }
   wn_arena_release(b->device->scratch, mark);

@@ -571,7 +571,7 @@ static wn_status sum_squares_make(wn_bench *b) {
 static wn_status sum_squares_run(wn_bench *b) {
   double sum;
   int64_t bad;
-  return b->ops->sum_squares(b->device, &sum, &bad, &b->in[0]);
+  return b->ops->sum_squares(b->device, &sum, &bad, &b->in[0], 1);
 }
 
 const wn_bench_case wn_bench_dense[] = {

@@ -143,7 +143,7 @@ static wn_status check(layer_bench *l) {
     double sum;
     int64_t bad;
     if (!g->data) continue;
-    WN_TRY(b->ops->sum_squares(b->device, &sum, &bad, g));
+    WN_TRY(b->ops->sum_squares(b->device, &sum, &bad, g, 1));
     /* an expert that no token came to has no gradient */
     if (bad || (sum == 0 && table->params[i].expert < 0))
       return WN_FAIL(WN_E_CHECK, "the gradient of %s %s", table->params[i].hf_name,

@@ -5,19 +5,36 @@
 #include "kernels/kernels.h"
 #include "model/params.h"
 
+/* Over the gradients of all pieces at once, so that the host waits once; the sums are added in the pieces' order. */
+static wn_status sum_pieces(wn_device *device, wn_store *store, double squares[2], int64_t *non_finite) {
+  size_t mark = wn_arena_mark(device->host), pieces = (size_t)wn_store_pieces(store);
+  void *memory[3];
+  int32_t n = 0;
+  WN_TRY(wn_arena_alloc(device->host, &memory[0], "gradient norms", pieces * sizeof(wn_tensor)));
+  WN_TRY(wn_arena_alloc(device->host, &memory[1], "gradient norms", pieces * sizeof(double)));
+  WN_TRY(wn_arena_alloc(device->host, &memory[2], "gradient norms", pieces * sizeof(int64_t)));
+  wn_tensor *grad = memory[0];
+  double *sum = memory[1];
+  int64_t *bad = memory[2];
+  for (int32_t i = 0; i < wn_store_pieces(store); i++)
+    if (wn_kind_trains(wn_store_piece(store, i)->kind)) grad[n++] = wn_store_piece(store, i)->grad;
+  WN_TRY(device->ops->sum_squares(device, sum, bad, grad, n));
+  n = 0;
+  for (int32_t i = 0; i < wn_store_pieces(store); i++) {
+    const wn_piece *piece = wn_store_piece(store, i);
+    if (!wn_kind_trains(piece->kind)) continue;
+    squares[piece->kind == WN_INDEXER] += sum[n];
+    *non_finite += bad[n++];
+  }
+  wn_arena_release(device->host, mark);
+  return NULL;
+}
+
 wn_status wn_optimizer_norms(wn_gradient_norms *out, wn_device *device, wn_world *world, wn_store *store,
                              double base_divisor, double indexer_divisor) {
   double squares[2] = {0, 0};
   int64_t non_finite = 0;
-  for (int32_t i = 0; i < wn_store_pieces(store); i++) {
-    const wn_piece *piece = wn_store_piece(store, i);
-    if (!wn_kind_trains(piece->kind)) continue;
-    double sum;
-    int64_t bad;
-    WN_TRY(device->ops->sum_squares(device, &sum, &bad, &piece->grad));
-    squares[piece->kind == WN_INDEXER] += sum;
-    non_finite += bad;
-  }
+  WN_TRY(sum_pieces(device, store, squares, &non_finite));
   wn_group *all = wn_world_all(world);
   WN_TRY(wn_group_sum_f64(all, squares, 2));
   WN_TRY(wn_group_sum_i64(all, &non_finite, 1));
@@ -78,21 +95,24 @@ wn_status wn_optimizer_zero_grads(wn_device *device, wn_store *store) {
   return NULL;
 }
 
-/* Up for an expert below the mean load, down for one above it. */
+/* Up for an expert below the mean load, down for one above it. Nothing is read back: the host sends the steps. */
 static wn_status move_biases(wn_device *device, wn_piece *piece, const wn_segment *at, double speed,
                              const int64_t *load, int32_t n_experts, int64_t total) {
-  size_t mark = wn_arena_mark(device->host);
-  wn_tensor on_device = wn_tensor_slice(piece->master, 0, at->offset, at->count), host;
-  WN_ASSERT(piece->master.dtype == WN_F32, "router bias master is %s", wn_dtype_name(piece->master.dtype));
-  WN_TRY(wn_tensor_alloc(&host, device->host, "router biases", WN_F32, 1, at->count, 0, 0, 0));
-  float *bias = host.data;
-  WN_TRY(device->ops->download(device, bias, &on_device));
+  size_t mark = wn_arena_mark(device->scratch), host_mark = wn_arena_mark(device->host);
+  wn_tensor bias = wn_tensor_slice(piece->master, 0, at->offset, at->count), steps, host;
+  WN_ASSERT(bias.dtype == WN_F32, "router bias master is %s", wn_dtype_name(bias.dtype));
+  WN_TRY(wn_tensor_alloc(&steps, device->scratch, "router bias steps", WN_F32, 2, 1, at->count, 0, 0));
+  WN_TRY(wn_tensor_alloc(&host, device->host, "router bias steps", WN_F32, 2, 1, at->count, 0, 0));
+  float *step = host.data;
   for (int64_t j = 0; j < at->count; j++) {
     int64_t scaled = load[at->first + j] * n_experts;
-    if (scaled != total) bias[j] += (float)(scaled > total ? -speed : speed);
+    step[j] = scaled == total ? 0 : (float)(scaled > total ? -speed : speed);
   }
-  WN_TRY(device->ops->upload(device, &on_device, bias));
-  wn_arena_release(device->host, mark);
+  WN_TRY(device->ops->upload(device, &steps, step));
+  bias = wn_tensor_view(bias, 2, 1, at->count, 0, 0);
+  WN_TRY(device->ops->add(device, &bias, &bias, &steps));
+  wn_arena_release(device->host, host_mark);
+  wn_arena_release(device->scratch, mark);
   return NULL;
 }
 

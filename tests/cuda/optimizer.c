@@ -120,13 +120,13 @@ static void adamw_repeats(void **state) {
 static void check_squares(twin_bench *b, const twin *x, const char *what) {
   double cpu, cuda, again;
   int64_t bad_cpu, bad_cuda;
-  OK(b->cpu->ops->sum_squares(b->cpu, &cpu, &bad_cpu, &x->cpu));
-  OK(b->cuda->ops->sum_squares(b->cuda, &cuda, &bad_cuda, &x->cuda));
+  OK(b->cpu->ops->sum_squares(b->cpu, &cpu, &bad_cpu, &x->cpu, 1));
+  OK(b->cuda->ops->sum_squares(b->cuda, &cuda, &bad_cuda, &x->cuda, 1));
   print_message("  %-40s %.17g, CPU %.17g\n", what, cuda, cpu);
   assert_true(fabs(cuda - cpu) <= 1e-12 * cpu);
   assert_int_equal(bad_cuda, bad_cpu);
   for (int i = 0; i < TWIN_REPEATS; i++) {
-    OK(b->cuda->ops->sum_squares(b->cuda, &again, &bad_cuda, &x->cuda));
+    OK(b->cuda->ops->sum_squares(b->cuda, &again, &bad_cuda, &x->cuda, 1));
     assert_memory_equal(&again, &cuda, sizeof again);
   }
 }
@@ -161,9 +161,26 @@ static void sum_squares_of_what_is_not_finite(void **state) {
   twin_set(b, &x, values);
   double sum;
   int64_t bad;
-  OK(b->cuda->ops->sum_squares(b->cuda, &sum, &bad, &x.cuda));
+  OK(b->cuda->ops->sum_squares(b->cuda, &sum, &bad, &x.cuda, 1));
   assert_int_equal(bad, 4);
   check_squares(b, &x, "with four that are not finite");
+  twin_end(b);
+}
+
+/* Several at once, each as alone. */
+static void sum_squares_of_several(void **state) {
+  twin_bench *b = twin_begin(state);
+  twin x = twin_random(b, WN_WGRAD, 1, 3, 0, 1, 100003, 0, 0), y = twin_random(b, WN_WGRAD, 2, 3, 5, 2, 301, 67, 0),
+       nothing = twin_tensor(b, WN_WGRAD, 1, 0, 0, 0);
+  const wn_tensor several[] = {x.cuda, nothing.cuda, y.cuda};
+  double alone, sums[3] = {7, 7, 7};
+  int64_t bad_alone, bad[3] = {7, 7, 7};
+  OK(b->cuda->ops->sum_squares(b->cuda, sums, bad, several, 3));
+  for (int i = 0; i < 3; i++) {
+    OK(b->cuda->ops->sum_squares(b->cuda, &alone, &bad_alone, &several[i], 1));
+    assert_true(sums[i] == alone && bad[i] == bad_alone);
+  }
+  assert_true(sums[0] > 0 && sums[1] == 0 && sums[2] > 0);
   twin_end(b);
 }
 
@@ -172,7 +189,7 @@ static void sum_squares_of_nothing(void **state) {
   twin x = twin_tensor(b, WN_WGRAD, 1, 0, 0, 0);
   double sum = 7;
   int64_t bad = 7;
-  OK(b->cuda->ops->sum_squares(b->cuda, &sum, &bad, &x.cuda));
+  OK(b->cuda->ops->sum_squares(b->cuda, &sum, &bad, &x.cuda, 1));
   assert_true(sum == 0 && bad == 0);
   twin_end(b);
 }
@@ -186,6 +203,7 @@ int main(void) {
       cmocka_unit_test(sum_squares_agrees),
       cmocka_unit_test(sum_squares_of_what_is_not_finite),
       cmocka_unit_test(sum_squares_of_nothing),
+      cmocka_unit_test(sum_squares_of_several),
   };
   return cmocka_run_group_tests(tests, twin_setup, twin_teardown);
 }

@@ -69,7 +69,7 @@ typedef struct squares {
 
 static void run_squares(wn_device *d, void *context) {
   squares *c = context;
-  OK(d->ops->sum_squares(d, &c->sum[c->calls++], &c->bad, &c->x));
+  OK(d->ops->sum_squares(d, &c->sum[c->calls++], &c->bad, &c->x, 1));
 }
 
 static void test_sum_squares(void **state) {
@@ -88,18 +88,28 @@ static void test_sum_squares(void **state) {
     expected -= wn_test_get(&c.x, at[i]) * wn_test_get(&c.x, at[i]);
     wn_test_set(&c.x, at[i], values[i]);
   }
-  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &c.x));
+  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &c.x, 1));
   assert_int_equal(c.bad, 3);
   assert_true(fabs(c.sum[0] - expected) <= 1e-12 * expected);
   /* squares beyond FP32's range */
   float large[2] = {3e38f, -3e38f};
   wn_tensor t = wn_tensor_of(large, WN_F32, 1, 2, 0, 0, 0);
-  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &t));
+  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &t, 1));
   assert_int_equal(c.bad, 0);
   assert_true(fabs(c.sum[0] - 1.8e77) < 1e71);
   wn_tensor nothing = wn_tensor_of(large, WN_F32, 1, 0, 0, 0, 0);
-  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &nothing));
+  OK(d->ops->sum_squares(d, &c.sum[0], &c.bad, &nothing, 1));
   assert_true(c.sum[0] == 0 && c.bad == 0);
+  /* several at once, each as alone */
+  wn_tensor several[3] = {c.x, nothing, t};
+  double alone, sums[3];
+  int64_t bad[3];
+  OK(d->ops->sum_squares(d, sums, bad, several, 3));
+  for (int i = 0; i < 3; i++) {
+    OK(d->ops->sum_squares(d, &alone, &c.bad, &several[i], 1));
+    assert_true(sums[i] == alone && bad[i] == c.bad);
+  }
+  assert_int_equal(bad[0], 3);
 }
 
 static int set_up(void **state) {
