@@ -17,8 +17,12 @@ static wn_status open_gpu(wn_device **out, int32_t threads, wn_world *world) {
   return wn_cuda_create(out, (wn_cuda_settings){.ordinal = place, .threads = threads ? threads : omp_get_num_procs()});
 }
 
+bool wn_chooses_gpu(wn_job_device choice) {
+  return choice == WN_JOB_CUDA || (choice == WN_JOB_AUTO && wn_cuda_count(NULL) > 0);
+}
+
 static wn_status open_local(wn_device **out, wn_job_device choice, int32_t threads, wn_world *world, wn_log *log) {
-  if (choice == WN_JOB_CUDA || (choice == WN_JOB_AUTO && wn_cuda_count(NULL) > 0)) {
+  if (wn_chooses_gpu(choice)) {
     WN_TRY(open_gpu(out, threads, world));
     wn_info(log, "device: %s", wn_cuda_name(*out));
     return NULL;

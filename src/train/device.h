@@ -7,6 +7,8 @@
 #include "config/job.h"
 #include "dist/world.h"
 
+/* What `choice` comes to on this machine. */
+bool wn_chooses_gpu(wn_job_device choice);
 /* auto: a GPU where this process sees one and the build has CUDA, else the CPU. With several processes on a host each
  * takes the GPU of its place there. Collective: the ranks agree on a failure, and on the kind of device. */
 WN_MUST_USE wn_status wn_open_device(wn_device **out, wn_job_device choice, int32_t threads, wn_world *world,

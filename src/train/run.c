@@ -7,7 +7,6 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-#include "kernels/cuda/cuda.h"
 #include "train/checkpoint_dirs.h"
 #include "train/device.h"
 
@@ -295,7 +294,7 @@ wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_
   bool indexer_trained;
   wn_param_table table = {0};
   int64_t elements[WN_N_KINDS] = {0}, bytes[WN_N_KINDS] = {0}, total = 0, ranks = wn_world_size(world);
-  bool gpu = job->device == WN_JOB_CUDA || (job->device == WN_JOB_AUTO && wn_cuda_count(NULL) > 0);
+  bool gpu = wn_chooses_gpu(job->device);
   WN_TRY(check_world(job, world));
   WN_TRY(resolve_model(&config, &recipe, job));
   if (job->init[0]) WN_TRY(check_stage(&recipe, job, &indexer_trained));
