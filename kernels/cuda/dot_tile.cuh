@@ -108,4 +108,14 @@ __device__ __forceinline__ void wn_dot_tile(float acc[2][8][4], uint32_t shared,
   }
 }
 
+/* Which products a thread's acc holds: those of row i of 4 and column e of 16, counted from `first`. */
+__device__ __forceinline__ int32_t wn_dot_own_row(int32_t first, int i) {
+  return first + (int32_t)(threadIdx.x / 32 % 4) * 32 + i * 8 + (int32_t)(threadIdx.x % 32) / 4;
+}
+__device__ __forceinline__ int32_t wn_dot_own_column(int32_t first, int e) {
+  return first + (int32_t)(threadIdx.x / 128) * 64 + e / 2 * 8 + (int32_t)(threadIdx.x % 4) * 2 + e % 2;
+}
+/* Its place in acc. */
+#define WN_DOT_OWN(acc, i, e) ((acc)[(i) / 2][(e) / 2][(i) % 2 * 2 + (e) % 2])
+
 #endif

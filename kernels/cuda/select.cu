@@ -47,15 +47,6 @@ __device__ static void keys_of_tile(const best_job &j, int32_t row0, int32_t *lo
   *high = highest;
 }
 
-/* The four rows of a thread's accumulators: row 16 (i / 2) + 8 (i % 2) + lane / 4 of the warp's 32. */
-__device__ __forceinline__ int32_t own_row(int32_t row0, int i) {
-  return row0 + (int32_t)(threadIdx.x / 32 % 4) * 32 + i * 8 + (int32_t)(threadIdx.x % 32) / 4;
-}
-/* Its first column of tile c. */
-__device__ __forceinline__ int32_t own_column(int32_t column0, int c) {
-  return column0 + (int32_t)(threadIdx.x / 128) * 64 + c * 8 + (int32_t)(threadIdx.x % 4) * 2;
-}
-
 typedef struct row_range {
   int32_t first, last;
 } row_range;
@@ -80,7 +71,7 @@ __device__ __forceinline__ void add_tile(float *top, float *sum, const float acc
   float x[16], most = *top;
 #pragma unroll
   for (int e = 0; e < 16; e++) {
-    const int32_t key = own_column(key0, e / 2) + e % 2;
+    const int32_t key = wn_dot_own_column(key0, e);
     x[e] = key >= r.first && key <= r.last ? acc[e / 2][low * 2 + e % 2] * scale : -INFINITY;
     most = fmaxf(most, x[e]);
   }
@@ -106,7 +97,7 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 1) log_sum_kernel(best_
   float top[4], sum[4], acc[2][8][4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    range[i] = range_of(j, own_row(row0, i));
+    range[i] = range_of(j, wn_dot_own_row(row0, i));
     top[i] = -INFINITY;
     sum[i] = 0;
   }
@@ -127,15 +118,15 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 1) log_sum_kernel(best_
 #pragma unroll
   for (int i = 0; i < 4; i++)
     if (threadIdx.x >= 128 && writer) {
-      tops[own_row(0, i)] = top[i];
-      sums[own_row(0, i)] = sum[i];
+      tops[wn_dot_own_row(0, i)] = top[i];
+      sums[wn_dot_own_row(0, i)] = sum[i];
     }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (threadIdx.x < 128 && writer && own_row(row0, i) < j.n_rows) {
-      merge_sums(top + i, sum + i, tops[own_row(0, i)], sums[own_row(0, i)]);
-      j.lse[(int64_t)head * j.n_rows + own_row(row0, i)] = top[i] + log2f(sum[i]);
+    if (threadIdx.x < 128 && writer && wn_dot_own_row(row0, i) < j.n_rows) {
+      merge_sums(top + i, sum + i, tops[wn_dot_own_row(0, i)], sums[wn_dot_own_row(0, i)]);
+      j.lse[(int64_t)head * j.n_rows + wn_dot_own_row(row0, i)] = top[i] + log2f(sum[i]);
     }
 }
 
@@ -154,23 +145,21 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 1) mean_heads_kernel(be
     k.data += j.k_head;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int32_t row = own_row(row0, i);
+      const int32_t row = wn_dot_own_row(row0, i);
       const float lse = row < j.n_rows ? __ldg(j.lse + (int64_t)head * j.n_rows + row) : 0.0f;
 #pragma unroll
-      for (int e = 0; e < 16; e++)
-        p[i / 2][e / 2][i % 2 * 2 + e % 2] += wn_exp2(acc[i / 2][e / 2][i % 2 * 2 + e % 2] * j.scale - lse);
+      for (int e = 0; e < 16; e++) WN_DOT_OWN(p, i, e) += wn_exp2(WN_DOT_OWN(acc, i, e) * j.scale - lse);
     }
   }
   const float share = 1.0f / (float)j.n_heads;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int32_t row = own_row(row0, i);
+    const int32_t row = wn_dot_own_row(row0, i);
     const row_range range = range_of(j, row);
 #pragma unroll
     for (int e = 0; e < 16; e++) {
-      const int32_t key = own_column(key0, e / 2) + e % 2;
-      if (key >= range.first && key <= range.last)
-        j.p[row * j.pitch + key] = p[i / 2][e / 2][i % 2 * 2 + e % 2] * share;
+      const int32_t key = wn_dot_own_column(key0, e);
+      if (key >= range.first && key <= range.last) j.p[row * j.pitch + key] = WN_DOT_OWN(p, i, e) * share;
     }
   }
 }

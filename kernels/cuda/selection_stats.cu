@@ -133,15 +133,6 @@ __device__ static key_range range_of_tile(const dense_job &j, int32_t row0) {
   return key_range{low, high};
 }
 
-/* Of a thread's accumulators, row i of 4 and column e of 16, and which one it is (wn_dot_tile's layout). */
-__device__ __forceinline__ int32_t own_row(int i) {
-  return (int32_t)(threadIdx.x / 32 % 4) * 32 + i * 8 + (int32_t)(threadIdx.x % 32) / 4;
-}
-__device__ __forceinline__ int32_t own_column(int e) {
-  return (int32_t)(threadIdx.x / 128) * 64 + e / 2 * 8 + (int32_t)(threadIdx.x % 4) * 2 + e % 2;
-}
-#define OWN(acc, i, e) ((acc)[(i) / 2][(e) / 2][(i) % 2 * 2 + (e) % 2])
-
 __device__ __forceinline__ float2 merged(float2 a, float2 b) {
   const float top = fmaxf(a.x, b.x), at = top == -INFINITY ? 0.0f : top;
   return make_float2(top, a.y * wn_exp2(a.x - at) + b.y * wn_exp2(b.x - at));
@@ -166,18 +157,19 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 2) log_sum_kernel(dense
     wn_dot_tile(acc, wn_shared_address(memory), q, row0, k, key0);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const key_range seen = range_of(j, row0 + own_row(i));
+      const key_range seen = range_of(j, row0 + wn_dot_own_row(0, i));
       float top = sum[i].x, all = 0;
 #pragma unroll
       for (int e = 0; e < 16; e++) {
-        const int32_t key = key0 + own_column(e);
+        const int32_t key = key0 + wn_dot_own_column(0, e);
         /* no other piece's keys either */
-        OWN(acc, i, e) = key >= seen.first && key <= min(seen.last, tile.last) ? OWN(acc, i, e) * j.scale : -INFINITY;
-        top = fmaxf(top, OWN(acc, i, e));
+        WN_DOT_OWN(acc, i, e) =
+            key >= seen.first && key <= min(seen.last, tile.last) ? WN_DOT_OWN(acc, i, e) * j.scale : -INFINITY;
+        top = fmaxf(top, WN_DOT_OWN(acc, i, e));
       }
       const float at = top == -INFINITY ? 0.0f : top;
 #pragma unroll
-      for (int e = 0; e < 16; e++) all += wn_exp2(OWN(acc, i, e) - at);
+      for (int e = 0; e < 16; e++) all += wn_exp2(WN_DOT_OWN(acc, i, e) - at);
       sum[i] = make_float2(top, sum[i].y * wn_exp2(sum[i].x - at) + all);
     }
   }
@@ -190,13 +182,13 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 2) log_sum_kernel(dense
   const bool writer = threadIdx.x % 4 == 0;
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (threadIdx.x >= 128 && writer) halves[own_row(i)] = sum[i];
+    if (threadIdx.x >= 128 && writer) halves[wn_dot_own_row(0, i)] = sum[i];
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (threadIdx.x < 128 && writer && row0 + own_row(i) < j.n_rows)
-      j.part[((int64_t)blockIdx.z * j.n_heads + head) * j.n_rows + row0 + own_row(i)] =
-          merged(sum[i], halves[own_row(i)]);
+    if (threadIdx.x < 128 && writer && row0 + wn_dot_own_row(0, i) < j.n_rows)
+      j.part[((int64_t)blockIdx.z * j.n_heads + head) * j.n_rows + row0 + wn_dot_own_row(0, i)] =
+          merged(sum[i], halves[wn_dot_own_row(0, i)]);
 }
 
 __global__ static void merge_kernel(dense_job j) {
@@ -221,20 +213,21 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 1) mean_heads_kernel(de
     k.data += j.k_head;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int32_t row = row0 + own_row(i);
+      const int32_t row = row0 + wn_dot_own_row(0, i);
       const float lse = row < j.n_rows ? __ldg(j.lse + (int64_t)head * j.n_rows + row) : 0.0f;
 #pragma unroll
-      for (int e = 0; e < 16; e++) OWN(p, i, e) += wn_exp2(OWN(acc, i, e) * j.scale - lse);
+      for (int e = 0; e < 16; e++) WN_DOT_OWN(p, i, e) += wn_exp2(WN_DOT_OWN(acc, i, e) * j.scale - lse);
     }
   }
   const float share = 1.0f / (float)j.n_heads;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const key_range seen = range_of(j, row0 + own_row(i));
+    const key_range seen = range_of(j, row0 + wn_dot_own_row(0, i));
 #pragma unroll
     for (int e = 0; e < 16; e++) {
-      const int32_t key = key0 + own_column(e);
-      if (key >= seen.first && key <= seen.last) j.p[(row0 + own_row(i)) * j.pitch + key] = OWN(p, i, e) * share;
+      const int32_t key = key0 + wn_dot_own_column(0, e);
+      if (key >= seen.first && key <= seen.last)
+        j.p[(row0 + wn_dot_own_row(0, i)) * j.pitch + key] = WN_DOT_OWN(p, i, e) * share;
     }
   }
 }
