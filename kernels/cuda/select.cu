@@ -9,6 +9,7 @@
 #include "base/rng.h"
 #include "kernels/cuda/dot_tile.cuh"
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/topk.cuh"
 
 enum { SINK_KEYS = 4, SEGMENT_WORDS = 1 << 14 };
@@ -58,13 +59,6 @@ __device__ __forceinline__ row_range range_of(const best_job &j, int32_t row) {
   return r;
 }
 
-/* Sums 2^(x - top) with a top that moves: (top, sum) of both. */
-__device__ __forceinline__ void merge_sums(float *top, float *sum, float other_top, float other_sum) {
-  const float most = fmaxf(*top, other_top), at = most == -INFINITY ? 0.0f : most;
-  *sum = *sum * wn_exp2(*top - at) + other_sum * wn_exp2(other_top - at);
-  *top = most;
-}
-
 /* One row's share of a tile: logits that it does not see become -inf. */
 __device__ __forceinline__ void add_tile(float *top, float *sum, const float acc[8][4], int low, row_range r,
                                          int32_t key0, float scale) {
@@ -111,7 +105,7 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 1) log_sum_kernel(best_
 #pragma unroll
     for (int lanes = 1; lanes < 4; lanes *= 2) {
       const float other_top = __shfl_xor_sync(~0u, top[i], lanes), other_sum = __shfl_xor_sync(~0u, sum[i], lanes);
-      merge_sums(top + i, sum + i, other_top, other_sum);
+      wn_merge_sums(top + i, sum + i, other_top, other_sum);
     }
   }
   const bool writer = threadIdx.x % 4 == 0;
@@ -125,7 +119,7 @@ __global__ static void __launch_bounds__(WN_DOT_THREADS, 1) log_sum_kernel(best_
 #pragma unroll
   for (int i = 0; i < 4; i++)
     if (threadIdx.x < 128 && writer && wn_dot_own_row(row0, i) < j.n_rows) {
-      merge_sums(top + i, sum + i, tops[wn_dot_own_row(0, i)], sums[wn_dot_own_row(0, i)]);
+      wn_merge_sums(top + i, sum + i, tops[wn_dot_own_row(0, i)], sums[wn_dot_own_row(0, i)]);
       j.lse[(int64_t)head * j.n_rows + wn_dot_own_row(row0, i)] = top[i] + log2f(sum[i]);
     }
 }

@@ -20,6 +20,7 @@
 #include "kernels/cuda/gemm.cuh"
 #include "kernels/cuda/index_score.cuh"
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/topk.cuh"
 
 enum { WARP = 32, THREADS = 512, CHUNK_ROWS = 256, PIECE_KEYS = 8192, SINK_KEYS = 4, LOCAL_TOKENS = 128 };
@@ -134,8 +135,8 @@ __device__ static key_range range_of_tile(const dense_job &j, int32_t row0) {
 }
 
 __device__ __forceinline__ float2 merged(float2 a, float2 b) {
-  const float top = fmaxf(a.x, b.x), at = top == -INFINITY ? 0.0f : top;
-  return make_float2(top, a.y * wn_exp2(a.x - at) + b.y * wn_exp2(b.x - at));
+  wn_merge_sums(&a.x, &a.y, b.x, b.y);
+  return a;
 }
 
 /* Block (rows, head, piece of the keys). */
