@@ -8,6 +8,7 @@
 #include "kernels/cuda/dot_tile.cuh"
 #include "kernels/cuda/index_score.cuh"
 #include "kernels/cuda/index_score_wide.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 typedef struct score_job {
   wn_dot_rows q, k; /* columns and rows of tiles; q's heads are those of one group of at most 64 */
@@ -39,8 +40,7 @@ __device__ static void store_scores(const score_job &j, float part[2][2], int32_
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     float *p = &part[i / 2][i % 2];
-    *p += __shfl_xor_sync(~0u, *p, 1);
-    *p += __shfl_xor_sync(~0u, *p, 2);
+    *p = wn_quad_sum(*p);
   }
   if (row >= j.n_rows) return;
   const float score = t == 0 ? part[0][0] : t == 1 ? part[0][1] : t == 2 ? part[1][0] : part[1][1];

@@ -37,6 +37,7 @@
 #include "kernels/cuda/index_score.cuh"
 #include "kernels/cuda/indexer_kl_sparse.cuh"
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 enum {
   WARP = 32,
@@ -145,8 +146,7 @@ __device__ __forceinline__ uint32_t weigh_tile(float part[2], const float acc[8]
 #pragma unroll
   for (int b = 0; b < 2; b++) {
     part[b] = sum[0][b] + sum[1][b] + (sum[2][b] + sum[3][b]);
-    part[b] += __shfl_xor_sync(FULL_WARP, part[b], 1);
-    part[b] += __shfl_xor_sync(FULL_WARP, part[b], 2);
+    part[b] = wn_quad_sum(part[b]);
   }
   return bits[0] | bits[1] | (bits[2] | bits[3]);
 }

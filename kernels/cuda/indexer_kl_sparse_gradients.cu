@@ -5,6 +5,7 @@
 #include "kernels/cuda/indexer_kl_sparse.cuh"
 #include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/tile_copy.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 enum {
   WARP = 32,
@@ -142,8 +143,7 @@ __device__ static void finish_queries(const job &j, const float u[4][4][4], int6
       dot = fmaf(__bfloat162float(q[column]), x, dot);
       dq[column] = __float2bfloat16_rn(by * x);
     }
-    dot += __shfl_xor_sync(FULL_WARP, dot, 1);
-    dot += __shfl_xor_sync(FULL_WARP, dot, 2);
+    dot = wn_quad_sum(dot);
     if (lane % 4 == 0) dots[h] = dot;
   }
 }
