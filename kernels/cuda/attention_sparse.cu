@@ -103,6 +103,14 @@ template <int MT> struct softmax_state {
   float sum[wn_split<MT>::MI][2], sum_bf16[wn_split<MT>::MI][2];
 };
 
+/* What the four lanes of a head have found over their keys, to part[head][PARTS]. */
+template <int MT>
+__device__ __forceinline__ void store_part(const forward_layout<MT> &l, float x, int mi, int e, int wm, int wn,
+                                           int side) {
+  const int lane = threadIdx.x & 31, head = (wm * wn_split<MT>::MI + mi) * 16 + (lane >> 2) + 8 * e;
+  if ((lane & 3) == 0) l.part[head * forward_layout<MT>::PARTS + wn * 2 + side] = x;
+}
+
 /* From a tile's logits: p in shared memory, alpha = what earlier sums are multiplied by. `left`: picks from this tile's
  * first on. Two barriers inside; after the last, p and alpha are there for all. */
 template <int MT>
@@ -124,9 +132,7 @@ __device__ static void softmax_tile(softmax_state<MT> &state, float s[wn_split<M
           logit = first + 8 * t + x < left ? logit * scale_log2 : -INFINITY;
           top = fmaxf(top, logit);
         }
-      top = wn_quad_max(top);
-      const int head = (wm * S::MI + mi) * 16 + (lane >> 2) + 8 * e;
-      if ((lane & 3) == 0) l.part[head * PARTS + wn * 2 + side] = top;
+      store_part<MT>(l, wn_quad_max(top), mi, e, wm, wn, side);
     }
   __syncthreads();
 #pragma unroll
@@ -183,16 +189,11 @@ __device__ static float sum_of_keys(const float mine[wn_split<MT>::MI][2], const
                                     int side) {
   typedef wn_split<MT> S;
   constexpr int PARTS = forward_layout<MT>::PARTS;
-  const int lane = threadIdx.x & 31;
   __syncthreads();
 #pragma unroll
   for (int mi = 0; mi < S::MI; mi++)
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const int head = (wm * S::MI + mi) * 16 + (lane >> 2) + 8 * e;
-      const float sum = wn_quad_sum(mine[mi][e]);
-      if ((lane & 3) == 0) l.part[head * PARTS + wn * 2 + side] = sum;
-    }
+    for (int e = 0; e < 2; e++) store_part<MT>(l, wn_quad_sum(mine[mi][e]), mi, e, wm, wn, side);
   __syncthreads();
   float sum = 0;
   for (int i = 0; i < PARTS && threadIdx.x < S::HEADS; i++) sum += l.part[threadIdx.x * PARTS + i];
