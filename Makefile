@@ -88,16 +88,16 @@ $(BUILD)/winnow: $(BUILD)/obj/src/cli/main.o $(ALL_LIBS)
 	$(Q)$(MPICC) -fopenmp -o $@ $< $(ALL_LIBS) $(LDLIBS)
 -include $(BUILD)/obj/src/cli/main.d
 
-.PHONY: cuda
-cuda: $(if $(NVCC),$(TESTS_CUDA))
-	@echo $(if $(NVCC),"CUDA: built with $(NVCC)","CUDA: nvcc is absent; the CUDA half is left out")
-
 # ---- tests: tests/unit/<module>_*.c links <module> and what lies below it; the other folders link everything
 TESTS_SRC = $(wildcard tests/unit/*.c tests/gradient/*.c tests/parity/*.c tests/e2e/*.c)
 TESTS_CUDA = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/cuda/*.c))
 TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(TESTS_SRC))
 TEST_SUPPORT = $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/support/*.c))
 unit_module = $(firstword $(subst _, ,$(notdir $(1))))
+
+.PHONY: cuda
+cuda: $(if $(NVCC),$(TESTS_CUDA))
+	@echo $(if $(NVCC),"CUDA: built with $(NVCC)","CUDA: nvcc is absent; the CUDA half is left out")
 
 # kept, though only pattern rules name them
 .SECONDARY: $(TEST_SUPPORT)
