@@ -1,13 +1,14 @@
 #!/bin/sh
-# The whole pair on one GPU: data, base, warm-up, adapt, dense control, and evaluation under all six selections. Stops by itself after LIMIT_S
-# seconds with everything saved; run again, it goes on where it stopped. Ends with 0 once all is done.
-#   pair.sh TEXT.tar.xz OUT_DIR [LIMIT_S]
+# The whole pair on one GPU, or on RANKS of them: data, base, warm-up, adapt, dense control, and evaluation under all six selections. Stops by itself
+# after LIMIT_S seconds with everything saved; run again, it goes on where it stopped. Ends with 0 once all is done.
+#   [RANKS=2] pair.sh TEXT.tar.xz OUT_DIR [LIMIT_S]
 set -eu
 archive=$1
 out=$2
 limit=${3:-540}
 here=$(dirname "$0")
 winnow=${WINNOW:-build/winnow}
+launch=${RANKS:+mpirun -np $RANKS}
 start=$(date +%s)
 left() { echo $((limit - $(date +%s) + start)); }
 data="data.train=$out/train data.valid=$out/valid"
@@ -17,7 +18,7 @@ job() { # stage, job, run, init (may be empty): a signal shortly before the limi
   seconds=$(($(left) - 15))
   [ "$seconds" -gt 5 ] || exit 10
   # shellcheck disable=SC2086
-  timeout -s INT "$seconds" "$winnow" "$1" "$here/$2.yaml" "run_dir=$out/$3" ${4:+"init=$4"} $data || exit $?
+  timeout -s INT "$seconds" $launch "$winnow" "$1" "$here/$2.yaml" "run_dir=$out/$3" ${4:+"init=$4"} $data || exit $?
 }
 job pretrain pretrain base ""
 job warmup warmup warmup "$(last base)"
