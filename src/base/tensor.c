@@ -6,8 +6,9 @@ static const struct {
   const char *name;
   int64_t bytes;
 } dtypes[WN_N_DTYPES] = {
-    [WN_F32] = {"F32", 4},         [WN_F64] = {"F64", 8}, [WN_BF16] = {"BF16", 2}, [WN_F16] = {"F16", 2},
-    [WN_F8_E4M3] = {"F8_E4M3", 1}, [WN_I32] = {"I32", 4}, [WN_I64] = {"I64", 8},   [WN_U8] = {"U8", 1},
+    [WN_F32] = {"F32", 4}, [WN_F64] = {"F64", 8},         [WN_BF16] = {"BF16", 2},
+    [WN_F16] = {"F16", 2}, [WN_F8_E4M3] = {"F8_E4M3", 1}, [WN_F8_E8M0] = {"F8_E8M0", 1},
+    [WN_I32] = {"I32", 4}, [WN_I64] = {"I64", 8},         [WN_U8] = {"U8", 1},
 };
 
 int64_t wn_dtype_bytes(wn_dtype dtype) {

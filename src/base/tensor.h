@@ -9,7 +9,18 @@
 #include "base/arena.h"
 #include "base/status.h"
 
-typedef enum wn_dtype { WN_F32, WN_F64, WN_BF16, WN_F16, WN_F8_E4M3, WN_I32, WN_I64, WN_U8, WN_N_DTYPES } wn_dtype;
+typedef enum wn_dtype {
+  WN_F32,
+  WN_F64,
+  WN_BF16,
+  WN_F16,
+  WN_F8_E4M3,
+  WN_F8_E8M0,
+  WN_I32,
+  WN_I64,
+  WN_U8,
+  WN_N_DTYPES
+} wn_dtype;
 
 enum { WN_MAX_RANK = 4 };
 

@@ -36,7 +36,7 @@ static wn_status read_dtype(wn_st_entry *entry, const char *path, const json_t *
     entry->dtype = (wn_dtype)dtype;
     return NULL;
   }
-  return WN_FAIL_HINT(WN_E_INPUT, "known are F64, F32, F16, BF16, F8_E4M3, I64, I32 and U8",
+  return WN_FAIL_HINT(WN_E_INPUT, "known are F64, F32, F16, BF16, F8_E4M3, F8_E8M0, I64, I32 and U8",
                       "%s: tensor %s: dtype %.40s is not supported", path, entry->name, text);
 }
 

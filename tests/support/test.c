@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "base/float8.h"
+
 void wn_test_ok(wn_status status, const char *file, int line) {
   if (!status) return;
   print_error("%s [%s] (%s)\n", wn_status_text(status), wn_status_hint(status), wn_status_trace(status));
@@ -43,7 +45,8 @@ double wn_test_get(const wn_tensor *t, int64_t i) {
   case WN_I32: return *(const int32_t *)at;
   case WN_I64: return (double)*(const int64_t *)at;
   case WN_U8: return *(const uint8_t *)at;
-  case WN_F8_E4M3:
+  case WN_F8_E4M3: return (double)wn_f32_from_e4m3(*(const uint8_t *)at);
+  case WN_F8_E8M0: return (double)wn_f32_from_e8m0(*(const uint8_t *)at);
   case WN_N_DTYPES: break;
   }
   fail_msg("no element of dtype %s", wn_dtype_name(t->dtype));
@@ -59,8 +62,9 @@ void wn_test_set(wn_tensor *t, int64_t i, double value) {
   case WN_I32: *(int32_t *)at = (int32_t)value; return;
   case WN_I64: *(int64_t *)at = (int64_t)value; return;
   case WN_U8: *(uint8_t *)at = (uint8_t)value; return;
+  case WN_F8_E4M3: *(uint8_t *)at = wn_e4m3_from_f32((float)value); return;
   case WN_F16:
-  case WN_F8_E4M3:
+  case WN_F8_E8M0:
   case WN_N_DTYPES: break;
   }
   fail_msg("cannot set dtype %s", wn_dtype_name(t->dtype));
