@@ -15,10 +15,10 @@ typedef enum wn_dtype {
   WN_BF16,
   WN_F16,
   WN_F8_E4M3,
-  WN_F8_E8M0,
   WN_I32,
   WN_I64,
   WN_U8,
+  WN_F8_E8M0,
   WN_N_DTYPES
 } wn_dtype;
 
