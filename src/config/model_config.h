@@ -37,6 +37,10 @@ WN_MUST_USE wn_status wn_model_config_load(wn_model_config *out, const char *dir
  * torch_dtype is "bfloat16" or "float32". WN_E_IO, WN_E_CONFIG for a source that is no JSON object. */
 WN_MUST_USE wn_status wn_model_config_save(const wn_model_config *config, const char *dir, const char *source_dir,
                                            const char *torch_dtype);
+/* The same, for weights that are FP8 with a scale a 128 x 128 block: torch_dtype "bfloat16", and the released
+ * quantization_config, whose scale_fmt is "ue8m0" (scales are powers of two) or left out where NULL (any FP32). */
+WN_MUST_USE wn_status wn_model_config_save_fp8(const wn_model_config *config, const char *dir, const char *source_dir,
+                                               const char *scale_fmt);
 /* inv_freq[qk_rope_head_dim / 2] in FP32: rope_theta^(-2j / width), with YaRN where the config has it, rounded where
  * transformers rounds. Source: transformers modeling_rope_utils.py, _compute_yarn_parameters. */
 void wn_model_config_inv_freq(const wn_model_config *config, float *inv_freq);

@@ -62,6 +62,16 @@ static int set_ints(json_t *root, const wn_model_config *config, const wn_model_
   return bad;
 }
 
+static int set_quantization(json_t *root, const char *scale_fmt) {
+  json_t *blocks = json_pack("[ii]", 128, 128), *quantization = json_object();
+  int bad = set(quantization, "activation_scheme", json_string("dynamic"));
+  bad |= set(quantization, "fmt", json_string("e4m3"));
+  bad |= set(quantization, "quant_method", json_string("fp8"));
+  if (scale_fmt) bad |= set(quantization, "scale_fmt", json_string(scale_fmt));
+  bad |= set(quantization, "weight_block_size", blocks);
+  return bad | set(root, "quantization_config", quantization);
+}
+
 static int set_all(json_t *root, const wn_model_config *c, const char *torch_dtype) {
   int bad = 0;
   for (size_t i = 0; i < sizeof dropped / sizeof *dropped; i++) json_object_del(root, dropped[i]);
@@ -142,9 +152,8 @@ static int print(FILE *out, json_t *value, int depth) {
   return json_dumpf(value, out, JSON_ENCODE_ANY);
 }
 
-wn_status wn_model_config_save(const wn_model_config *config, const char *dir, const char *source_dir,
-                               const char *torch_dtype) {
-  WN_ASSERT(!strcmp(torch_dtype, "bfloat16") || !strcmp(torch_dtype, "float32"), "torch_dtype %s", torch_dtype);
+static wn_status save(const wn_model_config *config, const char *dir, const char *source_dir, const char *torch_dtype,
+                      bool fp8, const char *scale_fmt) {
   wn_status status = NULL;
   char path[WN_PATH_BYTES];
   json_t *root = NULL;
@@ -160,6 +169,7 @@ wn_status wn_model_config_save(const wn_model_config *config, const char *dir, c
   WN_TRY_GOTO(status, done, wn_path(path, "%s/config.json", dir));
   out = open_memstream(&text, &bytes);
   int bad = !root || !out || set_all(root, config, torch_dtype);
+  if (fp8) bad |= set_quantization(root, scale_fmt);
   if (!bad) bad = print(out, root, 0);
   if (!bad) fputc('\n', out);
   if (out && fclose(out) != 0) bad = 1;
@@ -171,4 +181,15 @@ done:
   free(text);
   json_decref(root);
   return status;
+}
+
+wn_status wn_model_config_save(const wn_model_config *config, const char *dir, const char *source_dir,
+                               const char *torch_dtype) {
+  WN_ASSERT(!strcmp(torch_dtype, "bfloat16") || !strcmp(torch_dtype, "float32"), "torch_dtype %s", torch_dtype);
+  return save(config, dir, source_dir, torch_dtype, false, NULL);
+}
+
+wn_status wn_model_config_save_fp8(const wn_model_config *config, const char *dir, const char *source_dir,
+                                   const char *scale_fmt) {
+  return save(config, dir, source_dir, "bfloat16", true, scale_fmt);
 }

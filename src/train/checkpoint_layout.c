@@ -1,6 +1,5 @@
 #include "train/checkpoint_layout.h"
 
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -240,32 +239,23 @@ void wn_checkpoint_layout_free(wn_checkpoint_layout *layout) {
 
 /* ---- the index ---- */
 
-static int add_to_map(json_t *map, json_int_t *total, const char *tensor, int64_t bytes, const char *file) {
-  *total += bytes;
-  return json_object_set_new(map, tensor, json_string(file));
+static wn_status add_to_index(wn_hf_index *index, const wn_checkpoint_file *file, const wn_hf_dir *source) {
+  for (int64_t t = 0; t < file->n; t++)
+    WN_TRY(wn_hf_index_add(index, file->tensors[t].name, tensor_bytes(&file->tensors[t]), file->name));
+  for (int64_t t = 0; file->source_shard >= 0 && t < wn_hf_dir_count(source); t++) {
+    int32_t shard;
+    const wn_st_entry *entry = wn_hf_dir_at(source, t, &shard);
+    if (shard == file->source_shard) WN_TRY(wn_hf_index_add(index, entry->name, (int64_t)entry->bytes, file->name));
+  }
+  return NULL;
 }
 
 wn_status wn_checkpoint_write_index(const wn_checkpoint_layout *layout, const wn_hf_dir *source, const char *dir) {
-  char path[WN_PATH_BYTES];
-  json_t *map = json_object();
-  json_int_t total = 0;
-  int bad = map ? 0 : -1;
-  WN_TRY(wn_path(path, "%s/" WN_INDEX_NAME, dir));
-  for (int32_t i = 0; i < layout->n_model; i++) {
-    const wn_checkpoint_file *file = &layout->files[i];
-    for (int64_t t = 0; t < file->n; t++)
-      bad |= add_to_map(map, &total, file->tensors[t].name, tensor_bytes(&file->tensors[t]), file->name);
-    for (int64_t t = 0; file->source_shard >= 0 && t < wn_hf_dir_count(source); t++) {
-      int32_t shard;
-      const wn_st_entry *entry = wn_hf_dir_at(source, t, &shard);
-      if (shard == file->source_shard) bad |= add_to_map(map, &total, entry->name, (int64_t)entry->bytes, file->name);
-    }
-  }
-  json_t *root = json_pack("{s{sI}so}", "metadata", "total_size", total, "weight_map", map);
-  char *text = bad || !root ? NULL : json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS);
-  wn_status status =
-      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
-  free(text);
-  json_decref(root);
+  wn_hf_index *index;
+  wn_status status = NULL;
+  WN_TRY(wn_hf_index_create(&index));
+  for (int32_t i = 0; !status && i < layout->n_model; i++) status = add_to_index(index, &layout->files[i], source);
+  if (!status) status = wn_hf_index_write(index, dir);
+  wn_hf_index_free(index);
   return status;
 }

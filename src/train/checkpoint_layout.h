@@ -10,9 +10,8 @@
 
 #include "dist/store.h"
 #include "io/hf_dir.h"
+#include "io/hf_write.h"
 #include "train/manifest.h"
-
-#define WN_INDEX_NAME "model.safetensors.index.json"
 
 /* ---- parameters by name ---- */
 

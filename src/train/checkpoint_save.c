@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "base/time.h"
+#include "io/hf_write.h"
 #include "train/checkpoint_dirs.h"
 #include "train/checkpoint_parts.h"
 
@@ -132,34 +133,6 @@ static wn_status link_file(save *s, const wn_checkpoint_file *file, const char *
   return NULL;
 }
 
-static bool travels(const char *name) {
-  static const char *const others[] = {"generation_config.json", "chat_template.jinja", "chat_template.json",
-                                       "vocab.json", "merges.txt"};
-  for (size_t i = 0; i < sizeof others / sizeof *others; i++)
-    if (!strcmp(name, others[i])) return true;
-  return strstr(name, "token") != NULL;
-}
-
-/* The tokenizer and its like, so that the checkpoint is as complete a model directory as its source. */
-static wn_status copy_companions(const save *s) {
-  enum { MOST_BYTES = 64 << 20 };
-  char from[WN_PATH_BYTES], to[WN_PATH_BYTES], **names;
-  struct stat info;
-  size_t n;
-  wn_status status = NULL;
-  if (!s->source) return NULL;
-  WN_TRY(wn_list_dir(&names, &n, s->at.source));
-  for (size_t i = 0; !status && i < n; i++) {
-    if (!travels(names[i]) || strstr(names[i], ".safetensors")) continue;
-    status = wn_path(from, "%s/%s", s->at.source, names[i]);
-    if (!status) status = wn_path(to, "%s/%s", s->at.temporary, names[i]);
-    if (!status && stat(from, &info) == 0 && S_ISREG(info.st_mode) && info.st_size <= MOST_BYTES)
-      status = wn_copy_file(from, to);
-  }
-  wn_list_free(names, n);
-  return status;
-}
-
 /* What the embedding is stored as: the job's dtype where the base trains, the source's where it is frozen. */
 static const char *stored_dtype(const save *s) {
   for (int32_t p = 0; p < s->n_params; p++) {
@@ -178,7 +151,7 @@ static wn_status create_files(save *s) {
     WN_TRY(wn_path(path, "%s/%s", s->at.temporary, file->name));
     WN_TRY(file->layout ? create_file(s, file, path) : link_file(s, file, path));
   }
-  WN_TRY(copy_companions(s));
+  if (s->source) WN_TRY(wn_hf_copy_companions(s->at.source, s->at.temporary, false));
   WN_TRY(wn_checkpoint_write_index(s->layout, s->source, s->at.temporary));
   WN_TRY(
       wn_model_config_save(&s->plan->model->config, s->at.temporary, s->source ? s->at.source : NULL, stored_dtype(s)));

@@ -344,6 +344,23 @@ static void v32_becomes_v31(void **state) {
   free(expected);
 }
 
+/* The released file itself, byte for byte; and without scale_fmt, as V3's first weights are. */
+static void fp8_is_the_released_file(void **state) {
+  (void)state;
+  wn_model_config c;
+  OK(wn_model_config_load(&c, "configs/models/deepseek-v3.2"));
+  OK(wn_model_config_save_fp8(&c, root, "configs/models/deepseek-v3.2", "ue8m0"));
+  char *got = text_of(root), *expected = text_of("configs/models/deepseek-v3.2");
+  assert_string_equal(got, expected);
+  free(got);
+  OK(wn_model_config_save_fp8(&c, root, "configs/models/deepseek-v3.2", NULL));
+  got = text_of(root);
+  cut_lines(expected, "scale_fmt", "ue8m0");
+  assert_string_equal(got, expected);
+  free(got);
+  free(expected);
+}
+
 static void without_a_source(void **state) {
   (void)state;
   wn_model_config c, again;
@@ -425,17 +442,12 @@ static void real_texts(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(released_v31),
-      TEST(released_v32),
-      TEST(the_newer_form),
-      TEST(refusals),
-      TEST(refusals_of_yarn),
-      TEST(files_that_are_none),
-      TEST(rope_frequencies),
-      TEST(v31_becomes_v32),
-      TEST(v32_becomes_v31),
-      TEST(without_a_source),
-      TEST(unknown_keys_are_carried_over),
+      TEST(released_v31),     TEST(released_v32),
+      TEST(the_newer_form),   TEST(refusals),
+      TEST(refusals_of_yarn), TEST(files_that_are_none),
+      TEST(rope_frequencies), TEST(v31_becomes_v32),
+      TEST(v32_becomes_v31),  TEST(fp8_is_the_released_file),
+      TEST(without_a_source), TEST(unknown_keys_are_carried_over),
       TEST(real_texts),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
