@@ -16,6 +16,7 @@ static const char usage[] =
     "  forward  MODEL_DIR --tokens ...     every intermediate tensor of one sequence, to compare with other programs\n"
     "  data     pack | tokenize | detokenize | train-tokenizer | inspect | verify\n"
     "  bench    [OPERATION | layer]        times of the device's operations, or of a whole layer\n"
+    "  inspect  PATH [--json]              what a model, checkpoint, shard, dataset or run directory is\n"
     "  report   RUN_DIR                    plots of a run's metrics\n"
     "  verify   CHECKPOINT_DIR             every byte against the checkpoint's manifest\n"
     "  options  [--markdown]               every key of a job file\n"
@@ -31,6 +32,7 @@ static wn_status dispatch(int argc, char **argv, wn_world *world, wn_log *log) {
   if (strcmp(name, "forward") == 0) return wn_cmd_forward(argc, argv, world, log);
   if (strcmp(name, "bench") == 0) return wn_cmd_bench(argc, argv, world, log);
   if (strcmp(name, "data") == 0) return wn_cmd_data(argc, argv, log);
+  if (strcmp(name, "inspect") == 0) return wn_cmd_inspect(argc, argv);
   if (strcmp(name, "report") == 0) return wn_cmd_report(argc, argv, log);
   if (strcmp(name, "verify") == 0) return wn_cmd_verify(argc, argv, log);
   if (strcmp(name, "options") == 0) return wn_cmd_options(argc, argv, log);
