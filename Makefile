@@ -116,11 +116,36 @@ $(BUILD)/obj/tests/%.o: tests/%.c
 	$(Q)$(CC) $(CPPFLAGS) -Itests $(ALL_CFLAGS) -c $< -o $@
 -include $(wildcard $(BUILD)/tests/*/*.d) $(TEST_SUPPORT:.o=.d)
 
+# ---- fuzzing: tests/fuzz/<target>.c, with clang's libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer
+FUZZ_TARGETS = $(filter-out files fuzz,$(basename $(notdir $(wildcard tests/fuzz/*.c))))
+FUZZ_RUNS ?= 1000000
+FUZZ_JOBS ?= 1
+FUZZ_CC ?= clang
+FUZZ_FLAGS = -std=c11 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-omit-frame-pointer -fno-sanitize-recover=all \
+  -fsanitize=address,undefined,float-cast-overflow $(FUZZ_CFLAGS)
+FUZZ_LIBS ?= $(shell pkg-config --libs yaml-0.1 jansson 2>/dev/null) -lxxhash -lm
+# the calls that tests/fuzz/files.c serves from memory
+FUZZ_CALLS = open close stat fstat fsync read pread pwrite mmap munmap madvise rename unlink
+FUZZ_SRC = $(SRC_config) $(SRC_io) $(SRC_base) src/model/params.c src/model/flops.c data/dataset.c tests/fuzz/files.c tests/fuzz/fuzz.c
+FUZZ_OBJ = $(patsubst %.c,$(BUILD)/fuzz/obj/%.o,$(FUZZ_SRC))
+$(BUILD)/fuzz/obj/%.o: %.c
+	@mkdir -p $(@D)
+	$(call say,CLANG,$<)
+	$(Q)$(FUZZ_CC) $(CPPFLAGS) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -MMD -MP -c $< -o $@
+$(BUILD)/fuzz/libfuzzed.a: $(FUZZ_OBJ)
+	@rm -f $@
+	@$(AR) rcs $@ $^
+$(BUILD)/fuzz/%: $(BUILD)/fuzz/obj/tests/fuzz/%.o $(BUILD)/fuzz/libfuzzed.a
+	$(call say,LINK,$@)
+	$(Q)$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer $(FUZZ_CALLS:%=-Wl,--wrap=%) -o $@ $^ $(FUZZ_LIBS)
+# kept, though only a pattern rule names them
+.SECONDARY: $(FUZZ_TARGETS:%=$(BUILD)/fuzz/obj/tests/fuzz/%.o)
+-include $(FUZZ_OBJ:.o=.d) $(FUZZ_TARGETS:%=$(BUILD)/fuzz/obj/tests/fuzz/%.d)
 
 # ---- what people call
 DEB_PACKAGES = gcc make pkg-config libopenmpi-dev openmpi-bin libyaml-dev libjansson-dev libopenblas-dev libpcre2-dev libxxhash-dev libcmocka-dev gnuplot-nox
 
-.PHONY: deps bench test test-gpu test-build demo demo-base demo-data mutate install help
+.PHONY: deps bench test test-gpu test-build fuzz demo demo-base demo-data mutate install help
 deps:
 	@sh configs/deps.sh $(DEB_PACKAGES)
 
@@ -140,6 +165,12 @@ test-gpu: deps
 bench: deps
 	@$(MAKE) --no-print-directory $(BUILD)/winnow
 	@WINNOW=$(BUILD)/winnow sh tests/bench.sh
+
+# each target for FUZZ_RUNS inputs, on FUZZ_JOBS processes
+fuzz: deps
+	@sh configs/deps.sh clang
+	@$(MAKE) --no-print-directory $(FUZZ_TARGETS:%=$(BUILD)/fuzz/%)
+	@BUILD=$(BUILD) FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_JOBS=$(FUZZ_JOBS) sh tests/fuzz/run.sh $(FUZZ_TARGETS)
 
 mutate: deps
 	@sh configs/deps.sh patch
@@ -168,6 +199,7 @@ help:
 	@echo "make demo-base  train the demo's base model again (long)"
 	@echo "make test       unit, gradient, parity, trap and end-to-end tests; a count at the end"
 	@echo "make test-gpu   the tests of the CUDA half, on a machine with a GPU"
+	@echo "make fuzz       feed FUZZ_RUNS=$(FUZZ_RUNS) made-up inputs to each reader of files (clang's libFuzzer)"
 	@echo "make mutate     apply each fault in tests/faults to a copy and show that a test catches it"
 	@echo "make bench      tokens per second of each stage, as a CSV"
 	@echo "make deps       install what is missing from Debian (root or sudo)"

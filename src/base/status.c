@@ -26,6 +26,12 @@ static const char *base_name(const char *file) {
   return slash ? slash + 1 : file;
 }
 
+/* Names out of hostile files end up in sentences: a sentence is one line, and commands no terminal. */
+static void replace_control_characters(char *text) {
+  for (; *text; text++)
+    if ((unsigned char)*text < 0x20 || *text == 0x7f) *text = '?';
+}
+
 wn_status wn_fail_at(const char *file, int line, wn_code code, const char *hint, const char *format, ...) {
   struct wn_error *error = calloc(1, sizeof *error);
   if (!error) return (wn_status)(size_t)&out_of_memory;
@@ -34,6 +40,7 @@ wn_status wn_fail_at(const char *file, int line, wn_code code, const char *hint,
   va_start(args, format);
   vsnprintf(error->text, sizeof error->text, format, args);
   va_end(args);
+  replace_control_characters(error->text);
   if (hint) snprintf(error->hint, sizeof error->hint, "%s", hint);
   snprintf(error->trace, sizeof error->trace, "%s:%d", base_name(file), line);
   return error;
@@ -54,6 +61,7 @@ wn_status wn_status_prefix(wn_status status, const char *format, ...) {
   int used = vsnprintf(text, sizeof text, format, args);
   va_end(args);
   if (used >= 0 && used < TEXT_BYTES) {
+    replace_control_characters(text);
     snprintf(text + used, sizeof text - (size_t)used, ": %.*s", TEXT_BYTES - used, status->text);
     memcpy(status->text, text, sizeof text);
   }

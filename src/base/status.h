@@ -26,7 +26,8 @@ typedef enum wn_code {
 #define WN_MUST_USE __attribute__((warn_unused_result))
 #define WN_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 
-/* Makes an error. `hint` may be NULL. Never returns NULL (a static error stands in when memory is out). */
+/* Makes an error; control characters of its sentence become '?'. `hint` may be NULL. Never returns NULL (a static error
+ * stands in when memory is out). */
 WN_MUST_USE wn_status wn_fail_at(const char *file, int line, wn_code code, const char *hint, const char *format, ...)
     WN_PRINTF(5, 6);
 /* Adds a trail entry; returns its argument. */

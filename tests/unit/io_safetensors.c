@@ -68,6 +68,12 @@ static void the_plainest_file(void **state) {
   accept("{" T("a", "F32", "[2]", 4, 12) "," T("b", "F32", "[1]", 0, 4) "}", 12, 2);    /* any order of names */
 }
 
+/* A name may hold any character: the sentence that quotes it stays one line, and commands no terminal. */
+static void names_in_sentences(void **state) {
+  (void)state;
+  refuse("{" T("a\\n\\u001b[2Jb\\u007f", "F32", "[2]", 0, 4) "}", 4, "tensor a??[2Jb?: holds 4 bytes");
+}
+
 static void lengths_that_lie(void **state) {
   (void)state;
   wn_safetensors *file;
@@ -237,9 +243,9 @@ static void truncations(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(the_plainest_file), TEST(lengths_that_lie), TEST(bad_json),
-      TEST(entries_that_lie),  TEST(offsets_that_lie), TEST(empty_tensors),
-      TEST(round_trip),        TEST(layout_places),    TEST(truncations),
+      TEST(the_plainest_file), TEST(names_in_sentences), TEST(lengths_that_lie), TEST(bad_json),
+      TEST(entries_that_lie),  TEST(offsets_that_lie),   TEST(empty_tensors),    TEST(round_trip),
+      TEST(layout_places),     TEST(truncations),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
