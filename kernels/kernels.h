@@ -133,6 +133,10 @@ struct wn_ops {
   /* dst = src with conversion between F32, F64, BF16 (any pair) or a plain copy of equal dtypes; same shape, any
    * strides. */
   wn_status (*cast)(wn_device *, wn_tensor *dst, const wn_tensor *src);
+  /* w[O,I] [ACT] = BF16(codes[O,I] * scale[ceil(O/128), ceil(I/128)]): E4M3 codes times the F32 scale of their 128 x
+   * 128 block, in FP32, rounded to BF16 whatever ACT is, so that every device computes with the same weights. All
+   * dense. NaN codes and scales give NaN. Source: weight_dequant of the DeepSeek-V3 release. */
+  wn_status (*dequantise)(wn_device *, wn_tensor *w, const wn_tensor *codes, const wn_tensor *scale);
   /* Dense host memory to device and back, dtype as the tensor's; download waits for the device. */
   wn_status (*upload)(wn_device *, wn_tensor *dst, const void *host);
   wn_status (*download)(wn_device *, void *host, const wn_tensor *src);

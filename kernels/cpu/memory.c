@@ -1,7 +1,8 @@
-/* Zeroing, conversion between dtypes, and copies between dense host memory and tensors. */
+/* Zeroing, conversion between dtypes, FP8 weights, and copies between dense host memory and tensors. */
 #include <math.h>
 #include <string.h>
 
+#include "base/float8.h"
 #include "kernels/cpu/operations.h"
 #include "kernels/cpu/view.h"
 
@@ -85,6 +86,30 @@ wn_status WN_CPU(cast)(wn_device *device, wn_tensor *dst, const wn_tensor *src) 
       memmove(to, from, (size_t)p.count * element);
     else
       convert(to, dst->dtype, from, src->dtype, p.count);
+  }
+  return NULL;
+}
+
+wn_status WN_CPU(dequantise)(wn_device *device, wn_tensor *w, const wn_tensor *codes, const wn_tensor *scale) {
+  (void)device;
+  int64_t rows = codes->dim[0], cols = codes->dim[1], blocks = wn_f8_blocks(cols);
+  WN_EXPECT(w, w->dtype == WN_BF16 ? WN_BF16 : WN_REAL_DTYPE, 2, rows, cols);
+  WN_EXPECT(codes, WN_F8_E4M3, 2, rows, cols);
+  WN_EXPECT(scale, WN_F32, 2, wn_f8_blocks(rows), blocks);
+  WN_ASSERT(wn_tensor_dense(w) && wn_tensor_dense(codes) && wn_tensor_dense(scale), "strided FP8 weights");
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    float wide[WN_F8_BLOCK];
+    uint16_t *narrow = (uint16_t *)w->data + row * cols;
+    wn_real *to = (wn_real *)w->data + row * cols;
+    for (int64_t at = 0; at < cols; at += WN_F8_BLOCK) {
+      int64_t n = wn_cpu_min(WN_F8_BLOCK, cols - at);
+      wn_f8_dequantise(wide, codes->data, scale->data, cols, row * cols + at, n);
+      if (w->dtype == WN_BF16)
+        for (int64_t i = 0; i < n; i++) narrow[at + i] = wn_bf16_from_f32(wide[i]);
+      else
+        for (int64_t i = 0; i < n; i++) to[at + i] = (wn_real)wn_f32_from_bf16(wn_bf16_from_f32(wide[i]));
+    }
   }
   return NULL;
 }

@@ -12,6 +12,7 @@ extern const wn_ops WN_CPU(ops); /* table.c */
 /* memory.c */
 WN_CPU_OPERATION(zero);
 WN_CPU_OPERATION(cast);
+WN_CPU_OPERATION(dequantise);
 WN_CPU_OPERATION(upload);
 WN_CPU_OPERATION(download);
 

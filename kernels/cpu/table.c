@@ -9,6 +9,7 @@ const wn_ops WN_CPU(ops) = {
 
     .zero = WN_CPU(zero),
     .cast = WN_CPU(cast),
+    .dequantise = WN_CPU(dequantise),
     .upload = WN_CPU(upload),
     .download = WN_CPU(download),
 

@@ -18,6 +18,9 @@ WN_CUDA_OPERATION(cast);
 WN_CUDA_OPERATION(upload);
 WN_CUDA_OPERATION(download);
 
+/* float8.cu */
+WN_CUDA_OPERATION(dequantise);
+
 /* products.cu */
 WN_CUDA_OPERATION(linear);
 WN_CUDA_OPERATION(linear_backward_input);

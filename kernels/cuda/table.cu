@@ -6,6 +6,7 @@ extern "C" const wn_ops wn_cuda_ops = {
     .name = "cuda",
     .zero = wn_cuda_zero,
     .cast = wn_cuda_cast,
+    .dequantise = wn_cuda_dequantise,
     .upload = wn_cuda_upload,
     .download = wn_cuda_download,
     .linear = wn_cuda_linear,

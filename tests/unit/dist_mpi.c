@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/float8.h"
 #include "base/time.h"
 #include "dist/store.h"
 #include "kernels/cpu/cpu.h"
@@ -191,7 +192,7 @@ static wn_status collectives(wn_world *world, int32_t classes) {
 
 /* ---- the store over two groups at once ------------------------------------------------------------------------- */
 
-enum { MAX_PARAMS = 64, TEST_LAYERS = 4, EXPERTS = 4, MICRO_BATCHES = 3 };
+enum { MAX_PARAMS = 96, TEST_LAYERS = 4, EXPERTS = 4, MICRO_BATCHES = 3, PARTS = 2 };
 
 typedef struct model {
   wn_param params[MAX_PARAMS];
@@ -211,6 +212,21 @@ static void add_param(model *m, int32_t id, int32_t layer, wn_kind kind, int32_t
   m->id[m->n++] = id;
 }
 
+/* Frozen FP8 with its layer, over more than a block each way; and frozen experts in parts, FP8 and not. */
+static void add_stored(model *m, int32_t layer, int32_t class, int32_t classes) {
+  int32_t id = layer * 100 + 50;
+  for (int32_t k = 0; k < 2; k++) {
+    add_param(m, id++, layer, WN_FROZEN, 0, k ? 5 : 131, k ? 300 : 9);
+    m->params[m->n - 1].fp8 = true;
+  }
+  for (int32_t e = 0; e < PARTS * EXPERTS; e++, id++) {
+    if (e % classes != class) continue;
+    add_param(m, id, layer, WN_FROZEN, 1, 3 + e, 133);
+    m->params[m->n - 1].fp8 = layer == 3;
+    m->params[m->n - 1].part = 1 + e / EXPERTS;
+  }
+}
+
 static void build_model(model *m, int32_t class, int32_t classes) {
   m->n = 0;
   for (int32_t layer = 0; layer < TEST_LAYERS; layer++) {
@@ -223,6 +239,7 @@ static void build_model(model *m, int32_t class, int32_t classes) {
     add_param(m, id++, layer, WN_BUFFER, 0, EXPERTS, 0);
     for (int32_t e = 0; e < EXPERTS; e++, id++)
       if (e % classes == class) add_param(m, id, layer, WN_BASE, 1, 19, 6);
+    if (layer % 2) add_stored(m, layer, class, classes);
   }
 }
 
@@ -231,6 +248,18 @@ static int64_t elements_of(const wn_param *p) {
 }
 static float weight(const model *m, int32_t param, int64_t i) {
   return (float)value(7, (uint64_t)m->id[param], (uint64_t)i);
+}
+static uint8_t code(const model *m, int32_t param, int64_t i) {
+  return (uint8_t)((i * 41 + m->id[param] * 7) & 0xf7); /* never NaN */
+}
+static float block_scale(const model *m, int32_t param, int64_t block) {
+  return 0.01f * (float)(1 + m->id[param] % 13 + 3 * block);
+}
+/* What an FP8 parameter is to operations: kernels/ has the proof of this arithmetic, here it only has to arrive. */
+static float stored_weight(const model *m, int32_t param, int64_t i) {
+  int64_t cols = m->params[param].dim[1], block = i / cols / 128 * ((cols + 127) / 128) + i % cols / 128;
+  float product = wn_f32_from_e4m3(code(m, param, i)) * block_scale(m, param, block);
+  return wn_f32_from_bf16(wn_bf16_from_f32(product));
 }
 static float gradient(const model *m, int32_t world_rank, int32_t micro, int32_t param, int64_t i) {
   return (float)value(10 + world_rank, (uint64_t)(m->id[param] + 1000 * micro), (uint64_t)i);
@@ -249,12 +278,20 @@ static wn_status fill_pieces(wn_store *store, const model *m) {
       sizes[1] = at.offset + at.count;
       count[at.param] += at.count;
       for (int64_t e = 0; e < at.count; e++)
-        wn_test_set(&piece->master, at.offset + e, weight(m, at.param, at.first + e));
+        if (piece->fp8)
+          ((uint8_t *)piece->master.data)[at.offset + e] = code(m, at.param, at.first + e);
+        else
+          wn_test_set(&piece->master, at.offset + e, weight(m, at.param, at.first + e));
     }
     CHECK(sizes[0] * ranks < 128 * 100);
     bool trains = piece->kind == WN_BASE || piece->kind == WN_INDEXER;
     CHECK((piece->grad.data != NULL) == trains && (piece->m.data != NULL) == trains &&
           (piece->v.data != NULL) == trains);
+  }
+  for (int32_t i = 0; i < m->n; i++) {
+    if (!m->params[i].fp8) continue;
+    wn_tensor scales = wn_store_scales(store, i);
+    for (int64_t e = 0; e < wn_tensor_count(&scales); e++) wn_test_set(&scales, e, (double)block_scale(m, i, e));
   }
   for (int32_t group = 0; group < 2; group++) {
     int64_t of_group[MAX_PARAMS] = {0};
@@ -266,17 +303,38 @@ static wn_status fill_pieces(wn_store *store, const model *m) {
   return NULL;
 }
 
-static wn_status expect_weights(const model *m, int32_t layer, const wn_tensor *by_param, float scale) {
+static wn_status expect_weights(const model *m, int32_t layer, int32_t part, const wn_tensor *by_param, float scale) {
   for (int32_t i = 0; i < m->n; i++) {
     const wn_tensor *t = &by_param[i];
-    if (m->params[i].layer != layer) continue;
+    if (m->params[i].layer != layer || m->params[i].part != part) continue;
     CHECK(t->data && (uintptr_t)t->data % 256 == 0 && t->rank == m->params[i].rank);
     CHECK(t->dim[0] == m->params[i].dim[0] && wn_tensor_count(t) == elements_of(&m->params[i]));
     for (int64_t e = 0; e < wn_tensor_count(t); e++) {
-      float expected = scale * weight(m, i, e);
+      float expected = m->params[i].fp8 ? stored_weight(m, i, e) : scale * weight(m, i, e);
       if (t->dtype == WN_BF16) expected = wn_f32_from_bf16(wn_bf16_from_f32(expected));
       CHECK((float)wn_test_get(t, e) == expected);
     }
+  }
+  return NULL;
+}
+
+/* Twice through the parts of a layer's experts, one ahead, while the layer is held and the next is on its way. */
+static wn_status check_parts(wn_store *store, const model *m, float scale) {
+  wn_tensor held[MAX_PARAMS];
+  for (int32_t layer = 1; layer < TEST_LAYERS; layer += 2) {
+    WN_TRY(wn_store_acquire(store, layer, held));
+    WN_TRY(wn_store_prefetch(store, layer - 1));
+    WN_TRY(wn_store_prefetch_part(store, layer, 1));
+    for (int32_t turn = 0; turn < 2 * PARTS; turn++) {
+      int32_t part = 1 + turn % PARTS, next = 1 + (turn + 1) % PARTS;
+      WN_TRY(wn_store_acquire_part(store, layer, part, held));
+      if (turn + 1 < 2 * PARTS) WN_TRY(wn_store_prefetch_part(store, layer, next));
+      WN_TRY(expect_weights(m, layer, part, held, scale));
+      WN_TRY(wn_store_release_part(store, layer, part));
+    }
+    WN_TRY(expect_weights(m, layer, 0, held, scale));
+    WN_TRY(wn_store_release(store, layer));
+    WN_TRY(wn_store_release(store, layer - 1));
   }
   return NULL;
 }
@@ -288,14 +346,14 @@ static wn_status check_weights(wn_store *store, const model *m, float scale) {
   for (int32_t layer = 0; layer < TEST_LAYERS; layer++) {
     WN_TRY(wn_store_acquire(store, layer, held[layer % 2]));
     if (layer + 1 < TEST_LAYERS) WN_TRY(wn_store_prefetch(store, layer + 1));
-    WN_TRY(expect_weights(m, layer, held[layer % 2], scale));
+    WN_TRY(expect_weights(m, layer, 0, held[layer % 2], scale));
     WN_TRY(wn_store_release(store, layer));
   }
   for (int32_t layer = TEST_LAYERS - 1; layer > 0; layer--) {
     WN_TRY(wn_store_acquire(store, layer, held[0]));
     WN_TRY(wn_store_acquire(store, layer - 1, held[1]));
-    WN_TRY(expect_weights(m, layer - 1, held[1], scale));
-    WN_TRY(expect_weights(m, layer, held[0], scale));
+    WN_TRY(expect_weights(m, layer - 1, 0, held[1], scale));
+    WN_TRY(expect_weights(m, layer, 0, held[0], scale));
     WN_TRY(wn_store_release(store, layer));
     WN_TRY(wn_store_release(store, layer - 1));
   }
@@ -346,6 +404,26 @@ static wn_status expect_grads(wn_store *store, const model *m, int32_t world_ran
   return NULL;
 }
 
+/* What is counted without allocating is what the arena has given: of each name, and in all. */
+static wn_status check_sizes(wn_device *device, wn_group *const groups[2], const model *m) {
+  char text[4096] = "", line[128];
+  size_t total = 0;
+  wn_store_sizes sizes;
+  const int32_t ranks[2] = {wn_group_size(groups[0]), wn_group_size(groups[1])};
+  WN_TRY(wn_store_measure(&sizes, device->dtype_of, ranks, 2, m->params, m->n));
+  FILE *out = fmemopen(text, sizeof text, "w");
+  CHECK(out != NULL);
+  wn_arena_print(device->weights, out);
+  fclose(out);
+  for (int32_t i = 0; i < sizes.n; i++) {
+    snprintf(line, sizeof line, "%-10s %-28s %14zu bytes\n", "weights", sizes.line[i].name, sizes.line[i].bytes);
+    CHECK(strstr(text, line) != NULL);
+    total += sizes.line[i].bytes;
+  }
+  CHECK(total == wn_arena_used_bytes(device->weights) && sizes.largest_reduced > 0);
+  return NULL;
+}
+
 static wn_status store_step(wn_world *world, wn_device *device, int32_t classes) {
   int32_t rank = wn_world_rank(world);
   model m;
@@ -357,15 +435,18 @@ static wn_status store_step(wn_world *world, wn_device *device, int32_t classes)
   WN_TRY(fill_pieces(store, &m));
   WN_TRY(wn_store_publish(store));
   WN_TRY(check_weights(store, &m, 1));
+  WN_TRY(check_parts(store, &m, 1));
+  WN_TRY(check_sizes(device, groups, &m));
   for (int32_t micro = 0; micro < MICRO_BATCHES; micro++) WN_TRY(accumulate(store, &m, rank, micro));
   WN_TRY(expect_grads(store, &m, rank, classes));
   for (int32_t i = 0; i < wn_store_pieces(store); i++) { /* an update of the pieces is seen by the next gather */
     wn_piece *piece = wn_store_piece(store, i);
-    for (int64_t e = 0; e < wn_tensor_count(&piece->master); e++)
+    for (int64_t e = 0; e < wn_tensor_count(&piece->master) && !piece->fp8; e++)
       wn_test_set(&piece->master, e, 2 * wn_test_get(&piece->master, e));
   }
   WN_TRY(wn_store_publish(store));
   WN_TRY(check_weights(store, &m, 2));
+  WN_TRY(check_parts(store, &m, 2));
   CHECK(wn_arena_used_bytes(device->scratch) == 0);
   /* a rank with another table is found by all of its group */
   if (rank == 1) m.params[2].dim[0]++;

@@ -195,6 +195,63 @@ static void two_layers_at_once(void **state) {
   OK(wn_store_release(f->store, 1));
 }
 
+/* Frozen FP8 in a world of one: codes and scales are all there is, and what is acquired is their product. Layer 1 has
+ * one matrix more that is not FP8, and a part of experts. */
+static void fp8_is_stored_as_fp8(void **state) {
+  fixture *f = *state;
+  enum { N = 5, ROWS = 130, COLS = 70 };
+  static const wn_param stored[N] = {
+      {.hf_name = "0.q", .layer = 0, .kind = WN_FROZEN, .rank = 2, .dim = {ROWS, COLS}, .expert = -1, .fp8 = true},
+      {.hf_name = "0.o", .layer = 0, .kind = WN_FROZEN, .rank = 2, .dim = {3, 200}, .expert = -1, .fp8 = true},
+      {.hf_name = "1.q", .layer = 1, .kind = WN_FROZEN, .rank = 2, .dim = {ROWS, COLS}, .expert = -1, .fp8 = true},
+      {.hf_name = "1.r", .layer = 1, .kind = WN_FROZEN, .rank = 2, .dim = {5, 7}, .expert = -1},
+      {.hf_name = "1.e", .layer = 1, .kind = WN_FROZEN, .rank = 2, .dim = {9, 11}, .expert = 0, .part = 1, .fp8 = true},
+  };
+  wn_store *store;
+  wn_tensor weights[N] = {0};
+  size_t before = wn_arena_used_bytes(f->device->weights);
+  OK(wn_store_create(&store, f->device, f->world, f->groups, 2, stored, N));
+  assert_int_equal(wn_store_pieces(store), 4);
+  for (int32_t i = 0; i < wn_store_pieces(store); i++) {
+    wn_piece *piece = wn_store_piece(store, i);
+    assert_int_equal(piece->master.dtype, piece->fp8 ? WN_F8_E4M3 : WN_F32);
+    for (int32_t s = 0; s < piece->n_segments; s++)
+      for (int64_t e = 0; e < piece->segments[s].count; e++)
+        if (piece->fp8)
+          ((uint8_t *)piece->master.data)[piece->segments[s].offset + e] = (uint8_t)(0x38 + (e + i) % 8); /* 1 + n/8 */
+  }
+  for (int32_t i = 0; i < N; i++) {
+    if (!stored[i].fp8) continue;
+    wn_tensor scales = wn_store_scales(store, i);
+    assert_int_equal(wn_tensor_count(&scales), i % 2 ? 2 : i == 4 ? 1 : 2);
+    for (int64_t e = 0; e < wn_tensor_count(&scales); e++) wn_test_set(&scales, e, (double)(i + 1 + 4 * e));
+  }
+  OK(wn_store_prefetch(store, 0));
+  for (int32_t layer = 0; layer < 2; layer++) {
+    OK(wn_store_acquire(store, layer, weights));
+    if (layer == 0) OK(wn_store_prefetch(store, 1));
+    if (layer == 1) OK(wn_store_acquire_part(store, 1, 1, weights));
+    for (int32_t i = 0; i < N; i++) {
+      if (stored[i].layer != layer || !stored[i].fp8) continue;
+      int32_t piece = i < 2 ? 0 : i == 2 ? 2 : 3; /* 1.r has a piece of its own, before 1.q's */
+      assert_int_equal((uintptr_t)weights[i].data % 256, 0);
+      for (int64_t e = 0; e < count_of(&stored[i]); e++) {
+        int64_t block = e / stored[i].dim[1] / 128 * ((stored[i].dim[1] + 127) / 128) + e % stored[i].dim[1] / 128;
+        double want = (1 + (double)((e + piece) % 8) / 8) * (double)(i + 1 + 4 * block);
+        assert_true(wn_test_get(&weights[i], e) == want);
+      }
+    }
+    if (layer == 1) OK(wn_store_release_part(store, 1, 1));
+    OK(wn_store_release(store, layer));
+  }
+  wn_store_sizes sizes;
+  size_t total = 0;
+  OK(wn_store_measure(&sizes, f->device->dtype_of, (int32_t[]){1, 1}, 2, stored, N));
+  for (int32_t i = 0; i < sizes.n; i++) total += sizes.line[i].bytes;
+  assert_int_equal(total, wn_arena_used_bytes(f->device->weights) - before);
+  wn_store_free(store);
+}
+
 static void table_is_printed(void **state) {
   fixture *f = *state;
   char text[4096] = "";
@@ -230,6 +287,7 @@ int main(void) {
       cmocka_unit_test(views_are_the_pieces),
       cmocka_unit_test(a_micro_batch_adds_to_the_last),
       cmocka_unit_test(two_layers_at_once),
+      cmocka_unit_test(fp8_is_stored_as_fp8),
       cmocka_unit_test(table_is_printed),
       cmocka_unit_test(foreign_launcher_is_refused),
   };
