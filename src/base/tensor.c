@@ -102,33 +102,74 @@ wn_status wn_tensor_alloc(wn_tensor *out, wn_arena *arena, const char *name, wn_
   return NULL;
 }
 
-uint16_t wn_bf16_from_f32(float x) {
+/* ---- conversions: by bits and free of branches, so that their loops become vector code */
+
+static inline uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);
-  bits += 0x7fffu + ((bits >> 16) & 1u);
-  return (uint16_t)(bits >> 16);
+  return bits;
 }
 
+static inline float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+static inline uint16_t narrow(float x) {
+  uint32_t bits = bits_of(x), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded >> 16);
+}
+
+static inline float widen(uint16_t x) {
+  return float_of((uint32_t)x << 16);
+}
+
+static inline float widen_f16(uint16_t x) {
+  uint32_t sign = (uint32_t)(x & 0x8000u) << 16, magnitude = x & 0x7fffu;
+  uint32_t normal = (magnitude << 13) + (112u << 23), infinite = 0x7f800000u | magnitude << 13;
+  uint32_t subnormal = bits_of((float)(int32_t)magnitude * 0x1p-24f); /* exact */
+  uint32_t bits = magnitude < 0x0400u ? subnormal : normal;
+  return float_of(sign | (magnitude >= 0x7c00u ? infinite : bits));
+}
+
+uint16_t wn_bf16_from_f32(float x) {
+  return narrow(x);
+}
 float wn_f32_from_bf16(uint16_t x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+  return widen(x);
+}
+float wn_f32_from_f16(uint16_t x) {
+  return widen_f16(x);
 }
 
-float wn_f32_from_f16(uint16_t x) {
-  uint32_t sign = (uint32_t)(x & 0x8000u) << 16, exponent = (x >> 10) & 0x1fu, mantissa = x & 0x3ffu, bits;
-  if (exponent == 0x1fu) {
-    bits = sign | 0x7f800000u | (mantissa << 13);
-  } else if (exponent != 0) {
-    bits = sign | ((exponent + 112u) << 23) | (mantissa << 13);
-  } else { /* zero or subnormal: mantissa * 2^-24 is exact in FP32 */
-    float magnitude = (float)mantissa * 0x1p-24f;
-    memcpy(&bits, &magnitude, sizeof bits);
-    bits |= sign;
+static inline uint16_t half_at(const void *from, int64_t i) {
+  uint16_t half;
+  memcpy(&half, (const char *)from + 2 * i, sizeof half);
+  return half;
+}
+
+void wn_f32s_from_bf16(float *out, const void *from, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] = widen(half_at(from, i));
+}
+
+void wn_f32s_from_f16(float *out, const void *from, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] = widen_f16(half_at(from, i));
+}
+
+void wn_bf16s_from_f32(uint16_t *out, const float *from, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] = narrow(from[i]);
+}
+
+bool wn_f32s_round_to_bf16(float *x, int64_t n) {
+  uint32_t bad = 0;
+#pragma omp simd reduction(| : bad)
+  for (int64_t i = 0; i < n; i++) {
+    x[i] = widen(narrow(x[i]));
+    bad |= (bits_of(x[i]) & 0x7f800000u) == 0x7f800000u;
   }
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+  return !bad;
 }

@@ -225,35 +225,3 @@ const char *wn_hf_dir_shard_path(const wn_hf_dir *dir, int32_t shard) {
             (int)shard);
   return wn_safetensors_path(dir->shards[shard]);
 }
-
-/* The sources may be unaligned, hence memcpy, which compiles to plain loads. */
-static float f32_at(const char *from, wn_dtype dtype, int64_t i) {
-  float wide;
-  uint16_t half;
-  if (dtype == WN_F32) {
-    memcpy(&wide, from + 4 * i, 4);
-    return wide;
-  }
-  memcpy(&half, from + 2 * i, 2);
-  return dtype == WN_BF16 ? wn_f32_from_bf16(half) : wn_f32_from_f16(half);
-}
-
-wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_st_entry *entry, int64_t first, int64_t count) {
-  WN_ASSERT(dtype == WN_F32 || dtype == WN_F64, "%s wanted as %s", entry->name, wn_dtype_name(dtype));
-  if (entry->dtype != WN_F32 && entry->dtype != WN_F16 && entry->dtype != WN_BF16)
-    return WN_FAIL_HINT(WN_E_INPUT, "weights are read from F32, F16 and BF16", "tensor %s is stored as %s", entry->name,
-                        wn_dtype_name(entry->dtype));
-  int64_t width = wn_dtype_bytes(entry->dtype), total = (int64_t)entry->bytes / width;
-  WN_ASSERT(first >= 0 && count >= 0 && first <= total && count <= total - first, "%s: elements %lld + %lld of %lld",
-            entry->name, (long long)first, (long long)count, (long long)total);
-  if (count == 0) return NULL;
-  const char *from = (const char *)entry->data + first * width;
-  if (dtype == WN_F64) {
-    for (int64_t i = 0; i < count; i++) ((double *)out)[i] = (double)f32_at(from, entry->dtype, i);
-  } else if (entry->dtype == WN_F32) {
-    memcpy(out, from, (size_t)(count * width));
-  } else {
-    for (int64_t i = 0; i < count; i++) ((float *)out)[i] = f32_at(from, entry->dtype, i);
-  }
-  return NULL;
-}

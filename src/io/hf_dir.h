@@ -20,8 +20,28 @@ const wn_st_entry *wn_hf_dir_find(const wn_hf_dir *dir, const char *name, int32_
 int32_t wn_hf_dir_shards(const wn_hf_dir *dir);
 const char *wn_hf_dir_shard_path(const wn_hf_dir *dir, int32_t shard);
 
-/* Copies elements first .. first + count - 1 (flat, row-major) of an entry, converted to `dtype` (F32 or F64). Stored
- * F32, F16 and BF16 are read, exactly; WN_E_INPUT, naming the tensor, for others. */
-WN_MUST_USE wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_st_entry *entry, int64_t first, int64_t count);
+/* ---- weights ---- */
+
+/* A tensor with what it takes to read it. An FP8 matrix (F8_E4M3) [out, in] has its scales beside it, by the name of
+ * the weight and this suffix, [ceil(out/128), ceil(in/128)] in F32, BF16 or F8_E8M0; they may lie in another shard. */
+#define WN_HF_SCALE_SUFFIX "_scale_inv"
+typedef struct wn_hf_weight {
+  const wn_st_entry *entry, *scale; /* scale NULL unless FP8 */
+} wn_hf_weight;
+
+/* entry NULL: absent. WN_E_INPUT by name: an FP8 weight that is no matrix or has no scales, scales of another shape or
+ * dtype, scales beside a weight that is not FP8 or not there. Their values are checked as they are read. */
+WN_MUST_USE wn_status wn_hf_weight_find(wn_hf_weight *out, const wn_hf_dir *dir, const char *name);
+/* The entry of `name`'s scales, or NULL. */
+const wn_st_entry *wn_hf_scale_entry(const wn_hf_dir *dir, const char *name);
+bool wn_hf_scale_readable(const wn_st_entry *scale);
+bool wn_hf_scale_fits(const wn_st_entry *scale, const wn_st_entry *weight);
+
+/* Scales first .. first + count - 1 (flat) as FP32. WN_E_INPUT by name unless each is finite and above 0. */
+WN_MUST_USE wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t first, int64_t count);
+/* Copies elements first .. first + count - 1 (flat, row-major), converted to `dtype`: F32, F64, or BF16 (to nearest,
+ * even). Stored F32, F16 and BF16 are read exactly. FP8 is code * scale in FP32, rounded to BF16, as DeepSeek's
+ * weight_dequant leaves it; WN_E_INPUT, naming the tensor, where that is NaN or infinite, and for other dtypes. */
+WN_MUST_USE wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_hf_weight *weight, int64_t first, int64_t count);
 
 #endif

@@ -32,6 +32,15 @@ int32_t wn_names_find(const wn_names *names, const char *hf_name) {
   return found ? (int32_t)(*found - names->params) : -1;
 }
 
+bool wn_scaled_name(char weight[WN_NAME_BYTES], const char *name) {
+  static const char suffix[] = WN_HF_SCALE_SUFFIX;
+  size_t length = strlen(name), tail = sizeof suffix - 1;
+  if (length <= tail || length - tail >= WN_NAME_BYTES || strcmp(name + length - tail, suffix) != 0) return false;
+  memcpy(weight, name, length - tail);
+  weight[length - tail] = 0;
+  return true;
+}
+
 bool wn_param_shaped(const wn_param *p, const wn_st_entry *entry) {
   if (p->rank != entry->rank) return false;
   for (int32_t d = 0; d < p->rank; d++)
@@ -56,9 +65,10 @@ wn_tensor *wn_field_of(wn_piece *piece, wn_field field) {
 /* ---- lists of tensors, cut into files ---- */
 
 /* Unchanged: what the source holds is what the checkpoint shall hold. Tensors that are no parameters (MTP layers)
- * always are. */
+ * always are; FP8 scales go with their weight, and with one that trains, which is written as floats, they go. */
 static bool unchanged(const wn_names *names, const wn_st_entry *entry) {
-  int32_t p = wn_names_find(names, entry->name);
+  char weight[WN_NAME_BYTES];
+  int32_t p = wn_names_find(names, wn_scaled_name(weight, entry->name) ? weight : entry->name);
   return p < 0 || names->params[p].kind == WN_FROZEN;
 }
 

@@ -23,6 +23,10 @@ WN_MUST_USE wn_status wn_names_create(wn_names *out, const wn_param *params, int
 void wn_names_free(wn_names *names);
 int32_t wn_names_find(const wn_names *names, const char *hf_name); /* -1: no such parameter */
 
+/* The name of the weight whose FP8 scales `name` is, into weight[WN_NAME_BYTES]; false where it is not of such a form.
+ */
+bool wn_scaled_name(char weight[WN_NAME_BYTES], const char *name);
+
 bool wn_param_shaped(const wn_param *p, const wn_st_entry *entry);
 
 /* What of a trained parameter is stored, and how its optimizer tensors are called: hf_name + suffix. */

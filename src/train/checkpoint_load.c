@@ -102,21 +102,22 @@ static void close_all(load *l) {
 }
 
 static wn_status read_field(load *l, int32_t p, wn_field field) {
-  const wn_st_entry *entry = wn_optimizer_find(&l->optimizer, &l->params[p], field);
-  WN_TRY(wn_optimizer_check(entry, &l->params[p], field, wn_hf_dir_path(l->dir)));
-  return wn_part_read(l->plan->model->device, &l->parts[p], field, entry, l->buffer);
+  const wn_hf_weight stored = {.entry = wn_optimizer_find(&l->optimizer, &l->params[p], field)};
+  WN_TRY(wn_optimizer_check(stored.entry, &l->params[p], field, wn_hf_dir_path(l->dir)));
+  return wn_part_read(l->plan->model->device, &l->parts[p], field, &stored, l->buffer);
 }
 
 /* What trains continues from its FP32 master: its own where the model file is rounded, else the model file. */
 static wn_status read_param(load *l, int32_t p) {
   const wn_param *param = &l->params[p];
-  const wn_st_entry *weight = wn_hf_dir_find(l->dir, param->hf_name, NULL);
+  wn_hf_weight weight;
+  WN_TRY(wn_hf_weight_find(&weight, l->dir, param->hf_name));
   if (!wn_kind_trains(param->kind))
-    return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, weight, l->buffer);
+    return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, &weight, l->buffer);
   WN_TRY(read_field(l, p, WN_FIELD_M));
   WN_TRY(read_field(l, p, WN_FIELD_V));
-  if (weight->dtype != WN_F32) return read_field(l, p, WN_FIELD_MASTER);
-  return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, weight, l->buffer);
+  if (weight.entry->dtype != WN_F32) return read_field(l, p, WN_FIELD_MASTER);
+  return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, &weight, l->buffer);
 }
 
 static wn_status load_local(load *l, const wn_checkpoint_plan *plan, const char *path, wn_state *state) {

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/float8.h"
 #include "kernels/kernels.h"
 
 wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params) {
@@ -53,15 +54,40 @@ static int64_t chunk_at(const wn_part *part, int64_t done) {
   return left < WN_COPY_ELEMENTS ? left : WN_COPY_ELEMENTS;
 }
 
-wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_st_entry *entry,
+/* Elements that one thread converts at a time. */
+enum { SLICE_ELEMENTS = 1 << 16 };
+
+/* Slices go to the threads; of several errors the one nearest the beginning is returned, whichever thread was first. */
+static wn_status read_slices(void *out, wn_dtype dtype, const wn_hf_weight *weight, int64_t first, int64_t count,
+                             int threads) {
+  wn_status status = NULL;
+  int64_t n_slices = (count + SLICE_ELEMENTS - 1) / SLICE_ELEMENTS, failed = n_slices;
+#pragma omp parallel for num_threads(threads) schedule(static) if (n_slices > 1)
+  for (int64_t s = 0; s < n_slices; s++) {
+    int64_t from = s * SLICE_ELEMENTS, left = count - from;
+    wn_status mine = wn_hf_read((char *)out + from * wn_dtype_bytes(dtype), dtype, weight, first + from,
+                                left < SLICE_ELEMENTS ? left : SLICE_ELEMENTS);
+    if (!mine) continue;
+#pragma omp critical
+    {
+      wn_status_free(s < failed ? status : mine);
+      status = s < failed ? mine : status;
+      failed = s < failed ? s : failed;
+    }
+  }
+  return status;
+}
+
+wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_hf_weight *weight,
                        float *buffer) {
   if (!part->piece) return NULL;
   const wn_tensor *flat = wn_field_of(part->piece, field);
+  bool here = device->kind == WN_CPU; /* the piece is this process's memory: no way round by the buffer */
   for (int64_t done = 0, n; done < part->count; done += n) {
-    n = chunk_at(part, done);
+    n = here ? part->count : chunk_at(part, done);
     wn_tensor place = wn_tensor_slice(*flat, 0, part->offset + done, n);
-    WN_TRY(wn_hf_read(buffer, WN_F32, entry, part->first + done, n));
-    WN_TRY(wn_floats_upload(device, &place, buffer));
+    WN_TRY(read_slices(here ? place.data : buffer, place.dtype, weight, part->first + done, n, device->threads));
+    if (!here) WN_TRY(device->ops->upload(device, &place, buffer));
   }
   return NULL;
 }
@@ -136,23 +162,49 @@ static wn_status complain(const wn_hf_dir *dir, const char *what, const name_lis
                       list->n == 1 ? "tensor " : "tensors ", what, list->text);
 }
 
-static bool readable(wn_dtype dtype) {
-  return dtype == WN_F32 || dtype == WN_F16 || dtype == WN_BF16;
+/* What is wrong with a directory, by kind. */
+typedef struct faults {
+  name_list missing, shape, dtype, surplus;
+} faults;
+
+static void misshapen(faults *found, const wn_st_entry *entry, int32_t rank, const int64_t *dim) {
+  char theirs[128], ours[128];
+  shape_text(theirs, entry->rank, entry->dim);
+  shape_text(ours, rank, dim);
+  name_one(&found->shape, "%s %s instead of %s", entry->name, theirs, ours);
 }
 
-static void check_param(const wn_param *p, const wn_st_entry *entry, name_list *shape, name_list *dtype) {
-  char theirs[128], ours[128];
-  if (!wn_param_shaped(p, entry)) {
-    shape_text(theirs, entry->rank, entry->dim);
-    shape_text(ours, p->rank, p->dim);
-    name_one(shape, "%s %s instead of %s", p->hf_name, theirs, ours);
-  }
-  if (!readable(entry->dtype)) name_one(dtype, "%s (%s)", p->hf_name, wn_dtype_name(entry->dtype));
+static bool readable(const wn_st_entry *entry) {
+  return entry->dtype == WN_F32 || entry->dtype == WN_F16 || entry->dtype == WN_BF16 ||
+         (entry->dtype == WN_F8_E4M3 && entry->rank == 2);
+}
+
+static void check_param(faults *found, const wn_hf_dir *dir, const wn_param *p, const wn_st_entry *entry) {
+  if (!wn_param_shaped(p, entry)) misshapen(found, entry, p->rank, p->dim);
+  if (!readable(entry)) name_one(&found->dtype, "%s (%s)", p->hf_name, wn_dtype_name(entry->dtype));
+  if (entry->dtype != WN_F8_E4M3 || entry->rank != 2) return;
+  const wn_st_entry *scale = wn_hf_scale_entry(dir, p->hf_name);
+  const int64_t blocks[2] = {wn_f8_blocks(entry->dim[0]), wn_f8_blocks(entry->dim[1])};
+  if (!scale)
+    name_one(&found->missing, "%s" WN_HF_SCALE_SUFFIX, p->hf_name);
+  else if (!wn_hf_scale_readable(scale))
+    name_one(&found->dtype, "%s (%s)", scale->name, wn_dtype_name(scale->dtype));
+  else if (!wn_hf_scale_fits(scale, entry))
+    misshapen(found, scale, 2, blocks);
+}
+
+/* Whether the tensor is a parameter, or the scales of one that is FP8. */
+static bool belongs(const wn_hf_dir *dir, const wn_names *names, const char *name) {
+  char weight[WN_NAME_BYTES];
+  if (wn_names_find(names, name) >= 0) return true;
+  if (!wn_scaled_name(weight, name) || wn_names_find(names, weight) < 0) return false;
+  const wn_st_entry *entry = wn_hf_dir_find(dir, weight, NULL);
+  return entry && entry->dtype == WN_F8_E4M3;
 }
 
 wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules, bool *indexer_absent,
                        int64_t *passed_over) {
-  name_list missing = {0}, shape = {0}, dtype = {0}, surplus = {0};
+  faults found = {0};
   int64_t indexer_found = 0, indexer_wanted = 0;
   *passed_over = 0;
   for (int32_t i = 0; i < names->n; i++) {
@@ -165,24 +217,22 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
     const wn_param *p = &names->params[i];
     const wn_st_entry *entry = wn_hf_dir_find(dir, p->hf_name, NULL);
     if (entry)
-      check_param(p, entry, &shape, &dtype);
+      check_param(&found, dir, p, entry);
     else if (!(*indexer_absent && is_indexer(p)))
-      name_one(&missing, "%s", p->hf_name);
+      name_one(&found.missing, "%s", p->hf_name);
   }
   for (int64_t i = 0; i < wn_hf_dir_count(dir); i++) {
     const char *name = wn_hf_dir_at(dir, i, NULL)->name;
-    if (wn_names_find(names, name) >= 0) continue;
     if (layer_of(name) >= rules.n_layers)
       (*passed_over)++;
-    else
-      name_one(&surplus, "%s", name);
+    else if (!belongs(dir, names, name))
+      name_one(&found.surplus, "%s", name);
   }
-  /* before the surplus: the scales of FP8 weights are surplus too, but not the matter */
-  WN_TRY(complain(dir, "of a type that cannot be read", &dtype,
-                  "weights are read from F32, F16 and BF16; reading FP8 weights is not in this version"));
-  WN_TRY(complain(dir, "missing", &missing, "config.json may be another model's, or the directory incomplete"));
-  WN_TRY(complain(dir, "misshapen", &shape, "config.json may be another model's"));
-  return complain(dir, "that this model does not have", &surplus, "config.json may be another model's");
+  WN_TRY(complain(dir, "of a type that cannot be read", &found.dtype,
+                  "weights are read from F32, F16, BF16, and F8_E4M3 with scales in F32, BF16 or F8_E8M0"));
+  WN_TRY(complain(dir, "missing", &found.missing, "config.json may be another model's, or the directory incomplete"));
+  WN_TRY(complain(dir, "misshapen", &found.shape, "config.json may be another model's"));
+  return complain(dir, "that this model does not have", &found.surplus, "config.json may be another model's");
 }
 
 /* ---- optimizer files ---- */

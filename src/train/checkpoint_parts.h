@@ -23,9 +23,9 @@ enum { WN_COPY_ELEMENTS = 1 << 18 };
 WN_MUST_USE wn_status wn_floats_upload(wn_device *device, wn_tensor *place, float *values);
 WN_MUST_USE wn_status wn_floats_download(wn_device *device, void *values, const wn_tensor *place);
 
-/* The part of `field` that this rank holds, read from an entry of the parameter's shape. `buffer` has WN_COPY_ELEMENTS
- * floats. */
-WN_MUST_USE wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_st_entry *entry,
+/* The part of `field` that this rank holds, and of the file nothing else, read from a weight of the parameter's shape
+ * by the device's threads. `buffer` has WN_COPY_ELEMENTS floats. */
+WN_MUST_USE wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_hf_weight *weight,
                                    float *buffer);
 /* The same, written into an open file as `dtype` (F32 or BF16) at tensor_offset + first * width. `scratch`: as many
  * uint16. */
@@ -38,8 +38,8 @@ typedef struct wn_dir_rules {
   bool new_indexer_allowed; /* indexer parameters may be absent, but then all of them */
   int32_t n_layers;         /* tensors of model.layers.N with N >= n_layers are MTP layers, and passed over */
 } wn_dir_rules;
-/* Every parameter there and of its shape, in F32, F16 or BF16, and nothing else. *indexer_absent: as the rules allow;
- * *passed_over: tensors of MTP layers. WN_E_INPUT with up to five names and the count. */
+/* Every parameter there and of its shape, in F32, F16, BF16 or FP8 with its scales, and nothing else. *indexer_absent:
+ * as the rules allow; *passed_over: tensors of MTP layers. WN_E_INPUT with up to five names and the count. */
 WN_MUST_USE wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules,
                                    bool *indexer_absent, int64_t *passed_over);
 

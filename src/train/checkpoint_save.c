@@ -86,11 +86,13 @@ static wn_status check_source_unchanged(const save *s) {
   wn_device *device = s->plan->model->device;
   for (int32_t p = 0; p < s->n_params; p++) {
     const wn_part *part = &s->parts[p];
-    const wn_st_entry *entry = s->source ? wn_hf_dir_find(s->source, s->params[p].hf_name, NULL) : NULL;
-    if (s->params[p].kind != WN_FROZEN || !part->piece || !entry) continue;
+    wn_hf_weight weight = {0};
+    if (s->params[p].kind != WN_FROZEN || !part->piece || !s->source) continue;
+    WN_TRY(wn_hf_weight_find(&weight, s->source, s->params[p].hf_name));
+    if (!weight.entry) continue;
     int64_t n = part->count < COMPARED ? part->count : COMPARED;
     wn_tensor own = wn_tensor_slice(part->piece->master, 0, part->offset, n);
-    WN_TRY(wn_hf_read(theirs, WN_F32, entry, part->first, n));
+    WN_TRY(wn_hf_read(theirs, WN_F32, &weight, part->first, n));
     WN_TRY(wn_floats_download(device, ours, &own));
     for (int64_t i = 0; own.dtype == WN_BF16 && i < n; i++) theirs[i] = wn_f32_from_bf16(wn_bf16_from_f32(theirs[i]));
     if (memcmp(theirs, ours, (size_t)n * sizeof *ours) != 0)

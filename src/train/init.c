@@ -78,8 +78,10 @@ static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char
   WN_TRY(wn_dir_check(in->dir, &in->names, rules, &indexer_absent, &passed_over));
   WN_TRY(verify_weights(in->dir, wn_world_rank(plan->world), wn_world_size(plan->world)));
   for (int32_t p = 0; p < in->n_params; p++) {
-    const wn_st_entry *entry = wn_hf_dir_find(in->dir, in->params[p].hf_name, NULL);
-    WN_TRY(entry ? wn_part_read(plan->model->device, &in->parts[p], WN_FIELD_WEIGHT, entry, in->buffer) : draw(in, p));
+    wn_hf_weight weight;
+    WN_TRY(wn_hf_weight_find(&weight, in->dir, in->params[p].hf_name));
+    WN_TRY(weight.entry ? wn_part_read(plan->model->device, &in->parts[p], WN_FIELD_WEIGHT, &weight, in->buffer)
+                        : draw(in, p));
   }
   if (wn_world_rank(plan->world) != 0) return NULL;
   if (passed_over)

@@ -51,7 +51,7 @@ static void load_weights(oracle *o) {
     assert_int_equal(entry->rank, p->rank);
     for (int32_t axis = 0; axis < p->rank; axis++) assert_int_equal(entry->dim[axis], p->dim[axis]);
     wn_tensor *t = &o->model.weights[i];
-    OK(wn_hf_read(t->data, t->dtype, entry, 0, wn_tensor_count(t)));
+    OK(wn_hf_read(t->data, t->dtype, &(wn_hf_weight){.entry = entry}, 0, wn_tensor_count(t)));
   }
   wn_hf_dir_close(dir);
 }

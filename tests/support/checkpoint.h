@@ -144,7 +144,9 @@ typedef struct test_dir {
   bool mtp;              /* a layer behind the last, in the last shard */
   const char *without;   /* a parameter whose name holds this is left out */
   const char *misshapen; /* gets one row more */
-  const char *fp8;       /* becomes F8_E4M3, with a scale beside it */
+  const char *fp8;       /* matrices whose names hold this become F8_E4M3, with one scale beside each */
+  const char *unscaled;  /* of these, those that have none */
+  const char *misscaled; /* and those that have two */
   const char *extra;     /* a tensor that no model has */
 } test_dir;
 
@@ -156,7 +158,15 @@ typedef struct test_tensors {
   int64_t n;
 } test_tensors;
 
-/* Element e holds test_value(seed, param, weight, e) in `dtype`; FP8 tensors hold zeros. */
+/* What element e of an FP8 weight of `param` holds, all of which lie in one block: code and scale. */
+static inline uint8_t test_code(int32_t param, int64_t e) {
+  return (uint8_t)((param + e) % 127 + (e % 3 ? 128 : 0));
+}
+static inline float test_scale(int32_t param) {
+  return 0.001f * (float)(param + 1);
+}
+
+/* Element e holds test_value(seed, param, weight, e) in `dtype`. */
 static inline void test_add(test_tensors *t, uint64_t seed, const char *name, int32_t param, wn_dtype dtype,
                             int32_t rank, int64_t d0, int64_t d1) {
   assert_true(t->n < TEST_MOST_TENSORS);
@@ -167,12 +177,20 @@ static inline void test_add(test_tensors *t, uint64_t seed, const char *name, in
     float x = test_value(seed, param, WN_FIELD_WEIGHT, e);
     if (dtype == WN_F32) ((float *)data)[e] = x;
     if (dtype == WN_BF16) ((uint16_t *)data)[e] = wn_bf16_from_f32(x);
+    if (dtype == WN_F8_E4M3) ((uint8_t *)data)[e] = test_code(param, e);
     if (dtype == WN_F16) ((uint16_t *)data)[e] = (uint16_t)(0x3c00 + e % 1024); /* 1 + (e mod 1024) / 1024 */
   }
   assert_true(strlen(name) < WN_FIELD_NAME_BYTES);
   memcpy(t->name[t->n], name, strlen(name) + 1);
   t->spec[t->n] = (wn_st_spec){.name = t->name[t->n], .dtype = dtype, .rank = rank, .dim = {d0, d1}};
   t->data[t->n++] = data;
+}
+
+static inline void test_add_scale(test_tensors *t, const char *name, int32_t param, int64_t rows) {
+  char scale[WN_FIELD_NAME_BYTES + 16];
+  snprintf(scale, sizeof scale, "%.*s" WN_HF_SCALE_SUFFIX, WN_FIELD_NAME_BYTES, name);
+  test_add(t, 0, scale, 0, WN_F32, 2, rows, 1);
+  *(float *)t->data[t->n - 1] = test_scale(param);
 }
 
 static inline bool test_named(const char *name, const char *part) {
@@ -188,17 +206,24 @@ static inline void test_dir_write(const char *path, const wn_model_config *confi
     const wn_param *p = &table.params[i];
     bool always = p->slot == WN_P_ROUTER_BIAS || p->slot == WN_P_INDEX_K_NORM || p->slot == WN_P_INDEX_K_NORM_BIAS;
     if (test_named(p->hf_name, how.without)) continue;
-    wn_dtype dtype = test_named(p->hf_name, how.fp8) ? WN_F8_E4M3 : always ? WN_F32 : how.dtype;
+    bool fp8 = p->rank == 2 && test_named(p->hf_name, how.fp8);
+    wn_dtype dtype = fp8 ? WN_F8_E4M3 : always ? WN_F32 : how.dtype;
     test_add(t, seed, p->hf_name, i, dtype, p->rank, p->dim[0] + (test_named(p->hf_name, how.misshapen) ? 1 : 0),
              p->dim[1]);
+    if (fp8 && !test_named(p->hf_name, how.unscaled))
+      test_add_scale(t, p->hf_name, i, test_named(p->hf_name, how.misscaled) ? 2 : 1);
   }
-  if (how.fp8) test_add(t, seed, "model.layers.0.self_attn.q_a_proj.weight_scale_inv", 900, WN_F32, 2, 1, 1);
   if (how.extra) test_add(t, seed, how.extra, 901, WN_F32, 1, 3, 0);
   if (how.mtp) {
     snprintf(file, sizeof file, "model.layers.%d.eh_proj.weight", config->num_hidden_layers);
     test_add(t, seed, file, 902, WN_BF16, 2, 3, 5);
     snprintf(file, sizeof file, "model.layers.%d.enorm.weight", config->num_hidden_layers);
     test_add(t, seed, file, 903, WN_F32, 1, 7, 0);
+  }
+  if (how.mtp && how.fp8) {
+    snprintf(file, sizeof file, "model.layers.%d.mlp.down_proj.weight", config->num_hidden_layers);
+    test_add(t, seed, file, 904, WN_F8_E4M3, 2, 3, 5);
+    test_add_scale(t, file, 904, 1);
   }
   OK(wn_make_dirs(path));
   OK(wn_model_config_save(config, path, NULL, "float32"));

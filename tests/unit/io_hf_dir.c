@@ -1,6 +1,5 @@
 #include "support/test.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -93,7 +92,7 @@ static void shards(void **state) {
     assert_ptr_equal(wn_hf_dir_find(dir, order[i], &again), entry);
     assert_int_equal(again, shard);
     float value;
-    OK(wn_hf_read(&value, WN_F32, entry, 0, 1));
+    OK(wn_hf_read(&value, WN_F32, &(wn_hf_weight){.entry = entry}, 0, 1));
     assert_true(value == (float)(10 + i % 2));
   }
   assert_non_null(strstr(wn_hf_dir_shard_path(dir, 1), "model-00002-of-000002.safetensors"));
@@ -170,41 +169,6 @@ static void index_and_shards_disagree(void **state) {
   refuse("tensor b stands in two shards");
 }
 
-static void conversions(void **state) {
-  (void)state;
-  static const float f32[3] = {1.5f, -0.f, 3e38f};
-  static const uint16_t bf16[3] = {0x3fc0, 0xff80, 0x0001}, f16[3] = {0x3e00, 0x0001, 0xfc00};
-  static const uint8_t odd[1] = {7}, f8[3] = {1, 2, 3};
-  static const wn_st_spec specs[] = {/* the odd byte leaves everything after it unaligned */
-                                     {"odd", WN_U8, 1, {1}},
-                                     {"f32", WN_F32, 1, {3}},
-                                     {"bf16", WN_BF16, 1, {3}},
-                                     {"f16", WN_F16, 1, {3}},
-                                     {"f8", WN_F8_E4M3, 1, {3}}};
-  const void *data[] = {odd, f32, bf16, f16, f8};
-  char path[WN_PATH_BYTES];
-  OK(wn_path(path, "%s/model.safetensors", root));
-  OK(wn_safetensors_write(path, specs, data, 5));
-  wn_hf_dir *dir;
-  OK(wn_hf_dir_open(&dir, root));
-  float single[3];
-  double wide[3];
-  OK(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "f32", NULL), 0, 3));
-  assert_memory_equal(single, f32, sizeof f32);
-  OK(wn_hf_read(wide, WN_F64, wn_hf_dir_find(dir, "f32", NULL), 1, 2));
-  assert_true(wide[0] == 0 && signbit(wide[0]) && wide[1] == (double)3e38f);
-  OK(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "bf16", NULL), 0, 3));
-  assert_true(single[0] == 1.5f && single[1] == -INFINITY && single[2] == 0x1p-133f);
-  OK(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "f16", NULL), 1, 2));
-  assert_true(single[0] == 0x1p-24f && single[1] == -INFINITY);
-  OK(wn_hf_read(wide, WN_F64, wn_hf_dir_find(dir, "bf16", NULL), 0, 1));
-  assert_true(wide[0] == 1.5);
-  OK(wn_hf_read(wide, WN_F64, wn_hf_dir_find(dir, "f16", NULL), 3, 0));
-  REFUSED(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "f8", NULL), 0, 3), WN_E_INPUT, "f8 is stored as F8_E4M3");
-  REFUSED(wn_hf_read(single, WN_F32, wn_hf_dir_find(dir, "odd", NULL), 0, 1), WN_E_INPUT, "odd is stored as U8");
-  wn_hf_dir_close(dir);
-}
-
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
@@ -214,7 +178,6 @@ int main(void) {
       TEST(an_index_that_is_none),
       TEST(names_that_lead_out),
       TEST(index_and_shards_disagree),
-      TEST(conversions),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -307,6 +307,42 @@ static void carries_mtp_through(void **state) {
   test_rig_free(&rig);
 }
 
+/* An FP8 base that is frozen stays FP8, bit for bit and with its scales; one that trains is written as floats, and no
+ * scale of it is left. The layer behind the last travels as it is. */
+static void fp8_bases(void **state) {
+  for (int32_t train = 0; train < 2; train++) {
+    test_rig rig;
+    char init[300], run[300], path[WN_PATH_BYTES];
+    snprintf(init, sizeof init, "%s/init-%d", (const char *)*state, train);
+    snprintf(run, sizeof run, "%s/run-%d", (const char *)*state, train);
+    test_dir_write(init, &test_config, (test_dir){.dtype = WN_BF16, .shards = 3, .mtp = true, .fp8 = "mlp."}, 5);
+    wn_param_settings settings = train ? all_bf16 : (wn_param_settings){.train_indexer = true, .file_dtype = WN_BF16};
+    OK(test_rig_create(&rig, world, &test_config, settings, train ? WN_STAGE_ADAPT : WN_STAGE_WARMUP, run, init));
+    OK(wn_init_load(&rig.plan, init, false));
+    for (int64_t step = 1; step <= 2; step++) {
+      wn_state at = test_state, read;
+      at.step = step;
+      OK(wn_checkpoint_save(&rig.plan, &at));
+      OK(wn_path(path, "%s/checkpoints/step-%06d", run, (int)step));
+      OK(wn_checkpoint_load(&rig.plan, path, &read));
+      if (!train) expect_base_unchanged(&rig, init, path);
+      wn_hf_dir *before, *after;
+      OK(wn_hf_dir_open(&before, init));
+      OK(wn_hf_dir_open(&after, path));
+      for (int64_t i = 0; i < wn_hf_dir_count(before); i++) {
+        const wn_st_entry *entry = wn_hf_dir_at(before, i, NULL), *there = wn_hf_dir_find(after, entry->name, NULL);
+        bool scale = test_named(entry->name, WN_HF_SCALE_SUFFIX), mtp = test_named(entry->name, "layers.3.");
+        assert_int_equal(there != NULL, !(train && scale) || mtp);
+        if (mtp) assert_true(test_same_bytes(entry, there));
+        if (there && train && !mtp) assert_true(there->dtype == WN_BF16 || there->dtype == WN_F32);
+      }
+      wn_hf_dir_close(before);
+      wn_hf_dir_close(after);
+    }
+    test_rig_free(&rig);
+  }
+}
+
 static void copies_companions(void **state) {
   static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                                       "generation_config.json"};
@@ -572,6 +608,7 @@ int main(void) {
       TEMP_TEST(a_base_held_in_bf16),
       TEMP_TEST(links_across_file_systems),
       TEMP_TEST(carries_mtp_through),
+      TEMP_TEST(fp8_bases),
       TEMP_TEST(copies_companions),
       TEMP_TEST(refuses_an_exchanged_base),
       TEMP_TEST(digests_that_are_known),

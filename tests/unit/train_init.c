@@ -1,4 +1,5 @@
 /* Weights for a fresh run: what is read exactly, what is drawn, and every refusal by name. */
+#include "base/float8.h"
 #include "support/checkpoint.h"
 
 static wn_world *world;
@@ -36,10 +37,15 @@ static float held(test_rig *rig, int32_t p, int64_t e) {
   return 0;
 }
 
-static void reads(void **state, wn_dtype dtype, int32_t shards) {
+/* What a rank then holds of element e, `code` times `scale` rounded as weight_dequant does. */
+static float dequantised(int32_t p, int64_t e) {
+  return wn_f32_from_bf16(wn_bf16_from_f32(wn_f32_from_e4m3(test_code(p, e)) * test_scale(p)));
+}
+
+static void reads(void **state, wn_dtype dtype, int32_t shards, const char *fp8) {
   test_rig rig;
   wn_temp_path init = wn_temp(state, "init");
-  test_dir_write(init.text, &test_config, (test_dir){.dtype = dtype, .shards = shards, .mtp = true}, 5);
+  test_dir_write(init.text, &test_config, (test_dir){.dtype = dtype, .shards = shards, .mtp = true, .fp8 = fp8}, 5);
   OK(test_rig_create(&rig, world, &test_config, adapt, WN_STAGE_ADAPT, *state, init.text));
   OK(test_values(&rig, TEST_CLEAR, 0, true, false));
   OK(wn_init_load(&rig.plan, init.text, false));
@@ -51,6 +57,7 @@ static void reads(void **state, wn_dtype dtype, int32_t shards) {
       float want = test_value(5, p, WN_FIELD_WEIGHT, e);
       if (!wide && dtype == WN_BF16) want = wn_f32_from_bf16(wn_bf16_from_f32(want));
       if (!wide && dtype == WN_F16) want = 1 + (float)(e % 1024) / 1024;
+      if (param->rank == 2 && test_named(param->hf_name, fp8)) want = dequantised(p, e);
       if (held(&rig, p, e) != want)
         fail_msg("%s[%lld] is %g instead of %g", param->hf_name, (long long)e, (double)held(&rig, p, e), (double)want);
     }
@@ -59,13 +66,16 @@ static void reads(void **state, wn_dtype dtype, int32_t shards) {
 }
 
 static void reads_f32(void **state) {
-  reads(state, WN_F32, 1);
+  reads(state, WN_F32, 1, NULL);
 }
 static void reads_bf16(void **state) {
-  reads(state, WN_BF16, 3);
+  reads(state, WN_BF16, 3, NULL);
 }
 static void reads_f16(void **state) {
-  reads(state, WN_F16, 2);
+  reads(state, WN_F16, 2, NULL);
+}
+static void reads_fp8(void **state) {
+  reads(state, WN_BF16, 5, "proj");
 }
 
 /* A new indexer is drawn beside a base that is read; the same numbers as in a wholly random model. */
@@ -172,9 +182,27 @@ static void surplus_layer(void **state) {
   test_rig_free(&rig);
 }
 
-static void fp8(void **state) {
-  refuse(state, test_config, (test_dir){.fp8 = "layers.0.self_attn.q_a_proj"}, false,
-         "1 tensor of a type that cannot be read: model.layers.0.self_attn.q_a_proj.weight (F8_E4M3)");
+static void fp8_without_scales(void **state) {
+  refuse(state, test_config, (test_dir){.fp8 = "mlp", .unscaled = "experts.2."}, false,
+         "6 tensors missing: model.layers.1.mlp.experts.2.gate_proj.weight_scale_inv, "
+         "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv");
+}
+
+static void fp8_with_other_blocks(void **state) {
+  refuse(state, test_config, (test_dir){.fp8 = "layers.1", .misscaled = "kv_b_proj"}, false,
+         "1 tensor misshapen: model.layers.1.self_attn.kv_b_proj.weight_scale_inv [2, 1] instead of [1, 1]");
+}
+
+static void scales_of_nothing(void **state) {
+  refuse(state, test_config,
+         (test_dir){.dtype = WN_BF16, .fp8 = "mlp", .extra = "model.layers.1.self_attn.kv_b_proj.weight_scale_inv"},
+         false, "1 tensor that this model does not have: model.layers.1.self_attn.kv_b_proj.weight_scale_inv");
+}
+
+static void other_types(void **state) {
+  refuse(state, test_config, (test_dir){.dtype = WN_I32, .fp8 = "proj"}, false,
+         "23 tensors of a type that cannot be read: model.embed_tokens.weight (I32), "
+         "model.layers.0.input_layernorm.weight (I32)");
 }
 
 static void absent(void **state) {
@@ -213,6 +241,7 @@ int main(void) {
       TEMP_TEST(reads_f32),
       TEMP_TEST(reads_bf16),
       TEMP_TEST(reads_f16),
+      TEMP_TEST(reads_fp8),
       TEMP_TEST(draws),
       TEMP_TEST(rounds_for_a_device_of_bf16),
       TEMP_TEST(missing_one),
@@ -222,7 +251,10 @@ int main(void) {
       TEMP_TEST(misshapen),
       TEMP_TEST(surplus),
       TEMP_TEST(surplus_layer),
-      TEMP_TEST(fp8),
+      TEMP_TEST(fp8_without_scales),
+      TEMP_TEST(fp8_with_other_blocks),
+      TEMP_TEST(scales_of_nothing),
+      TEMP_TEST(other_types),
       TEMP_TEST(absent),
       TEMP_TEST(a_damaged_checkpoint),
   };

@@ -1,0 +1,150 @@
+/* Reading weights out of a Hugging Face directory, in whatever precision they lie there. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/float8.h"
+#include "io/hf_dir.h"
+
+enum { CHUNK = 8192 }; /* elements that go through a buffer of floats where the result is of another type */
+
+/* ---- finding ---- */
+
+const wn_st_entry *wn_hf_scale_entry(const wn_hf_dir *dir, const char *name) {
+  char scale[512];
+  int length = snprintf(scale, sizeof scale, "%s" WN_HF_SCALE_SUFFIX, name);
+  return length < (int)sizeof scale ? wn_hf_dir_find(dir, scale, NULL) : NULL;
+}
+
+bool wn_hf_scale_readable(const wn_st_entry *scale) {
+  return scale->dtype == WN_F32 || scale->dtype == WN_BF16 || scale->dtype == WN_F8_E8M0;
+}
+
+bool wn_hf_scale_fits(const wn_st_entry *scale, const wn_st_entry *weight) {
+  return scale->rank == 2 && weight->rank == 2 && scale->dim[0] == wn_f8_blocks(weight->dim[0]) &&
+         scale->dim[1] == wn_f8_blocks(weight->dim[1]);
+}
+
+static wn_status check_scale(const wn_st_entry *entry, const wn_st_entry *scale, const char *dir) {
+  if (entry->rank != 2)
+    return WN_FAIL(WN_E_INPUT, "%s: tensor %s is FP8 and of rank %d; only matrices are read from FP8", dir, entry->name,
+                   entry->rank);
+  if (!scale)
+    return WN_FAIL(WN_E_INPUT, "%s: tensor %s is FP8 and has no %s" WN_HF_SCALE_SUFFIX, dir, entry->name, entry->name);
+  if (!wn_hf_scale_readable(scale))
+    return WN_FAIL(WN_E_INPUT, "%s: tensor %s is %s; scales are read from F32, BF16 and F8_E8M0", dir, scale->name,
+                   wn_dtype_name(scale->dtype));
+  if (!wn_hf_scale_fits(scale, entry))
+    return WN_FAIL(WN_E_INPUT, "%s: tensor %s has not the shape [%lld, %lld] of one scale for each 128 x 128 block",
+                   dir, scale->name, (long long)wn_f8_blocks(entry->dim[0]), (long long)wn_f8_blocks(entry->dim[1]));
+  return NULL;
+}
+
+wn_status wn_hf_weight_find(wn_hf_weight *out, const wn_hf_dir *dir, const char *name) {
+  const wn_st_entry *entry = wn_hf_dir_find(dir, name, NULL), *scale = wn_hf_scale_entry(dir, name);
+  bool fp8 = entry && entry->dtype == WN_F8_E4M3;
+  *out = (wn_hf_weight){0};
+  if (fp8)
+    WN_TRY(check_scale(entry, scale, wn_hf_dir_path(dir)));
+  else if (scale)
+    return WN_FAIL(WN_E_INPUT, "%s: tensor %s belongs to no FP8 weight: %s is %s", wn_hf_dir_path(dir), scale->name,
+                   name, entry ? wn_dtype_name(entry->dtype) : "absent");
+  *out = (wn_hf_weight){entry, scale};
+  return NULL;
+}
+
+/* ---- reading ---- */
+
+wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t first, int64_t count) {
+  const wn_st_entry *scale = weight->scale;
+  const char *from = (const char *)scale->data + first * wn_dtype_bytes(scale->dtype);
+  if (scale->dtype == WN_F8_E8M0)
+    for (int64_t i = 0; i < count; i++) out[i] = wn_f32_from_e8m0((uint8_t)from[i]);
+  else if (scale->dtype == WN_BF16)
+    wn_f32s_from_bf16(out, from, count);
+  else
+    memcpy(out, from, (size_t)count * sizeof *out);
+  for (int64_t i = 0; i < count; i++)
+    if (!(isfinite(out[i]) && out[i] > 0))
+      return WN_FAIL(WN_E_INPUT, "tensor %s: scale [%lld, %lld] is %g; scales are finite and above 0", scale->name,
+                     (long long)((first + i) / scale->dim[1]), (long long)((first + i) % scale->dim[1]),
+                     (double)out[i]);
+  return NULL;
+}
+
+/* `scales` begin with the block row that holds element `first_row * 128 * columns`. */
+typedef struct source {
+  const wn_st_entry *entry;
+  float *scales;     /* NULL: not FP8 */
+  int64_t block_row; /* of the first of `scales` */
+} source;
+
+static wn_status read_floats(float *out, const source *in, int64_t first, int64_t count) {
+  const wn_st_entry *entry = in->entry;
+  const char *from = (const char *)entry->data + first * wn_dtype_bytes(entry->dtype);
+  if (entry->dtype == WN_F32) {
+    memcpy(out, from, (size_t)count * sizeof *out);
+  } else if (entry->dtype == WN_BF16) {
+    wn_f32s_from_bf16(out, from, count);
+  } else if (entry->dtype == WN_F16) {
+    wn_f32s_from_f16(out, from, count);
+  } else {
+    int64_t skipped = in->block_row * WN_F8_BLOCK * entry->dim[1];
+    for (int64_t done = 0, n; done < count; done += n) { /* while it is in the cache */
+      n = count - done < CHUNK ? count - done : CHUNK;
+      wn_f8_dequantise(out + done, (const uint8_t *)entry->data + skipped, in->scales, entry->dim[1],
+                       first + done - skipped, n);
+      if (!wn_f32s_round_to_bf16(out + done, n))
+        return WN_FAIL(WN_E_INPUT, "tensor %s holds NaN, or codes and scales whose product is infinite", entry->name);
+    }
+  }
+  return NULL;
+}
+
+static wn_status read_as(void *out, wn_dtype dtype, const source *in, int64_t first, int64_t count) {
+  float buffer[CHUNK];
+  if (dtype == WN_F32) return read_floats(out, in, first, count);
+  if (dtype == WN_BF16 && in->entry->dtype == WN_BF16) {
+    memcpy(out, (const char *)in->entry->data + 2 * first, 2 * (size_t)count);
+    return NULL;
+  }
+  for (int64_t done = 0, n; done < count; done += n) {
+    n = count - done < CHUNK ? count - done : CHUNK;
+    WN_TRY(read_floats(buffer, in, first + done, n));
+    if (dtype == WN_BF16)
+      wn_bf16s_from_f32((uint16_t *)out + done, buffer, n);
+    else
+      for (int64_t i = 0; i < n; i++) ((double *)out)[done + i] = (double)buffer[i];
+  }
+  return NULL;
+}
+
+/* The scales of all rows that the elements touch. */
+static wn_status open_scales(source *in, const wn_hf_weight *weight, int64_t first, int64_t count) {
+  const wn_st_entry *entry = weight->entry;
+  int64_t across = weight->scale->dim[1], band = WN_F8_BLOCK * entry->dim[1];
+  in->block_row = first / band;
+  int64_t rows = (first + count - 1) / band - in->block_row + 1;
+  in->scales = malloc((size_t)(rows * across) * sizeof *in->scales);
+  if (!in->scales) return WN_FAIL(WN_E_MEMORY, "out of memory for the scales of %s", entry->name);
+  return wn_hf_read_scales(in->scales, weight, in->block_row * across, rows * across);
+}
+
+wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_hf_weight *weight, int64_t first, int64_t count) {
+  const wn_st_entry *entry = weight->entry;
+  WN_ASSERT(dtype == WN_F32 || dtype == WN_F64 || dtype == WN_BF16, "%s wanted as %s", entry->name,
+            wn_dtype_name(dtype));
+  bool fp8 = entry->dtype == WN_F8_E4M3 && weight->scale;
+  if (!fp8 && entry->dtype != WN_F32 && entry->dtype != WN_F16 && entry->dtype != WN_BF16)
+    return WN_FAIL_HINT(WN_E_INPUT, "weights are read from F32, F16, BF16, and F8_E4M3 with scales",
+                        "tensor %s is stored as %s", entry->name, wn_dtype_name(entry->dtype));
+  int64_t total = (int64_t)entry->bytes / wn_dtype_bytes(entry->dtype);
+  WN_ASSERT(first >= 0 && count >= 0 && first <= total && count <= total - first, "%s: elements %lld + %lld of %lld",
+            entry->name, (long long)first, (long long)count, (long long)total);
+  if (count == 0) return NULL;
+  source in = {.entry = entry};
+  wn_status status = fp8 ? open_scales(&in, weight, first, count) : NULL;
+  if (!status) status = read_as(out, dtype, &in, first, count);
+  free(in.scales);
+  return status;
+}
