@@ -12,10 +12,11 @@ enum { LENGTH_BYTES = 8 };
 /* What an importer does with a tensor: every element, in two pieces, into memory of exactly its size. */
 static void read_elements(const wn_st_entry *entry) {
   int64_t n = (int64_t)entry->bytes / wn_dtype_bytes(entry->dtype), first = n / 3;
+  const wn_hf_weight weight = {.entry = entry};
   float *out = malloc((size_t)n * sizeof *out + 1);
   WN_ASSERT(out, "no memory for %lld elements", (long long)n);
-  wn_status status = wn_hf_read(out, WN_F32, entry, 0, first);
-  if (!status) status = wn_hf_read(out + first, WN_F32, entry, first, n - first);
+  wn_status status = wn_hf_read(out, WN_F32, &weight, 0, first);
+  if (!status) status = wn_hf_read(out + first, WN_F32, &weight, first, n - first);
   if (status) fuzz_refused(status, WN_E_INPUT);
   free(out);
 }
