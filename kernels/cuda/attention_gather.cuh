@@ -18,9 +18,10 @@ enum {
   WN_PANEL_COLUMNS = 64,
   WN_PANEL_ROW_BYTES = 128,
   WN_PIECE_COLUMNS = 8, /* 16 bytes */
-  /* of the kernels for values of 512 columns and many heads */
+  /* of the kernels for 512 + 64 columns and many heads */
   WN_WIDE_HEADS = 64,
   WN_WIDE_VALUES = 512,
+  WN_WIDE_WIDTH = 576,
   WN_WIDE_PANEL_BYTES = 64 * WN_PANEL_ROW_BYTES /* of 64 heads or 64 keys */
 };
 

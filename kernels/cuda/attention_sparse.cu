@@ -18,6 +18,7 @@
  * TFLOP/s. */
 #include "kernels/cuda/attention_gather.cuh"
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/picks.cuh"
 #include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
 #include "kernels/cuda/reduce.cuh"
@@ -322,7 +323,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, MT == 1 ? 2 : 1) static void for
 
 /* ---- 512 + 64 columns, many heads: the same by two warpgroups ---- */
 
-enum { WIDE_WIDTH = 576, WIDE_PANELS = 9, WIDE_NT = 32, GROUP_KEYS = 32 };
+enum { WIDE_PANELS = WN_WIDE_WIDTH / WN_PANEL_COLUMNS, WIDE_NT = 32, GROUP_KEYS = 32 };
 
 /* Each warpgroup makes the logits of half of a tile's keys and owns half of o's columns, both for all 64 heads, so that
  * a thread's two heads are the same in both: of its warp's 16, row lane / 4 and that plus 8. */
@@ -561,7 +562,8 @@ wn_status wn_cuda_attention_sparse(wn_device *device, wn_tensor *o, wn_tensor *l
   a.kv_aligned = wn_gather_aligned(a.kv);
   a.o_pairs = wn_pairs_aligned(a.o);
   if (a.q.n == 0 || a.q.heads == 0) return NULL;
-  if (a.q.heads > 16 && a.v_width == WN_WIDE_VALUES && a.q.width == WIDE_WIDTH && a.kv_aligned)
+  WN_TRY(wn_cuda_expect_picks(device, a.selection, a.kv.n));
+  if (a.q.heads > 16 && a.v_width == WN_WIDE_VALUES && a.q.width == WN_WIDE_WIDTH && a.kv_aligned)
     return launch_wide(device, a);
   if (a.q.heads > 16 && a.v_width <= 128) return launch<4, 2>(device, a);
   if (a.q.heads > 16 && a.v_width <= 512 && a.q.width <= 576) return launch<4, 8>(device, a);

@@ -20,6 +20,7 @@
 #include "kernels/cuda/attention_gather.cuh"
 #include "kernels/cuda/attention_sparse_sums.cuh"
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/picks.cuh"
 #include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
 
@@ -379,7 +380,7 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void backward_kernel(c
   if (a.what == ALL_ROWS) store_dq<MT, NT>(a, dq, row, first_head, warp);
 }
 
-/* ---- values of 512 columns, many heads: the same by two warpgroups ---- */
+/* ---- 512 + 64 columns, many heads: the same by two warpgroups ---- */
 
 enum {
   WIDE_MAIN = 32, /* n-tiles of dq that a group owns: 256 columns */
@@ -388,19 +389,24 @@ enum {
   REST_PANEL = WN_WIDE_VALUES / WN_PANEL_COLUMNS
 };
 
-/* Group 0: s = q kv^T; group 1: dp = d_o v^T; 64 heads, 64 keys. Then they swap halves as in swap_sides: s and dp of
- * the group's 32 keys; a thread's heads are 16 warp + lane / 4 and that plus 8. */
+/* Group 0: s = q kv^T; group 1: dp = d_o v^T; 64 heads, 64 keys, so many panels of columns. Then they swap halves as in
+ * swap_sides: s and dp of the group's 32 keys; a thread's heads are 16 warp + lane / 4 and that plus 8. */
 __device__ static void wide_logits(float (&s)[4][4], float (&dp)[4][4], const backward_layout<4> &l, float4 *p_room,
-                                   float4 *ds_room, int steps, int group, int warp) {
+                                   float4 *ds_room, int panels, int group, int warp) {
   const int lane = threadIdx.x & 31;
   const uint32_t rows = group ? l.d_o : l.q;
   float acc[8][4] = {};
-  wn_wgmma_settle(acc);
-  wn_wgmma_fence();
-  for (int step = 0; step < steps; step++) {
-    const uint32_t at = (uint32_t)((step >> 2) * WN_WIDE_PANEL_BYTES + (step & 3) * 32);
-    wn_wgmma<WN_ALONG, WN_ALONG>(acc, wn_wgmma_operand_anew(rows + at, 0), wn_wgmma_operand_anew(l.kv + at, 0), true);
+#pragma unroll 1
+  for (int panel = 0; panel < panels; panel++) {
+    wn_wgmma_settle(acc);
+    wn_wgmma_fence(); /* in the loop: else the compiler puts its own there, and products one after the other */
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t at = (uint32_t)(panel * WN_WIDE_PANEL_BYTES + i * 32);
+      wn_wgmma<WN_ALONG, WN_ALONG>(acc, wn_wgmma_operand_anew(rows + at, 0), wn_wgmma_operand_anew(l.kv + at, 0), true);
+    }
   }
+  wn_wgmma_fence();
   wn_wgmma_commit();
   wn_wgmma_wait<0>();
   wn_wgmma_settle(acc);
@@ -591,7 +597,7 @@ template <bool MAIN> __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static v
   read_scales(a, scale, key);
 
   float main[WIDE_MAIN][4] = {}, rest[WIDE_REST][4] = {};
-  const int steps = group == 0 ? (a.kv.width + 15) / 16 : !MAIN && a.what == ONLY_P ? 0 : WN_WIDE_VALUES / 16;
+  const int panels = group == 0 ? REST_PANEL + 1 : !MAIN && a.what == ONLY_P ? 0 : REST_PANEL;
   for (int t = 0; t < tiles; t++) {
     wn_cp_async_wait<0>();
     wn_publish_shared();
@@ -600,7 +606,7 @@ template <bool MAIN> __global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static v
     wn_read_picks(key, pick, t + 1, count);
     if (wanted) {
       float s[4][4], dp[4][4];
-      wide_logits(s, dp, l, p_room, ds_room, steps, group, warp);
+      wide_logits(s, dp, l, p_room, ds_room, panels, group, warp);
       wide_p_ds(s, dp, l, a.scale, a.scale_log2, count - t * WN_SPARSE_KEYS, group, warp);
       wn_publish_shared();
       __syncthreads();
@@ -725,11 +731,12 @@ wn_status wn_cuda_attention_sparse_backward(wn_device *device, wn_tensor *dq, wn
     WN_ASSERT(wn_tensor_same_shape(p, selection), "p's shape");
   }
   if (a.q.n == 0 || a.q.heads == 0 || (!dq && !p)) return NULL;
+  WN_TRY(wn_cuda_expect_picks(device, a.selection, a.kv.n));
   const size_t mark = wn_arena_mark(device->scratch);
   const size_t most = wn_cuda_of(device)->block_shared_bytes;
   const bool tall = a.q.heads > 16 && a.q.width <= 576 && lay_out<4>(NULL, 0, a.q.width, a.v_width).bytes <= most;
   launcher *one = launch<1, 18>;
-  if (tall && a.v_width == WN_WIDE_VALUES && a.q.width > WN_WIDE_VALUES)
+  if (tall && a.v_width == WN_WIDE_VALUES && a.q.width == WN_WIDE_WIDTH)
     one = launch_wide;
   else if (tall)
     one = a.q.width <= 128 ? launch<4, 2> : launch<4, 9>;

@@ -14,9 +14,6 @@ enum {
   MOST_EXPONENT = 120 /* a scale and its inverse stay normal numbers */
 };
 
-/* For wn_cuda_sparse_summed_again. */
-__device__ static unsigned long long summed_again;
-
 __global__ static void count_kernel(wn_view<int32_t> selection, int32_t *count) {
   const int64_t all = selection.n * selection.width, step = (int64_t)gridDim.x * blockDim.x;
   for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
@@ -78,7 +75,6 @@ __global__ static void review_kernel(wn_sparse_sums sums, int64_t m) {
   sums.scale[i] = better;
   sums.again[i] = 1;
   atomicMax(sums.global + WN_SPARSE_AGAIN, 1u);
-  atomicAdd(&summed_again, 1ull);
 }
 
 /* Two columns a thread. What was not finite becomes NaN. */
@@ -150,12 +146,4 @@ wn_status wn_sparse_sums_finish(wn_device *device, wn_sparse_sums sums, wn_view<
   finish_kernel<<<blocks_for(dkv.n * sums.pitch / 2, many), THREADS, 0, wn_cuda_stream(device)>>>(dkv, sums);
   WN_CUDA_LAUNCHED("attention_sparse_backward's sums");
   return NULL;
-}
-
-extern "C" int64_t wn_cuda_sparse_summed_again(wn_device *device) {
-  unsigned long long n = 0;
-  cudaStream_t stream = wn_cuda_stream(device);
-  if (cudaMemcpyFromSymbolAsync(&n, summed_again, sizeof n, 0, cudaMemcpyDeviceToHost, stream) != cudaSuccess)
-    return -1;
-  return cudaStreamSynchronize(stream) == cudaSuccess ? (int64_t)n : -1;
 }

@@ -41,9 +41,6 @@ WN_MUST_USE wn_status wn_sparse_sums_review(wn_device *device, wn_sparse_sums su
 /* dkv += sums / scale */
 WN_MUST_USE wn_status wn_sparse_sums_finish(wn_device *device, wn_sparse_sums sums, wn_view<float> dkv);
 
-/* How many keys were summed twice since the program began, for tests: waits for the device; -1 where that fails. */
-extern "C" int64_t wn_cuda_sparse_summed_again(wn_device *device);
-
 __device__ __forceinline__ uint32_t wn_magnitude_bits(float x) {
   return __float_as_uint(x) & 0x7fffffffu;
 }
