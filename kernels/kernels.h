@@ -275,7 +275,9 @@ struct wn_ops {
   /* p[t,s] = mean over heads of exp(attention_scale qa.ka - lse) over visible keys. kl[n] [STAT] = sum_s p (log p -
    * log softmax(I)), 0 for rows that see fewer than two keys. Gradients of coeff * sum of kl: g = coeff (softmax(I) -
    * p); dq[n,HI,dI] =, dk[m,dI] [WGRAD] +=, dw[n,HI] [STAT] = (null together: value only). Source:
-   * DeepSeek-V3.2 report (arXiv 2512.02556), eq. (3). qa[n,H,dq], ka[m,H,dq] (or [m,1,dq], shared), lse[n,H]. */
+   * DeepSeek-V3.2 report (arXiv 2512.02556), eq. (3). qa[n,H,dq], ka[m,H,dq] (or [m,1,dq], shared), lse[n,H].
+   * A value that is not finite shows in kl of the rows that see it and of no others; in the gradients it may also reach
+   * rows and keys nearby that do not see it, as 0 times it. */
   wn_status (*indexer_kl_dense)(wn_device *, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,
                                 const wn_tensor *q, const wn_tensor *k, const wn_tensor *w, const wn_tensor *qa,
                                 const wn_tensor *ka, const wn_tensor *lse, const wn_rows *, const wn_indexer_params *);

@@ -2,12 +2,11 @@
  *
  * Rows go in chunks, so that the two matrices p and I of a chunk, FP32, take at most CHUNK_BYTES: memory is O(n + m).
  * Per chunk:
- *   A. indexer_kl_scores.cu makes p (sum over attention heads) and I (sum over indexer heads), tile by tile;
+ *   A. indexer_kl_dense_scores.cu makes p (sum over attention heads) and I (sum over indexer heads), tile by tile;
  *   B. here: per row log sum exp I, the KL, and g = softmax(I) - p in p's place;
- *   C, D. indexer_kl_gradients.cu makes dq and dw from g with the queries standing still, and dk with the keys standing
- *      still, each making q.k again.
- * Counted work per (row, visible key): 2 H dq for p, 2 HI dI for I, 6 HI dI for the gradients; executed: 8 HI dI for
- * those, as q.k is made in C and in D.
+ *   C, D. indexer_kl_dense_gradients.cu makes dq and dw from g with the queries standing still, and dk with the keys
+ * standing still, each making q.k again. Counted work per (row, visible key): 2 H dq for p, 2 HI dI for I, 6 HI dI for
+ * the gradients; executed: 8 HI dI for those, as q.k is made in C and in D.
  *
  * Tiles of rows that see nothing of a tile of keys cost nothing. A chunk's size depends on shapes only, and so does the
  * order of every sum.
@@ -25,6 +24,7 @@
  * 122.3, with keys that do not stay 122.8. Version 6 ships; version 1 serves what operands' shapes or strides exclude
  * from the others. Of version 6 at T = 32768 A and B take 69 ms (510 counted). Under version 4's load the GPU drew up
  * to 695 W and lowered its clock to 1.65 - 1.75 GHz: power is near its cap. Scratch: 384, 768, 1280 MiB. */
+#include "kernels/cuda/indexer_kl.cuh"
 #include "kernels/cuda/indexer_kl_dense.cuh"
 #include "kernels/cuda/operations.cuh"
 
@@ -34,21 +34,21 @@ static const int64_t CHUNK_BYTES = (int64_t)2 << 30, SHARE_BYTES = (int64_t)256 
 /* ---- which keys a tile of rows sees ---- */
 
 /* A block is a tile of rows. Rows that see fewer than two keys have no loss and count as rows that see none. */
-__global__ static void __launch_bounds__(WN_KL_TILE) seen_kernel(const wn_kl_chunk chunk) {
+__global__ static void __launch_bounds__(WN_DENSE_KL_TILE) seen_kernel(const wn_dense_kl_chunk chunk) {
   __shared__ int32_t low, high;
   if (threadIdx.x == 0) {
     low = INT32_MAX;
     high = 0;
   }
   __syncthreads();
-  const int32_t row = blockIdx.x * WN_KL_TILE + threadIdx.x;
+  const int32_t row = blockIdx.x * WN_DENSE_KL_TILE + threadIdx.x;
   if (row < chunk.n_rows && chunk.last_key[row] > chunk.first_key[row]) {
     atomicMin(&low, chunk.first_key[row]);
     atomicMax(&high, chunk.last_key[row] + 1);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int32_t tile = WN_KL_TILE;
+    const int32_t tile = WN_DENSE_KL_TILE;
     chunk.seen[blockIdx.x] = high ? make_int2(low / tile * tile, (high + tile - 1) / tile * tile) : make_int2(0, 0);
   }
 }
@@ -65,15 +65,6 @@ __device__ static log_sum joined(log_sum a, log_sum b) {
   const float top = fmaxf(a.top, b.top);
   if (top == -INFINITY) return a;
   return {top, a.sum * (double)expf(a.top - top) + b.sum * (double)expf(b.top - top)};
-}
-
-__device__ static double block_sum(double x, double *shared) {
-  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  double sum = 0;
-  for (int i = 0; i < LOSS_WARPS; i++) sum += shared[i];
-  return sum;
 }
 
 /* The row's log-sum-exp in two parts, top and log(sum): their rounded sum would cost digits of softmax(I) - p. */
@@ -102,21 +93,12 @@ __device__ static log_sum row_log_sum(const float *index, int32_t first, int32_t
   return own;
 }
 
-/* p log(p / q) - p + q, never below 0, where log_q = log q and gain = q - p. Over a whole row the sum of the last two
- * vanishes, but with them every term is small where q is near p, and the rounding of either log-sum-exp, which moves
- * all of p or all of q, cancels to first order. */
-__device__ static float loss_term(float p, float log_q, float gain) {
-  if (!(p > 0)) return gain;
-  const float x = logf(p) - log_q; /* q = p exp(-x) */
-  return fabsf(x) < 0.5f ? p * (x + expm1f(-x)) : fmaf(p, x, gain);
-}
-
 /* A block is a row of the chunk's tiles, those past the last row included: their g is 0 too. */
 __global__ static void __launch_bounds__(LOSS_THREADS)
-    loss_kernel(const wn_kl_chunk chunk, float *kl, int64_t kl_row, bool gradients) {
+    loss_kernel(const wn_dense_kl_chunk chunk, float *kl, int64_t kl_row, bool gradients) {
   __shared__ double parts[LOSS_WARPS];
   const int32_t row = blockIdx.x;
-  const int2 seen = chunk.seen[row / WN_KL_TILE];
+  const int2 seen = chunk.seen[row / WN_DENSE_KL_TILE];
   int32_t first = 0, last = -1;
   if (row < chunk.n_rows && chunk.last_key[row] > chunk.first_key[row]) {
     first = chunk.first_key[row];
@@ -139,12 +121,12 @@ __global__ static void __launch_bounds__(LOSS_THREADS)
         if (key + e < first || key + e > last) continue;
         const float log_q = x[e] - top - log_all;
         g[e] = expf(log_q) - p[e];
-        sum += (double)loss_term(p[e], log_q, g[e]);
+        sum += (double)wn_kl_loss_term(p[e], log_q, g[e]);
       }
     }
     if (gradients) *(float4 *)(target + key) = make_float4(g[0], g[1], g[2], g[3]);
   }
-  sum = block_sum(sum, parts);
+  sum = wn_kl_block_sum(sum, parts);
   if (threadIdx.x == 0 && row < chunk.n_rows) kl[row * kl_row] = (float)sum;
 }
 
@@ -185,46 +167,46 @@ template <typename T> static wn_view<T> rows_from(wn_view<T> v, int64_t row) {
 
 /* Rows of a chunk: a multiple of the tile, from shapes alone. */
 static int64_t chunk_rows(int64_t n, int64_t columns) {
-  const int64_t tile = WN_KL_TILE, most = CHUNK_BYTES / (columns * 2 * (int64_t)sizeof(float)) / tile;
+  const int64_t tile = WN_DENSE_KL_TILE, most = CHUNK_BYTES / (columns * 2 * (int64_t)sizeof(float)) / tile;
   int64_t tiles = wn_ceil_div(n, tile);
-  if (tiles > WN_KL_MAX_TILES) tiles = WN_KL_MAX_TILES;
+  if (tiles > WN_DENSE_KL_MAX_TILES) tiles = WN_DENSE_KL_MAX_TILES;
   if (tiles > most) tiles = most > 0 ? most : 1;
   return tiles * tile;
 }
 
 /* As many shares as SHARE_BYTES hold: a block of the key gradient then has that much less to do. */
-static wn_status alloc_shares(wn_device *device, wn_kl_shares *shares, int64_t row_tiles, int64_t columns,
+static wn_status alloc_shares(wn_device *device, wn_dense_kl_shares *shares, int64_t row_tiles, int64_t columns,
                               int32_t width) {
   const int64_t one = columns * width * (int64_t)sizeof(float), most = SHARE_BYTES / one;
   const int64_t wanted = most < 1 ? 1 : most < row_tiles ? most : row_tiles;
   shares->width = width;
   shares->tiles_per_split = (int32_t)wn_ceil_div(row_tiles, wanted);
   shares->n_splits = (int32_t)wn_ceil_div(row_tiles, shares->tiles_per_split);
-  return wn_cuda_scratch(device, (void **)&shares->data, "indexer kl shares", one * shares->n_splits);
+  return wn_cuda_scratch(device, (void **)&shares->data, "dense kl shares", one * shares->n_splits);
 }
 
-static wn_status do_chunk(wn_device *device, const wn_kl_chunk *chunk, const wn_kl_shares *shares, const tensors *t,
-                          int64_t row0, const wn_indexer_params *params) {
+static wn_status do_chunk(wn_device *device, const wn_dense_kl_chunk *chunk, const wn_dense_kl_shares *shares,
+                          const tensors *t, int64_t row0, const wn_indexer_params *params) {
   cudaStream_t stream = wn_cuda_stream(device);
   const wn_view<wn_bf16> q = rows_from(t->q, row0), qa = rows_from(t->qa, row0);
   const wn_view<float> w = rows_from(t->w, row0), lse = rows_from(t->lse, row0);
-  seen_kernel<<<(unsigned)chunk->n_row_tiles, WN_KL_TILE, 0, stream>>>(*chunk);
+  seen_kernel<<<(unsigned)chunk->n_row_tiles, WN_DENSE_KL_TILE, 0, stream>>>(*chunk);
   WN_CUDA_LAUNCHED("indexer_kl_dense's visible tiles");
-  WN_TRY(wn_kl_scores(device, chunk, q, t->k, w, qa, t->ka, lse, params->scale, params->attention_scale));
-  loss_kernel<<<(unsigned)(chunk->n_row_tiles * WN_KL_TILE), LOSS_THREADS, 0, stream>>>(
+  WN_TRY(wn_dense_kl_scores(device, chunk, q, t->k, w, qa, t->ka, lse, params->scale, params->attention_scale));
+  loss_kernel<<<(unsigned)(chunk->n_row_tiles * WN_DENSE_KL_TILE), LOSS_THREADS, 0, stream>>>(
       *chunk, t->kl.data + row0 * t->kl.row, t->kl.row, t->gradients);
   WN_CUDA_LAUNCHED("indexer_kl_dense's loss");
   if (!t->gradients) return NULL;
-  const wn_kl_gradient gradient = {*chunk,
-                                   *shares,
-                                   q,
-                                   t->k,
-                                   rows_from(t->dq, row0),
-                                   w,
-                                   rows_from(t->dw, row0),
-                                   t->dk,
-                                   (float)(params->coeff * params->scale)};
-  return wn_kl_gradients(device, &gradient);
+  const wn_dense_kl_gradient gradient = {*chunk,
+                                         *shares,
+                                         q,
+                                         t->k,
+                                         rows_from(t->dq, row0),
+                                         w,
+                                         rows_from(t->dw, row0),
+                                         t->dk,
+                                         (float)(params->coeff * params->scale)};
+  return wn_dense_kl_gradients(device, &gradient);
 }
 
 wn_status wn_cuda_indexer_kl_dense(wn_device *device, wn_tensor *kl, wn_tensor *dq, wn_tensor *dk, wn_tensor *dw,
@@ -247,19 +229,19 @@ wn_status wn_cuda_indexer_kl_dense(wn_device *device, wn_tensor *kl, wn_tensor *
     t.dw = wn_view_of<float>(dw);
   }
   check(&t, rows, params);
-  const int64_t n = rows->n_rows, tile = WN_KL_TILE;
+  const int64_t n = rows->n_rows, tile = WN_DENSE_KL_TILE;
   if (n == 0) return NULL;
   const int64_t columns = (rows->n_keys > 0 ? wn_ceil_div(rows->n_keys, tile) : 1) * tile;
   const int64_t step = chunk_rows(n, columns), bytes = step * columns * (int64_t)sizeof(float);
   const size_t mark = wn_arena_mark(device->scratch);
-  wn_kl_chunk chunk = {};
-  wn_kl_shares shares = {};
+  wn_dense_kl_chunk chunk = {};
+  wn_dense_kl_shares shares = {};
   chunk.n_keys = rows->n_keys;
   chunk.columns = (int32_t)columns;
-  WN_TRY(wn_cuda_scratch(device, (void **)&chunk.p, "indexer kl target", bytes));
-  WN_TRY(wn_cuda_scratch(device, (void **)&chunk.index, "indexer kl scores", bytes));
-  WN_TRY(wn_cuda_scratch(device, (void **)&chunk.seen, "indexer kl tiles", step / tile * (int64_t)sizeof(int2)));
-  if (dq) WN_TRY(alloc_shares(device, &shares, step / tile, columns, wn_kl_padded_width(t.q.width)));
+  WN_TRY(wn_cuda_scratch(device, (void **)&chunk.p, "dense kl target", bytes));
+  WN_TRY(wn_cuda_scratch(device, (void **)&chunk.index, "dense kl scores", bytes));
+  WN_TRY(wn_cuda_scratch(device, (void **)&chunk.seen, "dense kl tiles", step / tile * (int64_t)sizeof(int2)));
+  if (dq) WN_TRY(alloc_shares(device, &shares, step / tile, columns, wn_dense_kl_padded_width(t.q.width)));
   for (int64_t row0 = 0; row0 < n; row0 += step) {
     chunk.first_key = rows->first_key + row0;
     chunk.last_key = rows->last_key + row0;

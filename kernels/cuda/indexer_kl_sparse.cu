@@ -35,8 +35,10 @@
 
 #include "kernels/cuda/gemm.cuh"
 #include "kernels/cuda/index_score.cuh"
+#include "kernels/cuda/indexer_kl.cuh"
 #include "kernels/cuda/indexer_kl_sparse.cuh"
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/picks.cuh"
 #include "kernels/cuda/reduce.cuh"
 
 enum {
@@ -68,16 +70,6 @@ __device__ static float block_max(float x, float *shared) {
   __syncthreads();
   x = shared[0];
   for (uint32_t i = 1; i < blockDim.x / WARP; i++) x = fmaxf(x, shared[i]);
-  return x;
-}
-
-__device__ static float block_sum(float x, float *shared) {
-  for (int32_t step = WARP / 2; step; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
-  __syncthreads();
-  if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
-  __syncthreads();
-  x = 0;
-  for (uint32_t i = 0; i < blockDim.x / WARP; i++) x += shared[i];
   return x;
 }
 
@@ -236,9 +228,20 @@ template <bool GRADIENTS, bool VECTORS> __global__ static void __launch_bounds__
 
 /* ---- loss ---- */
 
+/* A contribution of at most size * most to a key's bound. */
+__device__ __forceinline__ void bound_key(const job &j, int32_t key, float size, float most, float unit) {
+  if ((uint32_t)key >= (uint32_t)j.n_keys) return;
+  unsigned long long *bound = (unsigned long long *)j.bound + key;
+  if (size <= 2 && most < INFINITY)
+    atomicAdd(bound, __float2ull_ru(__fmul_ru(__fmul_ru(size, most), unit)));
+  else
+    atomicOr(bound, 1ull << 63);
+}
+
 /* A row a block: kl, and g in place of I, and each key's bound. */
 __global__ static void __launch_bounds__(LOSS_THREADS) loss_kernel(job j) {
-  __shared__ float shared[LOSS_THREADS / WARP];
+  __shared__ float tops[LOSS_THREADS / WARP];
+  __shared__ double sums[LOSS_THREADS / WARP];
   const int64_t row = blockIdx.x;
   const int32_t n = j.count[row];
   float *index = j.index + row * j.pitch;
@@ -247,32 +250,28 @@ __global__ static void __launch_bounds__(LOSS_THREADS) loss_kernel(job j) {
     if (threadIdx.x == 0) j.kl.data[row * j.kl.row] = 0;
     return;
   }
-  float top = -INFINITY, sum = 0, kl = 0;
+  float top = -INFINITY;
+  double sum = 0, kl = 0;
   for (int32_t i = (int32_t)threadIdx.x; i < n; i += LOSS_THREADS) top = fmaxf(top, index[i]);
-  top = block_max(top, shared);
-  for (int32_t i = (int32_t)threadIdx.x; i < n; i += LOSS_THREADS) sum += expf(index[i] - top);
-  sum = block_sum(sum, shared);
-  const float log_sum = logf(sum), inverse = 1.0f / sum;
-  for (int32_t i = (int32_t)threadIdx.x; i < n; i += LOSS_THREADS) {
-    const float above = index[i] - top;
-    kl += p[i] > 0 ? p[i] * (logf(p[i]) - (above - log_sum)) : 0.0f;
-  }
-  kl = block_sum(kl, shared);
-  if (threadIdx.x == 0) j.kl.data[row * j.kl.row] = kl;
-  if (!j.gradients) return;
-  const float most = j.row_bound[row], unit = ldexpf(1, wn_sparse_unit_exponent(j.largest));
-  for (int32_t i = (int32_t)threadIdx.x; i < j.pitch; i += LOSS_THREADS) {
-    if (i >= (n + PAD_PICKS - 1) / PAD_PICKS * PAD_PICKS) break;
-    const float g = i < n ? expf(index[i] - top) * inverse - p[i] : 0.0f;
+  top = block_max(top, tops);
+  for (int32_t i = (int32_t)threadIdx.x; i < n; i += LOSS_THREADS) sum += (double)expf(index[i] - top);
+  const float log_sum = (float)log(wn_kl_block_sum(sum, sums));
+  const float most = j.gradients ? j.row_bound[row] : 0;
+  const float unit = j.gradients ? ldexpf(1, wn_sparse_unit_exponent(j.largest)) : 0;
+  const int32_t end = (n + PAD_PICKS - 1) / PAD_PICKS * PAD_PICKS;
+  for (int32_t i = (int32_t)threadIdx.x; i < end; i += LOSS_THREADS) {
+    float g = 0;
+    if (i < n) {
+      const float log_q = index[i] - top - log_sum;
+      g = expf(log_q) - p[i];
+      kl += (double)wn_kl_loss_term(p[i], log_q, g);
+    }
+    if (!j.gradients) continue;
     index[i] = g;
-    const int32_t key = i < n ? j.selection.data[row * j.selection.row + i] : -1;
-    if ((uint32_t)key >= (uint32_t)j.n_keys) continue;
-    unsigned long long *bound = (unsigned long long *)j.bound + key;
-    if (fabsf(g) <= 2 && most < INFINITY)
-      atomicAdd(bound, __float2ull_ru(__fmul_ru(__fmul_ru(fabsf(g), most), unit)));
-    else
-      atomicOr(bound, 1ull << 63);
+    if (i < n) bound_key(j, j.selection.data[row * j.selection.row + i], fabsf(g), most, unit);
   }
+  kl = wn_kl_block_sum(kl, sums);
+  if (threadIdx.x == 0) j.kl.data[row * j.kl.row] = (float)kl;
 }
 
 /* ---- operation ---- */
@@ -352,6 +351,7 @@ wn_status wn_cuda_indexer_kl_sparse(wn_device *device, wn_tensor *kl, wn_tensor 
   wn_cuda_expect("selection", selection, WN_I32, 2, n, picks, 0);
   wn_cuda_expect("p", p, WN_F32, 2, n, picks, 0);
   WN_ASSERT(!dq == !dk && !dq == !dw, "dq, dk and dw come together");
+  WN_ASSERT(params->scale > 0, "scale %g", params->scale);
   WN_ASSERT(width <= WIDTH, "an indexer width of %lld; at most %d is built", (long long)width, WIDTH);
   job j = {};
   j.q = wn_view_of<wn_bf16>(q);
@@ -381,6 +381,7 @@ wn_status wn_cuda_indexer_kl_sparse(wn_device *device, wn_tensor *kl, wn_tensor 
   if (n == 0) return NULL;
   int64_t chunk = chunk_pairs / (j.pitch ? j.pitch : 1);
   chunk = chunk < 1 ? 1 : chunk < n ? chunk : n;
+  WN_TRY(wn_cuda_expect_picks(device, j.selection, j.n_keys));
   const size_t mark = wn_arena_mark(device->scratch);
   WN_TRY(lay_out(device, &j, chunk, wn_ceil_div(heads, HEADS)));
   WN_TRY(ask_shared());

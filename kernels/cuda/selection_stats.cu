@@ -14,11 +14,13 @@
  *   2: three pieces, no pause between heads              1.60 ms   75        4.65 ms   103
  *
  * Left: warpgroup products in both sweeps. */
+#include <assert.h>
 #include <math.h>
 
 #include "kernels/cuda/dot_tile.cuh"
 #include "kernels/cuda/gemm.cuh"
 #include "kernels/cuda/index_score.cuh"
+#include "kernels/cuda/indexer_kl.cuh"
 #include "kernels/cuda/operations.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/topk.cuh"
@@ -36,8 +38,9 @@ typedef struct sampled {
 /* ---- gathering ---- */
 
 __device__ static int64_t number_of(const wn_view<int32_t> &sample, int64_t s, int64_t n_rows) {
-  const int64_t row = sample.data[s * sample.row]; /* a wrong number must not read outside */
-  return row < 0 ? 0 : row < n_rows ? row : n_rows - 1;
+  const int64_t row = sample.data[s * sample.row];
+  assert(row >= 0 && row < n_rows); /* a programmer's error, which would be an address */
+  return row;
 }
 
 template <typename T> __global__ static void gather_kernel(wn_view<T> to, wn_view<T> from, wn_view<int32_t> sample) {
@@ -311,23 +314,24 @@ __device__ static bool listed(const int32_t *list, int32_t n, int32_t key) {
 
 /* Columns that compare the distributions p and softmax(I) over the visible keys. */
 __device__ static void distribution_columns(float *out, const float *p, const float *index, int32_t visible) {
-  float top = -INFINITY, sum = 0, kl = 0, entropy_p = 0, entropy_index = 0;
+  __shared__ double shared[THREADS / WARP];
+  float top = -INFINITY, entropy_p = 0, entropy_index = 0;
+  double sum = 0, kl = 0;
   for (int32_t i = (int32_t)threadIdx.x; i < visible; i += THREADS) top = fmaxf(top, index[i]);
   top = block_reduce(top, [](float a, float b) { return fmaxf(a, b); });
-  for (int32_t i = (int32_t)threadIdx.x; i < visible; i += THREADS) sum += expf(index[i] - top);
-  const float log_sum = logf(block_sum(sum));
+  for (int32_t i = (int32_t)threadIdx.x; i < visible; i += THREADS) sum += (double)expf(index[i] - top);
+  const float log_sum = (float)log(wn_kl_block_sum(sum, shared));
   for (int32_t i = (int32_t)threadIdx.x; i < visible; i += THREADS) {
     const float target = p[i], log_index = index[i] - top - log_sum, share = expf(log_index);
+    kl += (double)wn_kl_loss_term(target, log_index, share - target);
     if (share > 0) entropy_index -= share * log_index;
-    if (target == 0) continue;
-    entropy_p -= target * logf(target);
-    kl += target * (logf(target) - log_index);
+    if (target != 0) entropy_p -= target * logf(target);
   }
-  kl = block_sum(kl);
+  kl = wn_kl_block_sum(kl, shared);
   entropy_p = block_sum(entropy_p);
   entropy_index = block_sum(entropy_index);
   if (threadIdx.x != 0) return;
-  out[WN_STAT_KL_DENSE] = kl;
+  out[WN_STAT_KL_DENSE] = (float)kl;
   out[WN_STAT_KL_UNIFORM] = logf((float)visible) - entropy_p;
   out[WN_STAT_ENTROPY_TARGET] = entropy_p;
   out[WN_STAT_ENTROPY_INDEX] = entropy_index;

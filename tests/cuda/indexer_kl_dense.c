@@ -278,6 +278,32 @@ static void key_gradients_accumulate(void **state) {
   twin_end(b);
 }
 
+/* A key that is not finite is in the values of the rows that see it, and in no others', also where tiles of rows see
+ * the key's tile. (Gradients of the tile's rows may show it: kernels.h.) */
+static void a_nan_stays_in_the_values_that_see_it(void **state) {
+  twin_bench *b = twin_begin(state);
+  enum { N = 400, DOCUMENT = 90, KEY = 200 };
+  for (int wide = 0; wide < 2; wide++) {
+    shape c = {.heads = 4, .width = 64, .n_index = 8, .index_width = wide ? 128 : 40, .w_deviation = 0.5};
+    scene s = make_scene(b, &c, twin_causal(b, N, DOCUMENT, false));
+    run_cuda(b->cuda, &s);
+    wn_tensor clean = twin_download(b, &s.kl.cuda);
+    twin one = twin_slice(s.k, 0, KEY, 1), its = twin_slice(s.ka, 0, KEY, 1);
+    twin_constant(b, &one, (double)NAN);
+    twin_constant(b, &its, (double)INFINITY);
+    run_cuda(b->cuda, &s);
+    wn_tensor kl = twin_download(b, &s.kl.cuda);
+    for (int64_t i = 0; i < N; i++) {
+      double x = wn_test_get(&kl, i), before = wn_test_get(&clean, i);
+      bool sees = i >= KEY && i / DOCUMENT == KEY / DOCUMENT;
+      if (sees ? !isnan(x) : x != before) fail_msg("row %lld: kl %g, was %g", (long long)i, x, before);
+    }
+    free(clean.data);
+    free(kl.data);
+    twin_end(b);
+  }
+}
+
 /* With no weight at all every key is the student's equal: only dw has a gradient. */
 static void a_flat_student(void **state) {
   twin_bench *b = twin_begin(state);
@@ -450,6 +476,7 @@ int main(void) {
       cmocka_unit_test(empty_rows_give_nothing),
       cmocka_unit_test(the_value_alone_is_the_same_value),
       cmocka_unit_test(key_gradients_accumulate),
+      cmocka_unit_test(a_nan_stays_in_the_values_that_see_it),
       cmocka_unit_test(a_flat_student),
       cmocka_unit_test(mass_that_the_student_does_not_pick_counts),
       cmocka_unit_test(logits_of_a_thousand),

@@ -158,6 +158,7 @@ static double nearly_learnt(const scene *c, int64_t i, int64_t j) {
   return index + 0.03 * (mix((uint32_t)(i * k + j)) / 4294967296.0 - 0.5);
 }
 
+/* The value is here 1e-5 of the terms whose sum it is: it is right only if they are small before they are added. */
 static void near_convergence(void **state) {
   twin_bench *b = twin_begin(state);
   scene c = make_scene(b, &(shape){60, 200, 0, false, 64, 128, 96, 0, true});
@@ -165,8 +166,8 @@ static void near_convergence(void **state) {
   twin_constant(b, &c.dk, 0);
   run(b->cuda, &c);
   run_cpu(b, &c);
-  assert_true(wn_test_get(&c.kl.cpu, 30) < 1e-3 && wn_test_get(&c.kl.cpu, 30) > 0);
-  twin_close(b, "kl", &c.kl, 2e-2); /* itself a sum of cancelling terms: 1e-4 of terms of order one */
+  for (int64_t i = 0; i < 60; i++) assert_true(wn_test_get(&c.kl.cpu, i) < 1e-4 && wn_test_get(&c.kl.cpu, i) > 1e-5);
+  twin_close(b, "kl", &c.kl, 1e-3);
   twin_close(b, "dq", &c.dq, twin_bf16);
   twin_close(b, "dk", &c.dk, twin_bf16);
   twin_close(b, "dw", &c.dw, twin_bf16);

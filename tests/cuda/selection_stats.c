@@ -171,6 +171,27 @@ static void equal_scores(void **state) {
   twin_end(b);
 }
 
+/* p and softmax(I) are both nearly uniform: the column is 1e-5 of the terms whose sum it is. */
+static void kl_near_convergence(void **state) {
+  twin_bench *b = twin_begin(state);
+  scene c = make_scene(b, &(shape){400, 0, false, 8, 64, 2, 64, 16, 50, 0, false, false});
+  c.params.scale = c.params.attention_scale = 5e-4;
+  run(b->cuda, &c);
+  run_cpu(b, &c);
+  wn_tensor stats = twin_download(b, &c.stats.cuda);
+  double worst = 0, total = 0;
+  for (int64_t s = 0; s < 50; s++) {
+    double got = wn_test_get(&stats, s * WN_N_STATS + WN_STAT_KL_DENSE);
+    double want = wn_test_get(&c.stats.cpu, s * WN_N_STATS + WN_STAT_KL_DENSE);
+    total += want;
+    worst = fmax(worst, want > 0 ? fabs(got - want) / want : 0);
+  }
+  print_message("  kl %.3e on average, off by at most %.1e of itself\n", total / 50, worst);
+  assert_true(total > 0 && total / 50 < 1e-4 && worst < 2e-3);
+  free(stats.data);
+  twin_end(b);
+}
+
 static void large_logits(void **state) {
   twin_bench *b = twin_begin(state);
   scene c = make_scene(b, &(shape){300, 0, false, 16, 64, 1, 64, 16, 60, 0, false, true});
@@ -207,6 +228,7 @@ int main(void) {
       cmocka_unit_test(columns_as_the_cpu_has_them),
       cmocka_unit_test(many_keys),
       cmocka_unit_test(equal_scores),
+      cmocka_unit_test(kl_near_convergence),
       cmocka_unit_test(large_logits),
       cmocka_unit_test(repeats_bit_for_bit),
   };

@@ -9,7 +9,7 @@
 
 enum { THREADS = 256, SLICE = 64, STAGES = 5, M_TILES = 4, N_BLOCKS = 4 };
 enum { ROW_BYTES = 128, TILE_BYTES = 128 * ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES + 1024, ALIGN_BYTES = 1024 };
-static_assert(ROW_BYTES == SLICE * 2 && TILE_BYTES == (int)WN_KL_TILE * ROW_BYTES,
+static_assert(ROW_BYTES == SLICE * 2 && TILE_BYTES == (int)WN_DENSE_KL_TILE * ROW_BYTES,
               "a stage holds a slice of two tiles");
 
 /* What a thread copies of every slice: 16 bytes of each fourth part of the tile's rows. */
@@ -20,7 +20,7 @@ typedef struct loader {
   uint32_t x_exists, y_exists; /* a bit a part */
 } loader;
 
-__device__ static loader loader_of(const wn_kl_sum &a, int32_t row0, int32_t key0) {
+__device__ static loader loader_of(const wn_dense_kl_sum &a, int32_t row0, int32_t key0) {
   const int32_t row = threadIdx.x / 8, part = threadIdx.x % 8;
   loader l = {(row0 + row) * a.x.row,
               (key0 + row) * a.y.row,
@@ -35,18 +35,18 @@ __device__ static loader loader_of(const wn_kl_sum &a, int32_t row0, int32_t key
   return l;
 }
 
-__device__ static void load_slice(const wn_kl_sum &a, const loader &l, uint32_t stage, int32_t row0, int32_t head,
+__device__ static void load_slice(const wn_dense_kl_sum &a, const loader &l, uint32_t stage, int32_t row0, int32_t head,
                                   int32_t slice, bool last) {
   const int64_t x = l.x + head * a.x.head, y = l.y + head * a.y.head;
   const int32_t column = slice * SLICE + l.column;
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    wn_kl_copy_8(stage + l.at + i * 4096, a.x, x + i * 32 * a.x.row, column, l.x_exists >> i & 1, a.x_vectors);
+    wn_dense_kl_copy_8(stage + l.at + i * 4096, a.x, x + i * 32 * a.x.row, column, l.x_exists >> i & 1, a.x_vectors);
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    wn_kl_copy_8(stage + TILE_BYTES + l.at + i * 4096, a.y, y + i * 32 * a.y.row, column, l.y_exists >> i & 1,
-                 a.y_vectors);
-  if (last && threadIdx.x < WN_KL_TILE) {
+    wn_dense_kl_copy_8(stage + TILE_BYTES + l.at + i * 4096, a.y, y + i * 32 * a.y.row, column, l.y_exists >> i & 1,
+                       a.y_vectors);
+  if (last && threadIdx.x < WN_DENSE_KL_TILE) {
     const bool exists = row0 + (int32_t)threadIdx.x < a.chunk.n_rows;
     const float *term = exists ? a.term + (row0 + threadIdx.x) * a.term_row + head : a.term;
     wn_cp_async_4(stage + 2 * TILE_BYTES + threadIdx.x * 4, term, exists);
@@ -77,20 +77,21 @@ __device__ static void fold_head(float sum[M_TILES][N_BLOCKS][4], float s[M_TILE
                                  float scale) {
 #pragma unroll
   for (int m = 0; m < M_TILES; m++) {
-    const float t[2] = {wn_kl_term<TARGET>(term[m * 16], scale), wn_kl_term<TARGET>(term[m * 16 + 8], scale)};
+    const float t[2] = {wn_dense_kl_term<TARGET>(term[m * 16], scale),
+                        wn_dense_kl_term<TARGET>(term[m * 16 + 8], scale)};
 #pragma unroll
     for (int n = 0; n < N_BLOCKS; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        sum[m][n][e] = wn_kl_folded<TARGET>(sum[m][n][e], s[m][n][e], t[e / 2], scale);
+        sum[m][n][e] = wn_dense_kl_folded<TARGET>(sum[m][n][e], s[m][n][e], t[e / 2], scale);
         s[m][n][e] = 0;
       }
   }
 }
 
-template <bool TARGET> __global__ static void __launch_bounds__(THREADS, 1) head_sum_kernel(const wn_kl_sum a) {
+template <bool TARGET> __global__ static void __launch_bounds__(THREADS, 1) head_sum_kernel(const wn_dense_kl_sum a) {
   extern __shared__ char memory[];
-  const int32_t row0 = blockIdx.x * WN_KL_TILE, key0 = blockIdx.y * WN_KL_TILE;
+  const int32_t row0 = blockIdx.x * WN_DENSE_KL_TILE, key0 = blockIdx.y * WN_DENSE_KL_TILE;
   const int2 seen = a.chunk.seen[blockIdx.x];
   if (key0 < seen.x || key0 >= seen.y) return;
   const uint32_t unaligned = wn_shared_address(memory), base = (unaligned + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1u);
@@ -140,33 +141,34 @@ template <bool TARGET> __global__ static void __launch_bounds__(THREADS, 1) head
             make_float2(sum[m][n][side * 2] * share, sum[m][n][side * 2 + 1] * share);
 }
 
-template <bool TARGET> static wn_status head_sum(wn_device *device, const wn_kl_sum *a) {
-  if (a->x_vectors && a->y_vectors) return wn_kl_sum_wide(device, a, TARGET);
+template <bool TARGET> static wn_status head_sum(wn_device *device, const wn_dense_kl_sum *a) {
+  if (a->x_vectors && a->y_vectors) return wn_dense_kl_sum_wide(device, a, TARGET);
   const size_t shared_bytes = (size_t)STAGES * STAGE_BYTES + ALIGN_BYTES;
   WN_CUDA_TRY(
       cudaFuncSetAttribute(head_sum_kernel<TARGET>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
-  const dim3 grid((unsigned)a->chunk.n_row_tiles, (unsigned)(a->chunk.columns / WN_KL_TILE));
+  const dim3 grid((unsigned)a->chunk.n_row_tiles, (unsigned)(a->chunk.columns / WN_DENSE_KL_TILE));
   head_sum_kernel<TARGET><<<grid, THREADS, shared_bytes, wn_cuda_stream(device)>>>(*a);
   WN_CUDA_LAUNCHED("indexer_kl_dense's head sums");
   return NULL;
 }
 
-wn_status wn_kl_scores(wn_device *device, const wn_kl_chunk *chunk, const wn_view<wn_bf16> &q,
-                       const wn_view<wn_bf16> &k, const wn_view<float> &w, const wn_view<wn_bf16> &qa,
-                       const wn_view<wn_bf16> &ka, const wn_view<float> &lse, double scale, double attention_scale) {
+wn_status wn_dense_kl_scores(wn_device *device, const wn_dense_kl_chunk *chunk, const wn_view<wn_bf16> &q,
+                             const wn_view<wn_bf16> &k, const wn_view<float> &w, const wn_view<wn_bf16> &qa,
+                             const wn_view<wn_bf16> &ka, const wn_view<float> &lse, double scale,
+                             double attention_scale) {
   if (chunk->n_keys == 0) return NULL;
-  wn_kl_sum target = {*chunk,
-                      qa,
-                      ka,
-                      lse.data,
-                      lse.row,
-                      chunk->p,
-                      (float)(attention_scale * WN_KL_LOG2_E),
-                      wn_view_vectors(qa),
-                      wn_view_vectors(ka)};
+  wn_dense_kl_sum target = {*chunk,
+                            qa,
+                            ka,
+                            lse.data,
+                            lse.row,
+                            chunk->p,
+                            (float)(attention_scale * WN_DENSE_KL_LOG2_E),
+                            wn_view_vectors(qa),
+                            wn_view_vectors(ka)};
   if (ka.heads == 1) target.y.head = 0;
   WN_TRY(head_sum<true>(device, &target));
-  const wn_kl_sum index = {
+  const wn_dense_kl_sum index = {
       *chunk, q, k, w.data, w.row, chunk->index, (float)scale, wn_view_vectors(q), wn_view_vectors(k)};
   return head_sum<false>(device, &index);
 }

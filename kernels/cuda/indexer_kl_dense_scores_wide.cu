@@ -1,4 +1,4 @@
-/* indexer_kl_scores.cu's sums over heads, by warpgroups: for operands whose rows are multiples of 16 bytes.
+/* indexer_kl_dense_scores.cu's sums over heads, by warpgroups: for operands whose rows are multiples of 16 bytes.
  *
  * A block owns 128 rows x 192 keys: two warpgroups of 64 rows multiply and keep the sum over heads in registers (96 for
  * a head's product, 96 for the sum), one thread of a third feeds them through a ring of slices of 64 columns with the
@@ -22,7 +22,7 @@ static_assert(SLICES_THAT_STAY * Y_BYTES + STAGES * X_BYTES <= STAGES * STAGE_BY
 enum { SHARED_BYTES = STAGES * STAGE_BYTES + ALIGN_BYTES, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 };
 
 typedef struct wide_params {
-  wn_kl_sum sum;
+  wn_dense_kl_sum sum;
   CUtensorMap x, y; /* [rows, heads, width], boxes of a tile's rows (y: of half a tile's), one head, a slice */
 } wide_params;
 
@@ -88,8 +88,8 @@ __device__ static void consume(const wide_params &a, ring r, int32_t row0, int32
   if (r.stays) wn_mbarrier_wait(r.y_full, 0);
   if (turns && group == 1) wn_turn_give(1 - group);
   for (int32_t head = 0; head < a.sum.x.heads; head++) {
-    const float t[2] = {exists[0] ? wn_kl_term<TARGET>(term[0][head], scale) : 0,
-                        exists[1] ? wn_kl_term<TARGET>(term[1][head], scale) : 0};
+    const float t[2] = {exists[0] ? wn_dense_kl_term<TARGET>(term[0][head], scale) : 0,
+                        exists[1] ? wn_dense_kl_term<TARGET>(term[1][head], scale) : 0};
     uint32_t used = 0; /* the barrier of the stage that the group before reads */
     if (turns) wn_turn_wait(group);
     for (int32_t slice = 0; slice < slices; slice++) {
@@ -115,7 +115,7 @@ __device__ static void consume(const wide_params &a, ring r, int32_t row0, int32
 #pragma unroll
     for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) sum[j][e] = wn_kl_folded<TARGET>(sum[j][e], s[j][e], t[e / 2], scale);
+      for (int e = 0; e < 4; e++) sum[j][e] = wn_dense_kl_folded<TARGET>(sum[j][e], s[j][e], t[e / 2], scale);
   }
   if (row0 >= a.sum.chunk.n_row_tiles * ROWS) return;
   float *out = a.sum.out + (int64_t)row * a.sum.chunk.columns + key0 + lane % 4 * 2;
@@ -175,7 +175,7 @@ template <bool TARGET> static wn_status launch(wn_device *device, const wide_par
   return NULL;
 }
 
-wn_status wn_kl_sum_wide(wn_device *device, const wn_kl_sum *sum, bool target) {
+wn_status wn_dense_kl_sum_wide(wn_device *device, const wn_dense_kl_sum *sum, bool target) {
   wide_params a = {};
   a.sum = *sum;
   WN_TRY(wn_cuda_view_map(&a.x, sum->x, sum->chunk.n_rows, SLICE, 1, ROWS));

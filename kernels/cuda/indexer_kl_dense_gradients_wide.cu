@@ -1,4 +1,4 @@
-/* indexer_kl_gradients.cu's two kernels by warpgroups, for dI = 128 and a power of two of heads (V3.2's indexer).
+/* indexer_kl_dense_gradients.cu's two kernels by warpgroups, for dI = 128 and a power of two of heads (V3.2's indexer).
  *
  * A tile of pairs is 128 (row, head) pairs, a tile of keys 128 keys; a block keeps one (X, in shared memory) and
  * streams the others (Y) past it with the bulk copy engine. Each of two warpgroups has 64 rows of X: Z = X Y^T into
@@ -17,7 +17,7 @@ enum { SLICE_BYTES = TILE * SLICE * 2, TILE_BYTES = SLICE_BYTES * WIDTH / SLICE,
 enum { PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232, LEAST_HEADS = 8 };
 
 typedef struct wide_params {
-  wn_kl_gradient in;
+  wn_dense_kl_gradient in;
   CUtensorMap pairs, keys, g; /* boxes: a slice of a tile of pairs; of a tile of keys; g of the two tiles */
   int32_t group, log_heads;   /* rows of a tile of pairs: TILE >> log_heads */
   int32_t stage_bytes; /* of a stage: Y, then g [group, TILE], then w [TILE] of the pairs when they are streamed */
@@ -46,7 +46,7 @@ __device__ static void advance(ring *r) {
 
 /* First row of the pairs of tile i of Y. visible: row tiles that see the block's keys. */
 __device__ static int32_t row_of_tile(const wide_params &a, const int32_t *visible, int32_t i) {
-  return visible[i >> a.log_heads] * WN_KL_TILE + (i & ((1 << a.log_heads) - 1)) * a.group;
+  return visible[i >> a.log_heads] * WN_DENSE_KL_TILE + (i & ((1 << a.log_heads) - 1)) * a.group;
 }
 
 /* ---- feeding ---- */
@@ -100,8 +100,8 @@ __device__ static void weigh_keys(uint32_t p[TILE / 16][4], float dw[2], const f
     const float2 g0 = *(const float2 *)(g + row[0] * TILE + n * 8);
     const float2 g1 = row[0] == row[1] ? g0 : *(const float2 *)(g + row[1] * TILE + n * 8);
     const float *y = z[n];
-    const float gated[4] = {g0.x * wn_kl_gate(y[0]), g0.y * wn_kl_gate(y[1]), g1.x * wn_kl_gate(y[2]),
-                            g1.y * wn_kl_gate(y[3])};
+    const float gated[4] = {g0.x * wn_dense_kl_gate(y[0]), g0.y * wn_dense_kl_gate(y[1]), g1.x * wn_dense_kl_gate(y[2]),
+                            g1.y * wn_dense_kl_gate(y[3])};
     dw[0] = fmaf(gated[1], y[1], fmaf(gated[0], y[0], dw[0]));
     dw[1] = fmaf(gated[3], y[3], fmaf(gated[2], y[2], dw[1]));
     p[n / 2][n % 2 * 2] = wn_pack_bf16(gated[0], gated[1]);
@@ -121,8 +121,8 @@ __device__ static void weigh_pairs(uint32_t p[TILE / 16][4], const float (&z)[TI
     }
     const float2 v = *(const float2 *)(w + n * 8);
     const float *y = z[n];
-    p[n / 2][n % 2 * 2] = wn_pack_bf16(g0 * wn_kl_gate(y[0]) * v.x, g0 * wn_kl_gate(y[1]) * v.y);
-    p[n / 2][n % 2 * 2 + 1] = wn_pack_bf16(g1 * wn_kl_gate(y[2]) * v.x, g1 * wn_kl_gate(y[3]) * v.y);
+    p[n / 2][n % 2 * 2] = wn_pack_bf16(g0 * wn_dense_kl_gate(y[0]) * v.x, g0 * wn_dense_kl_gate(y[1]) * v.y);
+    p[n / 2][n % 2 * 2 + 1] = wn_pack_bf16(g1 * wn_dense_kl_gate(y[2]) * v.x, g1 * wn_dense_kl_gate(y[3]) * v.y);
   }
 }
 
@@ -225,11 +225,11 @@ __device__ static task key_task(const wide_params &a, int32_t *visible) {
   task job = {0, (int32_t)blockIdx.x * TILE, 0, 0};
   const int32_t from = blockIdx.y * a.in.shares.tiles_per_split;
   for (int32_t i = from; i < from + a.in.shares.tiles_per_split && i < a.in.chunk.n_row_tiles; i++)
-    if (wn_kl_sees(a.in.chunk, i, job.key0)) {
+    if (wn_dense_kl_sees(a.in.chunk, i, job.key0)) {
       if (threadIdx.x == 0) visible[job.tiles] = i;
       job.tiles++;
     }
-  job.tiles <<= a.log_heads; /* tiles of pairs in a tile of rows: WN_KL_TILE / group = heads */
+  job.tiles <<= a.log_heads; /* tiles of pairs in a tile of rows: WN_DENSE_KL_TILE / group = heads */
   return job;
 }
 
@@ -237,7 +237,7 @@ template <bool KEYS>
 __global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_constant__ wide_params a) {
   extern __shared__ char memory[];
   __shared__ uint64_t barriers[2 * STAGES + 1];
-  __shared__ int32_t visible[WN_KL_MAX_TILES];
+  __shared__ int32_t visible[WN_DENSE_KL_MAX_TILES];
   const task job = KEYS ? key_task(a, visible) : query_task(a);
   if (KEYS && job.tiles == 0) return;
   const uint32_t unaligned = wn_shared_address(memory), x = (unaligned + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1u);
@@ -277,20 +277,20 @@ template <bool KEYS> static wn_status launch(wn_device *device, const wide_param
   return NULL;
 }
 
-bool wn_kl_gradients_fit(const wn_kl_gradient *a) {
+bool wn_dense_kl_gradients_fit(const wn_dense_kl_gradient *a) {
   const int32_t heads = a->q.heads;
   return a->q.width == WIDTH && heads >= LEAST_HEADS && heads <= TILE && (heads & (heads - 1)) == 0 &&
          a->chunk.n_keys > 0 && wn_view_vectors(a->q) && wn_view_vectors(a->k) && wn_view_vectors(a->dq);
 }
 
-wn_status wn_kl_gradients_wide(wn_device *device, const wn_kl_gradient *in) {
+wn_status wn_dense_kl_gradients_wide(wn_device *device, const wn_dense_kl_gradient *in) {
   wide_params a = {};
   a.in = *in;
   while (1 << a.log_heads < in->q.heads) a.log_heads++;
   a.group = TILE >> a.log_heads;
   a.stage_bytes = TILE_BYTES + (int32_t)wn_ceil_div((a.group + 1) * TILE * 4, ALIGN_BYTES) * ALIGN_BYTES;
-  const wn_kl_chunk *c = &in->chunk;
-  const wn_view<float> g = {c->p, c->columns, 0, (int64_t)c->n_row_tiles * WN_KL_TILE, 1, c->columns};
+  const wn_dense_kl_chunk *c = &in->chunk;
+  const wn_view<float> g = {c->p, c->columns, 0, (int64_t)c->n_row_tiles * WN_DENSE_KL_TILE, 1, c->columns};
   WN_TRY(wn_cuda_view_map(&a.pairs, in->q, c->n_rows, SLICE, in->q.heads, a.group));
   WN_TRY(wn_cuda_view_map(&a.keys, in->k, c->n_keys, SLICE, 1, TILE));
   WN_TRY(wn_cuda_view_map(&a.g, g, g.n, TILE, 1, a.group));

@@ -21,7 +21,7 @@ template <int WIDTH, int M_TILES> struct shape {
 };
 
 typedef struct gradient_params {
-  wn_kl_gradient in;
+  wn_dense_kl_gradient in;
   int32_t heads, head_groups; /* of a tile of pairs: min(HI, tile); how many such tiles make HI */
   int32_t group;              /* rows of a tile of pairs: a power of two */
   uint32_t g_bytes;           /* of a stage */
@@ -121,8 +121,8 @@ __device__ static void load_keys(const gradient_params &a, uint32_t stage, int32
 #pragma unroll
   for (int i = 0; i < STREAMED * S::parts / THREADS; i++) {
     const int32_t row = (threadIdx.x + i * THREADS) / S::parts, part = (threadIdx.x + i * THREADS) % S::parts;
-    wn_kl_copy_8(stage + row * S::row_bytes + ((part ^ (row % 8)) << 4), a.in.k, (key0 + row) * a.in.k.row, part * 8,
-                 key0 + row < a.in.chunk.n_keys, a.k_vectors);
+    wn_dense_kl_copy_8(stage + row * S::row_bytes + ((part ^ (row % 8)) << 4), a.in.k, (key0 + row) * a.in.k.row,
+                       part * 8, key0 + row < a.in.chunk.n_keys, a.k_vectors);
   }
   load_g(stage + S::tile_bytes, a.in.chunk.p + (int64_t)t0 * a.in.chunk.columns + key0, a.in.chunk.columns, a.group,
          STREAMED, QUERY_G_STRIDE);
@@ -140,7 +140,7 @@ __device__ static void weigh_keys(uint32_t p[M_TILES][4], float dw[M_TILES * 2],
     for (int slot = 0; slot < M_TILES * 2; slot++) {
       const float2 own = together ? shared_g : *(const float2 *)(g + g_at[slot] + n * 8);
       const float z0 = z[slot / 2][n][slot % 2 * 2], z1 = z[slot / 2][n][slot % 2 * 2 + 1];
-      const float p0 = own.x * wn_kl_gate(z0), p1 = own.y * wn_kl_gate(z1);
+      const float p0 = own.x * wn_dense_kl_gate(z0), p1 = own.y * wn_dense_kl_gate(z1);
       dw[slot] = fmaf(p1, z1, fmaf(p0, z0, dw[slot]));
       p[slot / 2][slot % 2 + n * 2] = wn_pack_bf16(p0, p1);
     }
@@ -230,7 +230,7 @@ __global__ static void __launch_bounds__(THREADS, 2) query_kernel(const gradient
 typedef struct pair_table {
   int64_t offset[STREAMED]; /* of q, from the tile's first row and head */
   int32_t row[STREAMED], head[STREAMED];
-  int32_t visible[WN_KL_MAX_TILES]; /* row tiles of the block's split that see its keys, in order */
+  int32_t visible[WN_DENSE_KL_MAX_TILES]; /* row tiles of the block's split that see its keys, in order */
   int32_t n_visible;
 } pair_table;
 
@@ -246,7 +246,7 @@ __device__ static void fill_table(pair_table *table, const gradient_params &a, i
     const int32_t from = blockIdx.y * a.in.shares.tiles_per_split;
     table->n_visible = 0;
     for (int32_t i = from; i < from + a.in.shares.tiles_per_split && i < a.in.chunk.n_row_tiles; i++)
-      if (wn_kl_sees(a.in.chunk, i, key0)) table->visible[table->n_visible++] = i;
+      if (wn_dense_kl_sees(a.in.chunk, i, key0)) table->visible[table->n_visible++] = i;
   }
   __syncthreads();
 }
@@ -262,8 +262,8 @@ __device__ static void load_pairs(const gradient_params &a, const pair_table *ta
   for (int i = 0; i < STREAMED * S::parts / THREADS; i++) {
     const int32_t pair = (threadIdx.x + i * THREADS) / S::parts, part = (threadIdx.x + i * THREADS) % S::parts;
     const bool exists = t0 + table->row[pair] < a.in.chunk.n_rows && h0 + table->head[pair] < a.in.q.heads;
-    wn_kl_copy_8(stage + pair * S::row_bytes + ((part ^ (pair % 8)) << 4), a.in.q, origin + table->offset[pair],
-                 part * 8, exists, a.q_vectors);
+    wn_dense_kl_copy_8(stage + pair * S::row_bytes + ((part ^ (pair % 8)) << 4), a.in.q, origin + table->offset[pair],
+                       part * 8, exists, a.q_vectors);
   }
   const uint32_t w = stage + S::tile_bytes, g = w + STREAMED * 4;
   if (threadIdx.x < STREAMED) {
@@ -291,7 +291,8 @@ __device__ static void weigh_pairs(uint32_t p[M_TILES][4], const float z[M_TILES
         g1 = g[pair_row.y * KEY_G_STRIDE + slot * 8];
       }
       const float z0 = z[slot / 2][n][slot % 2 * 2], z1 = z[slot / 2][n][slot % 2 * 2 + 1];
-      p[slot / 2][slot % 2 + n * 2] = wn_pack_bf16(g0 * wn_kl_gate(z0) * pair_w.x, g1 * wn_kl_gate(z1) * pair_w.y);
+      p[slot / 2][slot % 2 + n * 2] =
+          wn_pack_bf16(g0 * wn_dense_kl_gate(z0) * pair_w.x, g1 * wn_dense_kl_gate(z1) * pair_w.y);
     }
   }
 }
@@ -330,7 +331,7 @@ __global__ static void __launch_bounds__(THREADS, 2) key_kernel(const gradient_p
   load_x<WIDTH, M_TILES>(x, row, a.in.k.width, a.k_vectors);
   float sum[M_TILES][WIDTH / 8][4] = {};
   const bool one_row = a.group == 1;
-  const int32_t units = WN_KL_TILE / a.group * a.head_groups, tiles = table.n_visible * units;
+  const int32_t units = WN_DENSE_KL_TILE / a.group * a.head_groups, tiles = table.n_visible * units;
   int32_t stage = 0, load_stage = 0, load_tile = 0, load_unit = 0;
   for (int32_t i = -(STAGES - 1); i < tiles; i++) {
     if (i >= 0) {
@@ -338,7 +339,7 @@ __global__ static void __launch_bounds__(THREADS, 2) key_kernel(const gradient_p
       __syncthreads(); /* stage i is there, and everybody is done with stage i - 1 */
     }
     if (load_tile < table.n_visible) {
-      const int32_t t0 = table.visible[load_tile] * WN_KL_TILE + load_unit / a.head_groups * a.group;
+      const int32_t t0 = table.visible[load_tile] * WN_DENSE_KL_TILE + load_unit / a.head_groups * a.group;
       load_pairs<WIDTH, M_TILES>(a, &table, base + load_stage * stage_bytes, t0, load_unit % a.head_groups * a.heads,
                                  key0);
       load_stage = load_stage == STAGES - 1 ? 0 : load_stage + 1;
@@ -369,14 +370,14 @@ __global__ static void __launch_bounds__(THREADS, 2) key_kernel(const gradient_p
 }
 
 /* dk += factor * the shares of those splits that have one, in order. A block owns SUM_KEYS keys. */
-__global__ static void __launch_bounds__(SUM_THREADS) add_shares_kernel(const wn_kl_gradient a) {
-  __shared__ int32_t has[WN_KL_MAX_TILES];
+__global__ static void __launch_bounds__(SUM_THREADS) add_shares_kernel(const wn_dense_kl_gradient a) {
+  __shared__ int32_t has[WN_DENSE_KL_MAX_TILES];
   const int32_t key0 = blockIdx.x * SUM_KEYS;
   if ((int32_t)threadIdx.x < a.shares.n_splits) {
     const int32_t from = threadIdx.x * a.shares.tiles_per_split;
     bool any = false;
     for (int32_t i = from; i < from + a.shares.tiles_per_split && i < a.chunk.n_row_tiles; i++)
-      any |= wn_kl_sees(a.chunk, i, key0);
+      any |= wn_dense_kl_sees(a.chunk, i, key0);
     has[threadIdx.x] = any;
   }
   __syncthreads();
@@ -431,12 +432,12 @@ template <int WIDTH, int M_TILES> static wn_status launch(wn_device *device, gra
   return NULL;
 }
 
-int32_t wn_kl_padded_width(int32_t width) {
+int32_t wn_dense_kl_padded_width(int32_t width) {
   WN_ASSERT(width >= 1 && width <= MAX_WIDTH, "indexer width %d: 1 to %d are handled", width, (int)MAX_WIDTH);
   return width <= 64 ? 64 : width <= 128 ? 128 : 256;
 }
 
-static wn_status by_warps(wn_device *device, const wn_kl_gradient *g) {
+static wn_status by_warps(wn_device *device, const wn_dense_kl_gradient *g) {
   gradient_params a = {};
   a.in = *g;
   a.q_vectors = wn_view_vectors(a.in.q);
@@ -449,8 +450,8 @@ static wn_status by_warps(wn_device *device, const wn_kl_gradient *g) {
   }
 }
 
-wn_status wn_kl_gradients(wn_device *device, const wn_kl_gradient *a) {
-  WN_TRY(wn_kl_gradients_fit(a) ? wn_kl_gradients_wide(device, a) : by_warps(device, a));
+wn_status wn_dense_kl_gradients(wn_device *device, const wn_dense_kl_gradient *a) {
+  WN_TRY(wn_dense_kl_gradients_fit(a) ? wn_dense_kl_gradients_wide(device, a) : by_warps(device, a));
   add_shares_kernel<<<(unsigned)(a->chunk.columns / SUM_KEYS), SUM_THREADS, 0, wn_cuda_stream(device)>>>(*a);
   WN_CUDA_LAUNCHED("indexer_kl_dense's sum of shares");
   return NULL;
