@@ -37,11 +37,13 @@ const wn_st_entry *wn_hf_scale_entry(const wn_hf_dir *dir, const char *name);
 bool wn_hf_scale_readable(const wn_st_entry *scale);
 bool wn_hf_scale_fits(const wn_st_entry *scale, const wn_st_entry *weight);
 
-/* Scales first .. first + count - 1 (flat) as FP32. WN_E_INPUT by name unless each is finite and above 0. */
+/* Scales first .. first + count - 1 (flat) as FP32. WN_E_INPUT by name unless each is above 0 and the largest code
+ * times it is finite in BF16. */
 WN_MUST_USE wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t first, int64_t count);
 /* Copies elements first .. first + count - 1 (flat, row-major), converted to `dtype`: F32, F64, or BF16 (to nearest,
- * even). Stored F32, F16 and BF16 are read exactly. FP8 is code * scale in FP32, rounded to BF16, as DeepSeek's
- * weight_dequant leaves it; WN_E_INPUT, naming the tensor, where that is NaN or infinite, and for other dtypes. */
+ * even). Stored F32, F16 and BF16 are read exactly; FP8 is code * scale in FP32, rounded to BF16, as DeepSeek's
+ * weight_dequant leaves it. As F8_E4M3 an FP8 weight gives its codes. WN_E_INPUT, naming the tensor: other stored
+ * dtypes, NaN in FP8, what wn_hf_read_scales refuses. */
 WN_MUST_USE wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_hf_weight *weight, int64_t first, int64_t count);
 
 #endif

@@ -113,7 +113,7 @@ static wn_status read_param(load *l, int32_t p) {
   wn_hf_weight weight;
   WN_TRY(wn_hf_weight_find(&weight, l->dir, param->hf_name));
   if (!wn_kind_trains(param->kind))
-    return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, &weight, l->buffer);
+    return wn_weight_read(l->plan->model->device, l->plan->store, l->parts, p, &weight, l->buffer);
   WN_TRY(read_field(l, p, WN_FIELD_M));
   WN_TRY(read_field(l, p, WN_FIELD_V));
   if (weight.entry->dtype != WN_F32) return read_field(l, p, WN_FIELD_MASTER);

@@ -7,14 +7,15 @@
 
 #include "base/float8.h"
 #include "kernels/kernels.h"
+#include "train/checkpoint_dirs.h"
 
 wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params) {
   wn_part *parts = calloc((size_t)n_params + 1, sizeof *parts);
   if (!parts) return WN_FAIL(WN_E_MEMORY, "out of memory for the places of %d parameters", n_params);
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
     wn_piece *piece = wn_store_piece(store, i);
-    WN_ASSERT(piece->master.dtype == WN_F32 || (piece->kind == WN_FROZEN && piece->master.dtype == WN_BF16),
-              "masters are %s; checkpoints hold FP32", wn_dtype_name(piece->master.dtype));
+    WN_ASSERT(piece->master.dtype == WN_F32 || piece->kind == WN_FROZEN, "masters are %s; checkpoints hold FP32",
+              wn_dtype_name(piece->master.dtype));
     for (int32_t s = 0; s < piece->n_segments; s++) {
       wn_segment at = piece->segments[s];
       WN_ASSERT(!parts[at.param].piece, "parameter %d lies in two pieces of one rank", at.param);
@@ -90,6 +91,26 @@ wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, c
     if (!here) WN_TRY(device->ops->upload(device, &place, buffer));
   }
   return NULL;
+}
+
+wn_status wn_weight_read(wn_device *device, wn_store *store, const wn_part *parts, int32_t p,
+                         const wn_hf_weight *weight, float *buffer) {
+  int32_t n;
+  const wn_param *param = &wn_store_params(store, &n)[p];
+  if (param->fp8) {
+    wn_tensor scales = wn_store_scales(store, p);
+    int64_t count = wn_tensor_count(&scales);
+    if (!weight->scale)
+      return WN_FAIL(WN_E_INPUT, "tensor %s is %s, and was FP8 when this run started", param->hf_name,
+                     wn_dtype_name(weight->entry->dtype));
+    float *host = malloc((size_t)count * sizeof *host);
+    if (!host) return WN_FAIL(WN_E_MEMORY, "out of memory for the scales of %s", param->hf_name);
+    wn_status status = wn_hf_read_scales(host, weight, 0, count);
+    if (!status) status = device->ops->upload(device, &scales, host);
+    free(host);
+    WN_TRY(status);
+  }
+  return wn_part_read(device, &parts[p], WN_FIELD_WEIGHT, weight, buffer);
 }
 
 wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd,
@@ -233,6 +254,40 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
   WN_TRY(complain(dir, "missing", &found.missing, "config.json may be another model's, or the directory incomplete"));
   WN_TRY(complain(dir, "misshapen", &found.shape, "config.json may be another model's"));
   return complain(dir, "that this model does not have", &found.surplus, "config.json may be another model's");
+}
+
+static bool opens(const char *path) {
+  wn_hf_dir *dir = NULL;
+  wn_status status = wn_hf_dir_open(&dir, path);
+  bool opened = !status;
+  wn_status_free(status);
+  wn_hf_dir_close(dir);
+  return opened;
+}
+
+wn_status wn_checkpoint_source(char out[WN_PATH_BYTES], const char *checkpoints, int64_t step, const char *init_dir) {
+  int64_t *steps;
+  size_t n;
+  bool found = false;
+  WN_TRY(wn_steps_list(&steps, &n, checkpoints));
+  wn_status status = NULL;
+  for (size_t i = 0; !status && i < n && !found; i++) {
+    if (steps[i] >= step) continue;
+    status = wn_path(out, "%s/" WN_STEP_FORMAT, checkpoints, (long long)steps[i]);
+    found = !status && opens(out);
+  }
+  free(steps);
+  return status || found ? status : wn_path(out, "%s", init_dir);
+}
+
+void wn_params_keep_fp8(wn_param *params, int32_t n, const wn_hf_dir *dir) {
+  for (int32_t i = 0; i < n; i++) {
+    wn_param *p = &params[i];
+    bool of_a_layer = p->slot != WN_P_EMBED && p->slot != WN_P_HEAD;
+    if (p->kind != WN_FROZEN || p->role != WN_ACT || p->rank != 2 || !of_a_layer) continue;
+    const wn_st_entry *entry = wn_hf_dir_find(dir, p->hf_name, NULL);
+    p->fp8 = entry && entry->dtype == WN_F8_E4M3;
+  }
 }
 
 /* ---- optimizer files ---- */

@@ -27,8 +27,11 @@ WN_MUST_USE wn_status wn_floats_download(wn_device *device, void *values, const 
  * by the device's threads. `buffer` has WN_COPY_ELEMENTS floats. */
 WN_MUST_USE wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_hf_weight *weight,
                                    float *buffer);
-/* The same, written into an open file as `dtype` (F32 or BF16) at tensor_offset + first * width. `scratch`: as many
- * uint16. */
+/* The weight of parameter p that this rank holds; of one that the store keeps as FP8, all its scales too. */
+WN_MUST_USE wn_status wn_weight_read(wn_device *device, wn_store *store, const wn_part *parts, int32_t p,
+                                     const wn_hf_weight *weight, float *buffer);
+/* The part of `field`, written into an open file as `dtype` (F32 or BF16) at tensor_offset + first * width. `scratch`:
+ * as many uint16. */
 WN_MUST_USE wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd,
                                     const char *path, uint64_t tensor_offset, float *buffer, uint16_t *scratch);
 
@@ -42,6 +45,13 @@ typedef struct wn_dir_rules {
  * as the rules allow; *passed_over: tensors of MTP layers. WN_E_INPUT with up to five names and the count. */
 WN_MUST_USE wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules,
                                    bool *indexer_absent, int64_t *passed_over);
+
+/* Where a run's frozen weights stand: in its newest checkpoint before `step` that opens, which holds them whatever has
+ * become of init since; else in init ("" where that is ""). */
+WN_MUST_USE wn_status wn_checkpoint_source(char out[WN_PATH_BYTES], const char *checkpoints, int64_t step,
+                                           const char *init_dir);
+/* Before the store is made: frozen matrices of the layers that the directory has in FP8 are kept so. */
+void wn_params_keep_fp8(wn_param *params, int32_t n, const wn_hf_dir *dir);
 
 /* ---- optimizer files ---- */
 

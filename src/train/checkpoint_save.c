@@ -35,38 +35,11 @@ typedef struct save {
 
 /* ---- rank 0 prepares ---- */
 
-static bool opens(const char *path) {
-  wn_hf_dir *dir = NULL;
-  wn_status status = wn_hf_dir_open(&dir, path);
-  bool opened = !status;
-  wn_status_free(status);
-  wn_hf_dir_close(dir);
-  return opened;
-}
-
-/* Unchanged tensors come from the newest earlier checkpoint of this run, which holds them whatever has become of init
- * since; the first save takes them from init. */
-static wn_status choose_source(save *s) {
-  int64_t *steps;
-  size_t n;
-  char path[WN_PATH_BYTES];
-  wn_status status = wn_steps_list(&steps, &n, s->checkpoints);
-  if (status) return status;
-  for (size_t i = 0; !status && i < n && !s->at.source[0]; i++) {
-    if (steps[i] >= s->state->step) continue;
-    status = wn_path(path, "%s/" WN_STEP_FORMAT, s->checkpoints, (long long)steps[i]);
-    if (!status && opens(path)) memcpy(s->at.source, path, sizeof path);
-  }
-  free(steps);
-  if (!status && !s->at.source[0] && s->plan->init_dir[0]) status = wn_path(s->at.source, "%s", s->plan->init_dir);
-  return status;
-}
-
 static wn_status prepare(save *s) {
   WN_TRY(wn_make_dirs(s->checkpoints));
   WN_TRY(wn_sync_dir(s->plan->run_dir));
   wn_steps_clean(s->checkpoints, s->plan->log);
-  WN_TRY(choose_source(s));
+  WN_TRY(wn_checkpoint_source(s->at.source, s->checkpoints, s->state->step, s->plan->init_dir));
   WN_TRY(wn_path(s->at.temporary, "%s/.tmp-" WN_STEP_FORMAT "-%ld", s->checkpoints, (long long)s->state->step,
                  (long)getpid()));
   if (mkdir(s->at.temporary, 0777) != 0)
@@ -78,8 +51,8 @@ static wn_status prepare(save *s) {
 /* ---- every rank lays out ---- */
 
 /* A run's frozen weights were read when it started: a source that has changed since would make a checkpoint of two
- * models. Compared are the first elements of every frozen part, not all, since all would be the whole base at every
- * save. */
+ * models. Compared are the first elements of every frozen part, as they are held, not all, since all would be the whole
+ * base at every save. */
 static wn_status check_source_unchanged(const save *s) {
   enum { COMPARED = 256 };
   float theirs[COMPARED], ours[COMPARED];
@@ -92,10 +65,13 @@ static wn_status check_source_unchanged(const save *s) {
     if (!weight.entry) continue;
     int64_t n = part->count < COMPARED ? part->count : COMPARED;
     wn_tensor own = wn_tensor_slice(part->piece->master, 0, part->offset, n);
-    WN_TRY(wn_hf_read(theirs, WN_F32, &weight, part->first, n));
-    WN_TRY(wn_floats_download(device, ours, &own));
-    for (int64_t i = 0; own.dtype == WN_BF16 && i < n; i++) theirs[i] = wn_f32_from_bf16(wn_bf16_from_f32(theirs[i]));
-    if (memcmp(theirs, ours, (size_t)n * sizeof *ours) != 0)
+    bool same = own.dtype != WN_F8_E4M3 || weight.scale;
+    if (same) {
+      WN_TRY(wn_hf_read(theirs, own.dtype, &weight, part->first, n));
+      WN_TRY(device->ops->download(device, ours, &own));
+      same = memcmp(theirs, ours, (size_t)wn_tensor_bytes(&own)) == 0;
+    }
+    if (!same)
       return WN_FAIL_HINT(WN_E_INPUT, "put the model back that the run started from",
                           "%s: tensor %s is not what it was when this run started", s->at.source, s->params[p].hf_name);
   }

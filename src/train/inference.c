@@ -1,7 +1,15 @@
 #include "train/inference.h"
 
-#include "train/checkpoint.h"
+#include "train/checkpoint_parts.h"
 #include "train/device.h"
+
+static wn_status keep_fp8(wn_model *model, const char *dir) {
+  wn_hf_dir *weights;
+  WN_TRY(wn_hf_dir_open(&weights, dir));
+  wn_params_keep_fp8(model->table.params, model->table.n, weights);
+  wn_hf_dir_close(weights);
+  return NULL;
+}
 
 wn_status wn_inference_open(wn_inference *out, const char *dir, wn_job_device device, int32_t threads, bool with_grads,
                             wn_world *world, wn_log *log) {
@@ -15,6 +23,7 @@ wn_status wn_inference_open(wn_inference *out, const char *dir, wn_job_device de
               wn_model_create(
                   &inference.model, inference.device, &config,
                   (wn_param_settings){.train_base = with_grads, .train_indexer = with_grads, .file_dtype = WN_F32}));
+  if (!with_grads) WN_TRY_GOTO(status, fail, wn_world_agree(world, keep_fp8(inference.model, dir)));
   WN_TRY_GOTO(status, fail,
               wn_store_create(&inference.store, inference.device, world, &all, 1, inference.model->table.params,
                               inference.model->table.n));

@@ -80,7 +80,7 @@ static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char
   for (int32_t p = 0; p < in->n_params; p++) {
     wn_hf_weight weight;
     WN_TRY(wn_hf_weight_find(&weight, in->dir, in->params[p].hf_name));
-    WN_TRY(weight.entry ? wn_part_read(plan->model->device, &in->parts[p], WN_FIELD_WEIGHT, &weight, in->buffer)
+    WN_TRY(weight.entry ? wn_weight_read(plan->model->device, plan->store, in->parts, p, &weight, in->buffer)
                         : draw(in, p));
   }
   if (wn_world_rank(plan->world) != 0) return NULL;

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "train/checkpoint_dirs.h"
+#include "train/checkpoint_parts.h"
 #include "train/device.h"
 
 enum { SHARD_BYTES_LOG2 = 32 };
@@ -217,6 +218,27 @@ static wn_status load_weights(wn_run *run, bool init_indexer_trained) {
   return NULL;
 }
 
+/* A frozen base that lies in FP8 is kept in FP8. Its newest checkpoint says, which rank 0 names, else init. */
+static wn_status keep_fp8(wn_run *run) {
+  char checkpoints[WN_PATH_BYTES], dir[WN_PATH_BYTES] = "";
+  wn_hf_dir *weights;
+  wn_status status = NULL;
+  if (run->recipe.train_base) return NULL;
+  if (wn_world_rank(run->world) == 0) {
+    status = wn_path(checkpoints, "%s/checkpoints", run->job.run_dir);
+    if (!status) status = wn_checkpoint_source(dir, checkpoints, INT64_MAX, run->job.init);
+  }
+  WN_TRY(wn_world_agree(run->world, status));
+  WN_TRY(wn_group_broadcast(wn_world_all(run->world), dir, sizeof dir, 0));
+  if (!dir[0]) return NULL;
+  status = wn_hf_dir_open(&weights, dir);
+  if (!status) {
+    wn_params_keep_fp8(run->model->table.params, run->model->table.n, weights);
+    wn_hf_dir_close(weights);
+  }
+  return wn_world_agree(run->world, status);
+}
+
 wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world,
                         wn_log *log) {
   wn_status status = NULL;
@@ -234,6 +256,7 @@ wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_jo
   WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? prepare_run_dir(run) : NULL));
   WN_TRY_GOTO(status, fail, wn_open_device(&run->device, job->device, job->threads, world, log));
   WN_TRY_GOTO(status, fail, wn_model_create(&run->model, run->device, &config, param_settings(&recipe, job)));
+  WN_TRY_GOTO(status, fail, keep_fp8(run));
   wn_group *all = wn_world_all(world);
   WN_TRY_GOTO(status, fail,
               wn_store_create(&run->store, run->device, world, &all, 1, run->model->table.params, run->model->table.n));

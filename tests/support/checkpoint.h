@@ -69,6 +69,12 @@ static inline wn_status test_rig_create_taking(wn_dtype act, test_rig *rig, wn_w
       (wn_cpu_settings){.threads = 1, .weights_bytes = 64 << 20, .stash_bytes = 1 << 20, .scratch_bytes = 1 << 20}));
   rig->device->dtype_of[WN_ACT] = act;
   WN_TRY(wn_model_create(&rig->model, rig->device, config, settings));
+  if (init_dir[0] && wn_path_exists(init_dir)) {
+    wn_hf_dir *init;
+    WN_TRY(wn_hf_dir_open(&init, init_dir));
+    wn_params_keep_fp8(rig->model->table.params, rig->model->table.n, init);
+    wn_hf_dir_close(init);
+  }
   WN_TRY(wn_store_create(&rig->store, rig->device, world, &rig->all, 1, rig->model->table.params, rig->model->table.n));
   rig->plan = (wn_checkpoint_plan){.model = rig->model,
                                    .store = rig->store,

@@ -127,6 +127,32 @@ static void rounds_for_a_device_of_bf16(void **state) {
   }
 }
 
+/* What is frozen and lies in FP8 stays FP8: its codes and scales. */
+static void keeps_fp8(void **state) {
+  test_rig rig;
+  int32_t kept = 0;
+  wn_temp_path init = wn_temp(state, "init");
+  test_dir_write(init.text, &test_config, (test_dir){.dtype = WN_BF16, .shards = 4, .fp8 = "mlp."}, 5);
+  OK(test_rig_create(&rig, world, &test_config, warmup, WN_STAGE_WARMUP, *state, init.text));
+  OK(wn_init_load(&rig.plan, init.text, false));
+  for (int32_t i = 0; i < wn_store_pieces(rig.store); i++) {
+    const wn_piece *piece = wn_store_piece(rig.store, i);
+    for (int32_t s = 0; s < piece->n_segments; s++) {
+      wn_segment at = piece->segments[s];
+      const wn_param *param = &rig.model->table.params[at.param];
+      assert_int_equal(piece->fp8, param->rank == 2 && test_named(param->hf_name, "mlp."));
+      if (!piece->fp8) continue;
+      kept++;
+      wn_tensor scales = wn_store_scales(rig.store, at.param);
+      assert_true(wn_tensor_count(&scales) == 1 && *(const float *)scales.data == test_scale(at.param));
+      for (int64_t e = 0; e < at.count; e++)
+        assert_int_equal(((const uint8_t *)piece->master.data)[at.offset + e], test_code(at.param, at.first + e));
+    }
+  }
+  assert_int_equal(kept, 3 + 2 * (1 + 3 + 4 * 3));
+  test_rig_free(&rig);
+}
+
 /* ---- refusals ---- */
 
 static void refuse(void **state, wn_model_config written, test_dir how, bool allow_new_indexer, const char *sentence) {
@@ -242,6 +268,7 @@ int main(void) {
       TEMP_TEST(reads_bf16),
       TEMP_TEST(reads_f16),
       TEMP_TEST(reads_fp8),
+      TEMP_TEST(keeps_fp8),
       TEMP_TEST(draws),
       TEMP_TEST(rounds_for_a_device_of_bf16),
       TEMP_TEST(missing_one),
