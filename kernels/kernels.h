@@ -300,8 +300,9 @@ struct wn_ops {
   wn_status (*select_pattern)(wn_device *, wn_tensor *selection, const wn_rows *, const wn_pattern_params *);
 
   /* ---- optimizer, on flat pieces ---- */
-  /* master, m, v [MASTER][n] updated from grad[n] [WGRAD]; weight[n] [ACT] = rounded master (null where master is the
-   * weight itself). */
+  /* master [MASTER], m, v [MOMENT] [n] updated from grad[n] [WGRAD]; weight[n] [ACT] = rounded master (null where
+   * master is the weight itself). BF16 moments are rounded to nearest even as they are stored; the update itself takes
+   * them before that. */
   wn_status (*adamw)(wn_device *, wn_tensor *master, wn_tensor *m, wn_tensor *v, wn_tensor *weight,
                      const wn_tensor *grad, const wn_adamw_params *);
   /* Of each of n tensors x[i]: sum[i] = the sum of squares in double, in fixed chunks; non_finite[i] = the number of

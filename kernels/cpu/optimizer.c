@@ -26,6 +26,21 @@ static void adamw_piece(wn_real *w, wn_real *m, wn_real *v, const wn_real *gradi
   }
 }
 
+/* Moments in BF16 go through blocks of the state's precision, so that there is one formula. */
+static void adamw_narrow(wn_real *w, uint16_t *m, uint16_t *v, const wn_real *gradient, int64_t n,
+                         const adamw_constants *c) {
+  enum { BLOCK = 1024 };
+  wn_real wide_m[BLOCK], wide_v[BLOCK];
+  for (int64_t from = 0; from < n; from += BLOCK) {
+    int64_t count = wn_cpu_min(BLOCK, n - from);
+    for (int64_t i = 0; i < count; i++) wide_m[i] = (wn_real)wn_f32_from_bf16(m[from + i]);
+    for (int64_t i = 0; i < count; i++) wide_v[i] = (wn_real)wn_f32_from_bf16(v[from + i]);
+    adamw_piece(w + from, wide_m, wide_v, gradient + from, count, c);
+    for (int64_t i = 0; i < count; i++) m[from + i] = wn_bf16_from_f32((float)wide_m[i]);
+    for (int64_t i = 0; i < count; i++) v[from + i] = wn_bf16_from_f32((float)wide_v[i]);
+  }
+}
+
 /* With g = grad * grad_scale and t = step:
  *   m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
  *   w = w - lr weight_decay w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
@@ -35,8 +50,10 @@ wn_status WN_CPU(adamw)(wn_device *device, wn_tensor *master, wn_tensor *m, wn_t
   (void)device;
   int64_t n = master->dim[0];
   expect_flat(master, n);
-  expect_flat(m, n);
-  expect_flat(v, n);
+  bool narrow = m->dtype == WN_BF16;
+  WN_EXPECT(m, narrow ? WN_BF16 : WN_REAL_DTYPE, 1, n);
+  WN_EXPECT(v, m->dtype, 1, n);
+  WN_ASSERT(!narrow || (wn_tensor_dense(m) && wn_tensor_dense(v)), "strided moments");
   expect_flat(grad, n);
   if (weight) expect_flat(weight, n);
   WN_ASSERT(params->step >= 1, "step %lld", (long long)params->step);
@@ -56,7 +73,11 @@ wn_status WN_CPU(adamw)(wn_device *device, wn_tensor *master, wn_tensor *m, wn_t
   for (int64_t i = 0; i < pieces.count; i++) {
     wn_cpu_piece p = wn_cpu_piece_at(&pieces, i);
     wn_real *w = wn_cpu_at(master, p.from);
-    adamw_piece(w, wn_cpu_at(m, p.from), wn_cpu_at(v, p.from), wn_cpu_at(grad, p.from), p.count, &c);
+    const wn_real *g = wn_cpu_at(grad, p.from);
+    if (narrow)
+      adamw_narrow(w, (uint16_t *)m->data + p.from, (uint16_t *)v->data + p.from, g, p.count, &c);
+    else
+      adamw_piece(w, wn_cpu_at(m, p.from), wn_cpu_at(v, p.from), g, p.count, &c);
     if (weight) memmove(wn_cpu_at(weight, p.from), w, (size_t)p.count * sizeof *w);
   }
   return NULL;

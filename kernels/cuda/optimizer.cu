@@ -20,11 +20,13 @@ typedef struct adamw_constants {
   float beta1, rest1, beta2, rest2, step_size, unbias, eps, keep, grad_scale;
 } adamw_constants;
 
-typedef struct adamw_state {
-  float *master, *m, *v;
+/* M: float or wn_bf16 */
+template <typename M> struct adamw_state {
+  float *master;
+  M *m, *v;
   wn_bf16 *weight; /* NULL: none */
   const float *grad;
-} adamw_state;
+};
 
 /* The CPU's formula in the CPU's order (kernels/cpu/optimizer.c). */
 __device__ __forceinline__ void adamw_one(float *w, float *m, float *v, float gradient, const adamw_constants &c) {
@@ -35,35 +37,53 @@ __device__ __forceinline__ void adamw_one(float *w, float *m, float *v, float gr
 }
 
 /* Elements one by one, from `first`, `step` apart, below `end`. */
-__device__ __forceinline__ void adamw_singles(const adamw_state &s, int64_t first, int64_t end, int64_t step,
+template <typename M>
+__device__ __forceinline__ void adamw_singles(const adamw_state<M> &s, int64_t first, int64_t end, int64_t step,
                                               const adamw_constants &c) {
   for (int64_t i = first; i < end; i += step) {
-    float w = s.master[i], m = s.m[i], v = s.v[i];
+    float w = s.master[i], m = wn_wide(s.m[i]), v = wn_wide(s.v[i]);
     adamw_one(&w, &m, &v, s.grad[i], c);
     s.master[i] = w;
-    s.m[i] = m;
-    s.v[i] = v;
+    s.m[i] = wn_narrow<M>(m);
+    s.v[i] = wn_narrow<M>(v);
     if (s.weight) s.weight[i] = __float2bfloat16_rn(w);
   }
 }
 
+__device__ __forceinline__ void read_four(float x[FOUR], const float *from) {
+  wn_read<float, FOUR>(x, from);
+}
+__device__ __forceinline__ void read_four(float x[FOUR], const wn_bf16 *from) {
+  const uint2 raw = *(const uint2 *)from;
+  const float2 low = __bfloat1622float2(*(const __nv_bfloat162 *)&raw.x);
+  const float2 high = __bfloat1622float2(*(const __nv_bfloat162 *)&raw.y);
+  x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+}
+__device__ __forceinline__ void write_four(float *to, const float x[FOUR]) {
+  wn_write<float, FOUR>(to, x);
+}
+__device__ __forceinline__ void write_four(wn_bf16 *to, const float x[FOUR]) {
+  *(uint2 *)to = make_uint2(wn_pack_bf16(x[0], x[1]), wn_pack_bf16(x[2], x[3]));
+}
+
 /* Elements head .. head + 4 fours - 1 in fours, the others singly. */
+template <typename M>
 __global__ void __launch_bounds__(THREADS)
-    adamw_kernel(adamw_state s, int64_t n, int64_t head, int64_t fours, adamw_constants c) {
+    adamw_kernel(adamw_state<M> s, int64_t n, int64_t head, int64_t fours, adamw_constants c) {
   const int64_t thread = (int64_t)blockIdx.x * THREADS + threadIdx.x, threads = (int64_t)gridDim.x * THREADS;
   for (int64_t i = thread; i < fours; i += threads) {
     const int64_t at = head + i * FOUR;
     float w[FOUR], m[FOUR], v[FOUR], g[FOUR];
-    wn_read<float, FOUR>(w, s.master + at);
-    wn_read<float, FOUR>(m, s.m + at);
-    wn_read<float, FOUR>(v, s.v + at);
-    wn_read<float, FOUR>(g, s.grad + at);
+    read_four(w, s.master + at);
+    read_four(m, s.m + at);
+    read_four(v, s.v + at);
+    read_four(g, s.grad + at);
 #pragma unroll
     for (int j = 0; j < FOUR; j++) adamw_one(&w[j], &m[j], &v[j], g[j], c);
-    wn_write<float, FOUR>(s.master + at, w);
-    wn_write<float, FOUR>(s.m + at, m);
-    wn_write<float, FOUR>(s.v + at, v);
-    if (s.weight) *(uint2 *)(s.weight + at) = make_uint2(wn_pack_bf16(w[0], w[1]), wn_pack_bf16(w[2], w[3]));
+    write_four(s.master + at, w);
+    write_four(s.m + at, m);
+    write_four(s.v + at, v);
+    if (s.weight) write_four(s.weight + at, w);
   }
   if (fours == 0) {
     adamw_singles(s, thread, n, threads, c);
@@ -79,21 +99,36 @@ template <typename T> static T *flat(const wn_tensor *t, int64_t n) {
   return wn_view_of<T>(t).data;
 }
 
-/* How many elements stand before the first 16-byte address; -1 where no such place is common to all. */
-static int64_t common_head(const adamw_state *s, int64_t n) {
+/* How many elements stand before the first 16-byte address of the FP32 tensors, where BF16 stands at 8 bytes; -1 where
+ * no such place is common to all. */
+template <typename M> static int64_t common_head(const adamw_state<M> *s, int64_t n) {
   const uintptr_t off = (uintptr_t)s->master % 16;
   const int64_t head = (int64_t)((16 - off) % 16 / sizeof(float));
-  bool common = (uintptr_t)s->m % 16 == off && (uintptr_t)s->v % 16 == off && (uintptr_t)s->grad % 16 == off &&
-                off % sizeof(float) == 0 && head <= n;
+  bool common = (uintptr_t)s->grad % 16 == off && off % sizeof(float) == 0 && head <= n;
+  common = common && (uintptr_t)(s->m + head) % (FOUR * sizeof(M)) == 0;
+  common = common && (uintptr_t)(s->v + head) % (FOUR * sizeof(M)) == 0;
   if (s->weight) common = common && (uintptr_t)(s->weight + head) % 8 == 0;
   return common ? head : -1;
 }
 
+template <typename M>
+static wn_status launch_adamw(wn_device *device, wn_tensor *master, wn_tensor *m, wn_tensor *v, wn_tensor *weight,
+                              const wn_tensor *grad, const adamw_constants &c) {
+  const int64_t n = master->dim[0];
+  const adamw_state<M> s = {flat<float>(master, n), flat<M>(m, n), flat<M>(v, n),
+                            weight ? flat<wn_bf16>(weight, n) : NULL, flat<float>(grad, n)};
+  if (n == 0) return NULL;
+  int64_t head = common_head(&s, n);
+  const int64_t fours = head < 0 ? 0 : (n - head) / FOUR;
+  if (fours == 0) head = 0;
+  const int64_t blocks = wn_ceil_div(fours ? fours : n, THREADS), most = (int64_t)1 << 30;
+  adamw_kernel<<<(unsigned)(blocks < most ? blocks : most), THREADS, 0, wn_cuda_stream(device)>>>(s, n, head, fours, c);
+  WN_CUDA_LAUNCHED("adamw");
+  return NULL;
+}
+
 wn_status wn_cuda_adamw(wn_device *device, wn_tensor *master, wn_tensor *m, wn_tensor *v, wn_tensor *weight,
                         const wn_tensor *grad, const wn_adamw_params *p) {
-  const int64_t n = master->dim[0];
-  const adamw_state s = {flat<float>(master, n), flat<float>(m, n), flat<float>(v, n),
-                         weight ? flat<wn_bf16>(weight, n) : NULL, flat<float>(grad, n)};
   WN_ASSERT(p->step >= 1, "step %lld", (long long)p->step);
   const adamw_constants c = {
       .beta1 = (float)p->beta1,
@@ -106,14 +141,8 @@ wn_status wn_cuda_adamw(wn_device *device, wn_tensor *master, wn_tensor *m, wn_t
       .keep = (float)(1 - p->lr * p->weight_decay),
       .grad_scale = (float)p->grad_scale,
   };
-  if (n == 0) return NULL;
-  int64_t head = common_head(&s, n);
-  const int64_t fours = head < 0 ? 0 : (n - head) / FOUR;
-  if (fours == 0) head = 0;
-  const int64_t blocks = wn_ceil_div(fours ? fours : n, THREADS), most = (int64_t)1 << 30;
-  adamw_kernel<<<(unsigned)(blocks < most ? blocks : most), THREADS, 0, wn_cuda_stream(device)>>>(s, n, head, fours, c);
-  WN_CUDA_LAUNCHED("adamw");
-  return NULL;
+  if (m->dtype == WN_BF16) return launch_adamw<wn_bf16>(device, master, m, v, weight, grad, c);
+  return launch_adamw<float>(device, master, m, v, weight, grad, c);
 }
 
 /* ---- sum of squares ---- */

@@ -11,7 +11,8 @@ typedef enum wn_role {
   WN_ACT,    /* activations and gathered weights */
   WN_STAT,   /* log-sum-exp, probabilities, norms, router, losses */
   WN_WGRAD,  /* weight gradients */
-  WN_MASTER, /* optimizer state */
+  WN_MASTER, /* optimizer state: masters */
+  WN_MOMENT, /* optimizer state: AdamW's moments; MASTER's dtype, or BF16 where whoever made the device says so */
   WN_INDEX,  /* selections, expert choices: always I32 */
   WN_N_ROLES
 } wn_role;
@@ -23,7 +24,8 @@ typedef struct wn_ops wn_ops; /* kernels/kernels.h */
 typedef struct wn_device {
   wn_device_kind kind;
   const wn_ops *ops;
-  wn_dtype dtype_of[WN_N_ROLES]; /* CPU: F32 (or F64) all; CUDA: ACT is BF16, the others F32 */
+  wn_dtype dtype_of[WN_N_ROLES]; /* CPU: F32 (or F64) all; CUDA: ACT is BF16, the others F32; before the store is made,
+                                    MOMENT may be set to BF16 */
   wn_arena *weights;             /* parameters and optimizer state: lives as long as the run */
   wn_arena *stash;               /* what outlives a layer within a step: hidden states, replay */
   wn_arena *scratch;             /* stack of temporaries: mark on entry, release on exit */

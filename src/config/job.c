@@ -124,6 +124,16 @@ static wn_status check_together(const wn_job *job, const wn_job_source *source) 
   if (job->lr_schedule.type == WN_SCHEDULE_CONSTANT && job->lr_schedule.min_lr > 0)
     return WN_FAIL(WN_E_CONFIG, "%s: lr_schedule.min_lr is given, but lr_schedule.type constant never decays",
                    place_of(source, "lr_schedule.min_lr"));
+  /* a step changes a moment by a share of 1 - beta; BF16 rounds to a share of 2^-8 at most, and keeps what moves less
+   */
+  static const double most_beta_in_bf16 = 0.99;
+  bool slow = job->optimizer.beta1 > most_beta_in_bf16;
+  if (job->optimizer.moments == WN_MOMENTS_BF16 && (slow || job->optimizer.beta2 > most_beta_in_bf16))
+    return WN_FAIL_HINT(WN_E_CONFIG, "take optimizer.moments f32, or a smaller beta",
+                        "%s: optimizer.%s is %g, but with optimizer.moments bf16 at most %g: what a step adds to a "
+                        "moment would be rounded away",
+                        place_of(source, slow ? "optimizer.beta1" : "optimizer.beta2"), slow ? "beta1" : "beta2",
+                        slow ? job->optimizer.beta1 : job->optimizer.beta2, most_beta_in_bf16);
   if (job->metrics.eval_every > 0 && !job->data.valid[0])
     return WN_FAIL(WN_E_CONFIG, "%s: metrics.eval_every is %lld, but there is no data.valid to evaluate on",
                    place_of(source, "metrics.eval_every"), (long long)job->metrics.eval_every);

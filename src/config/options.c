@@ -13,7 +13,7 @@
 static const char *const stages[] = {"pretrain", "warmup", "adapt", NULL};
 const char *const wn_job_device_names[] = {[WN_JOB_AUTO] = "auto", [WN_JOB_CPU] = "cpu", [WN_JOB_CUDA] = "cuda", NULL};
 static const char *const schedules[] = {"constant", "linear", "cosine", NULL};
-static const char *const moments[] = {"f32", NULL};
+static const char *const moments[] = {"f32", "bf16", NULL};
 static const char *const file_dtypes[] = {"f32", "bf16", NULL};
 
 static const wn_option options[] = {
@@ -68,7 +68,9 @@ static const wn_option options[] = {
     {"optimizer.clip_grad", WN_REAL, AT(optimizer.clip_grad), 0, 1e9, .fallback = "1.0",
      .help = "largest gradient norm, of base and indexer each; 0: gradients are not clipped"},
     {"optimizer.moments", WN_CHOICE, AT(optimizer.moments), .fallback = "f32", .choices = moments,
-     .help = "number format of AdamW's moments"},
+     .help =
+         "number format of AdamW's moments; bf16 halves their memory and files, and wants beta1 and beta2 of at most "
+         "0.99"},
     {"optimizer.carry_indexer", WN_BOOL, AT(optimizer.carry_indexer), .fallback = "true",
      .help = "adapt from a warm-up goes on with the indexer's moments and Adam clock"},
 

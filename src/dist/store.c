@@ -77,8 +77,8 @@ static wn_status visit_piece(wn_store *store, visitor *visit, wn_store_sizes *si
   if (master != weight) WN_TRY(visit(store, sizes, &piece->weight, "weights", weight, n));
   if (piece->fp8) WN_TRY(visit(store, sizes, &piece->scale, "block scales", WN_F32, at->n_scales));
   if (!at->trains) return NULL;
-  WN_TRY(visit(store, sizes, &piece->m, "first moments", dtype_of[WN_MASTER], n));
-  WN_TRY(visit(store, sizes, &piece->v, "second moments", dtype_of[WN_MASTER], n));
+  WN_TRY(visit(store, sizes, &piece->m, "first moments", dtype_of[WN_MOMENT], n));
+  WN_TRY(visit(store, sizes, &piece->v, "second moments", dtype_of[WN_MOMENT], n));
   return visit(store, sizes, &piece->grad, "gradients", dtype_of[WN_WGRAD], n);
 }
 

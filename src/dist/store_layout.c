@@ -13,7 +13,7 @@ static int64_t round_up(int64_t n, int64_t multiple) {
 
 /* Elements between tensors so that a unit's tensors are aligned in every dtype it exists in. */
 static int64_t align_elements(const wn_store *store, const wn_piece *piece) {
-  static const wn_role roles[] = {WN_MASTER, WN_ACT, WN_WGRAD};
+  static const wn_role roles[] = {WN_MASTER, WN_MOMENT, WN_ACT, WN_WGRAD};
   int64_t smallest = wn_dtype_bytes(wn_stored_dtype(store, piece));
   for (size_t i = 0; i < sizeof roles / sizeof *roles; i++) {
     int64_t bytes = wn_dtype_bytes(store->dtype_of[roles[i]]);

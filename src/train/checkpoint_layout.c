@@ -187,13 +187,13 @@ static wn_status lay_out_model(wn_checkpoint_layout *layout, int64_t *n, const w
 }
 
 static wn_status lay_out_optimizer(wn_checkpoint_layout *layout, int64_t *n, const wn_param *params, int32_t n_params,
-                                   int64_t shard_bytes) {
+                                   wn_dtype moments, int64_t shard_bytes) {
   int64_t first = *n;
   for (int32_t p = 0; p < n_params; p++) {
     if (!wn_kind_trains(params[p].kind)) continue;
     if (params[p].file_dtype != WN_F32) add_param(layout, n, params, p, WN_FIELD_MASTER, WN_F32);
-    add_param(layout, n, params, p, WN_FIELD_M, WN_F32);
-    add_param(layout, n, params, p, WN_FIELD_V, WN_F32);
+    add_param(layout, n, params, p, WN_FIELD_M, moments);
+    add_param(layout, n, params, p, WN_FIELD_V, moments);
   }
   return cut(layout, first, *n, shard_bytes);
 }
@@ -208,7 +208,7 @@ static void name_files(wn_checkpoint_layout *layout) {
 }
 
 wn_status wn_checkpoint_layout_create(wn_checkpoint_layout **out, const wn_param *params, int32_t n_params,
-                                      const wn_hf_dir *source, int64_t shard_bytes) {
+                                      const wn_hf_dir *source, wn_dtype moments, int64_t shard_bytes) {
   wn_status status = NULL;
   wn_names names = {0};
   int64_t n = 0, n_source = source ? wn_hf_dir_count(source) : 0;
@@ -226,7 +226,7 @@ wn_status wn_checkpoint_layout_create(wn_checkpoint_layout **out, const wn_param
   WN_TRY_GOTO(status, fail, wn_names_create(&names, params, n_params));
   WN_TRY_GOTO(status, fail, lay_out_model(layout, &n, &names, source, linked, shard_bytes));
   layout->n_model = layout->n_files;
-  WN_TRY_GOTO(status, fail, lay_out_optimizer(layout, &n, params, n_params, shard_bytes));
+  WN_TRY_GOTO(status, fail, lay_out_optimizer(layout, &n, params, n_params, moments, shard_bytes));
   name_files(layout);
   wn_names_free(&names);
   free(linked);

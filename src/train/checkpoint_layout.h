@@ -62,10 +62,10 @@ typedef struct wn_checkpoint_layout {
   int32_t n_model, n_files;
 } wn_checkpoint_layout;
 
-/* source NULL: nothing to carry over; frozen parameters are then written from the store in FP32. WN_E_INPUT when a
- * frozen parameter's shape in the source is another one. The layout points into params and source. */
+/* source NULL: nothing to carry over; frozen parameters are then written from the store in FP32. moments: F32 or BF16.
+ * WN_E_INPUT when a frozen parameter's shape in the source is another one. The layout points into params and source. */
 WN_MUST_USE wn_status wn_checkpoint_layout_create(wn_checkpoint_layout **out, const wn_param *params, int32_t n,
-                                                  const wn_hf_dir *source, int64_t shard_bytes);
+                                                  const wn_hf_dir *source, wn_dtype moments, int64_t shard_bytes);
 void wn_checkpoint_layout_free(wn_checkpoint_layout *layout);
 /* DIR/model.safetensors.index.json, names sorted. */
 WN_MUST_USE wn_status wn_checkpoint_write_index(const wn_checkpoint_layout *layout, const wn_hf_dir *source,

@@ -339,7 +339,8 @@ wn_status wn_optimizer_check(const wn_st_entry *entry, const wn_param *p, wn_fie
   if (!entry) return WN_FAIL(WN_E_INPUT, "%s: the optimizer files lack tensor %s", dir, name);
   if (!wn_param_shaped(p, entry))
     return WN_FAIL(WN_E_INPUT, "%s: tensor %s has another shape than its parameter", dir, name);
-  if (entry->dtype != WN_F32)
+  bool narrow = entry->dtype == WN_BF16 && (field == WN_FIELD_M || field == WN_FIELD_V);
+  if (entry->dtype != WN_F32 && !narrow)
     return WN_FAIL(WN_E_INPUT, "%s: tensor %s is %s instead of F32", dir, name, wn_dtype_name(entry->dtype));
   return NULL;
 }

@@ -62,7 +62,8 @@ typedef struct wn_optimizer_files {
 WN_MUST_USE wn_status wn_optimizer_open(wn_optimizer_files *out, const char *dir);
 void wn_optimizer_close(wn_optimizer_files *files);
 const wn_st_entry *wn_optimizer_find(wn_optimizer_files *files, const wn_param *p, wn_field field); /* NULL: absent */
-/* NULL when the entry is F32 and has the parameter's shape. */
+/* NULL when the entry has the parameter's shape and is F32, or BF16 where it is a moment: a moment is read in the run's
+ * own format, whichever of the two it was saved in. */
 WN_MUST_USE wn_status wn_optimizer_check(const wn_st_entry *entry, const wn_param *p, wn_field field, const char *dir);
 
 /* ---- state.json ---- */

@@ -80,7 +80,9 @@ static wn_status check_source_unchanged(const save *s) {
 
 static wn_status lay_out(save *s) {
   if (s->at.source[0]) WN_TRY(wn_hf_dir_open(&s->source, s->at.source));
-  WN_TRY(wn_checkpoint_layout_create(&s->layout, s->params, s->n_params, s->source, s->plan->shard_bytes));
+  bool narrow = s->plan->model->device->dtype_of[WN_MOMENT] == WN_BF16;
+  WN_TRY(wn_checkpoint_layout_create(&s->layout, s->params, s->n_params, s->source, narrow ? WN_BF16 : WN_F32,
+                                     s->plan->shard_bytes));
   WN_TRY(wn_parts_create(&s->parts, s->plan->store, s->n_params));
   s->digests = calloc((size_t)s->layout->n_files + 1, sizeof *s->digests);
   if (!s->digests) return WN_FAIL(WN_E_MEMORY, "out of memory for the digests of %d files", s->layout->n_files);

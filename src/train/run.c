@@ -255,6 +255,7 @@ wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_jo
     WN_TRY_GOTO(status, fail, open_data(&run->valid, job->data.valid, "data.valid", &config, job->data.seq_len));
   WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? prepare_run_dir(run) : NULL));
   WN_TRY_GOTO(status, fail, wn_open_device(&run->device, job->device, job->threads, world, log));
+  if (job->optimizer.moments == WN_MOMENTS_BF16) run->device->dtype_of[WN_MOMENT] = WN_BF16;
   WN_TRY_GOTO(status, fail, wn_model_create(&run->model, run->device, &config, param_settings(&recipe, job)));
   WN_TRY_GOTO(status, fail, keep_fp8(run));
   wn_group *all = wn_world_all(world);
@@ -288,10 +289,10 @@ void wn_run_free(wn_run *run) {
   free(run);
 }
 
-/* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32; on a
- * GPU a BF16 copy of what trains, and of what is frozen that copy alone. */
-static int64_t element_bytes(const wn_param *p, bool gpu) {
-  if (wn_kind_trains(p->kind)) return gpu ? 18 : 16;
+/* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32 but
+ * for moments that may be BF16; on a GPU a BF16 copy of what trains, and of what is frozen that copy alone. */
+static int64_t element_bytes(const wn_param *p, bool gpu, wn_moments moments) {
+  if (wn_kind_trains(p->kind)) return (gpu ? 18 : 16) - (moments == WN_MOMENTS_BF16 ? 4 : 0);
   return gpu && p->kind == WN_FROZEN && p->role == WN_ACT ? 2 : 4;
 }
 
@@ -327,7 +328,7 @@ wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_
   for (int32_t i = 0; i < table.n; i++) {
     const wn_param *p = &table.params[i];
     elements[p->kind] += wn_param_elements(p);
-    bytes[p->kind] += wn_param_elements(p) * element_bytes(p, gpu) / ranks;
+    bytes[p->kind] += wn_param_elements(p) * element_bytes(p, gpu, job->optimizer.moments) / ranks;
   }
   wn_param_table_free(&table);
   for (int32_t k = 0; k < WN_N_KINDS; k++) {

@@ -57,6 +57,59 @@ static void adamw_agrees(void **state) {
     }
 }
 
+/* Moments in BF16 on both devices (the CPU's in FP64 otherwise): a value at the middle between two neighbours may fall
+ * to either side, now and then; nothing else may differ. */
+static void check_narrow(twin_bench *b, int64_t n, int64_t from, int64_t moments_from, bool with_weight) {
+  enum { MORE = 20, STEPS = 3 };
+  const int64_t all = n + MORE;
+  twin w = twin_random(b, WN_MASTER, 1, 1, 0, 1, all, 0, 0), grad = twin_random(b, WN_WGRAD, 4, 1, 0, 1, all, 0, 0),
+       weight = twin_random(b, WN_ACT, 5, 1, 0, 1, all, 0, 0), moment[2];
+  uint16_t *values = malloc((size_t)all * sizeof *values);
+  assert_non_null(values);
+  for (int k = 0; k < 2; k++) {
+    OK(wn_tensor_alloc(&moment[k].cpu, b->cpu->stash, "test", WN_BF16, 1, all, 0, 0, 0));
+    OK(wn_tensor_alloc(&moment[k].cuda, b->cuda->stash, "test", WN_BF16, 1, all, 0, 0, 0));
+    for (int64_t i = 0; i < all; i++) values[i] = wn_bf16_from_f32(k ? (float)(i % 97) : (float)(i % 11) - 5);
+    OK(b->cpu->ops->upload(b->cpu, &moment[k].cpu, values));
+    OK(b->cuda->ops->upload(b->cuda, &moment[k].cuda, values));
+  }
+  adam a = {.w = twin_slice(w, 0, from, n),
+            .m = twin_slice(moment[0], 0, moments_from, n),
+            .v = twin_slice(moment[1], 0, moments_from, n),
+            .weight = twin_slice(weight, 0, from, n),
+            .grad = twin_slice(grad, 0, from, n),
+            .with_weight = with_weight};
+  a.params = (wn_adamw_params){.lr = 0.02, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .grad_scale = 0.25};
+  for (a.params.step = 1; a.params.step <= STEPS; a.params.step++) {
+    step(b->cpu, &a, false);
+    step(b->cuda, &a, true);
+  }
+  twin_close(b, "master", &w, 1e-4);
+  for (int k = 0; k < 2; k++) {
+    int64_t other = 0;
+    OK(b->cuda->ops->download(b->cuda, values, &moment[k].cuda));
+    for (int64_t i = 0; i < all; i++) {
+      double want = wn_test_get(&moment[k].cpu, i), got = (double)wn_f32_from_bf16(values[i]);
+      assert_true(fabs(got - want) <= 0x1p-7 * fabs(want));
+      other += got != want;
+      if (i < moments_from || i >= moments_from + n) assert_true(got == want);
+    }
+    assert_true(other <= 2 + n / 500);
+  }
+  free(values);
+  twin_end(b);
+}
+
+static void adamw_with_moments_in_bf16(void **state) {
+  twin_bench *b = twin_begin(state);
+  static const int64_t sizes[] = {1, 3, 4, 7, 64, 1023, 40009};
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    for (int64_t from = 0; from < 5; from++) {
+      check_narrow(b, sizes[i], from, from, from % 2 == 0);
+      check_narrow(b, sizes[i], 0, from, true);
+    }
+}
+
 /* Pieces of different places within 16 bytes: no common access is wide. */
 static void adamw_of_scattered_pieces(void **state) {
   twin_bench *b = twin_begin(state);
@@ -197,6 +250,7 @@ static void sum_squares_of_nothing(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(adamw_agrees),
+      cmocka_unit_test(adamw_with_moments_in_bf16),
       cmocka_unit_test(adamw_of_scattered_pieces),
       cmocka_unit_test(first_step),
       cmocka_unit_test(adamw_repeats),

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "train/checkpoint.h"
+#include "train/checkpoint_parts.h"
 #include "train/state.h"
 
 /* One job: a stage from a model, under so many ranks. */
@@ -129,6 +130,37 @@ static void adapt_resumes(void **state) {
 static void rounded_checkpoints_resume_exactly(void **state) {
   expect_resumes(&(job){state, 1, "adapt", "warm/checkpoints/step-000030", "checkpoint.dtype=bf16"}, "bf16",
                  "bf16-killed", 4, 8);
+}
+
+/* Whether every moment of a checkpoint is stored so. */
+static void expect_moments(void **state, const char *run, int64_t step, wn_dtype dtype) {
+  wn_optimizer_files files;
+  int64_t moments = 0;
+  OK(wn_optimizer_open(&files, tiny_step(state, run, step).text));
+  for (size_t f = 0; f < files.n; f++)
+    for (int64_t i = 0; i < wn_safetensors_count(files.files[f]); i++) {
+      const wn_st_entry *entry = wn_safetensors_at(files.files[f], i);
+      const char *suffix = strrchr(entry->name, '.');
+      if (strcmp(suffix, ".m") != 0 && strcmp(suffix, ".v") != 0) continue;
+      assert_int_equal(entry->dtype, dtype);
+      moments++;
+    }
+  assert_true(moments > 0);
+  wn_optimizer_close(&files);
+}
+
+/* Moments in BF16 are saved as they are; they go over into either format. */
+static void moments_in_bf16_resume(void **state) {
+  const char *options = "optimizer.moments=bf16", *warm = "warm-narrow/checkpoints/step-000006";
+  expect_resumes(&(job){state, 1, "warmup", "base", options}, "warm-narrow", "warm-narrow-killed", 4, 6);
+  expect_moments(state, "warm-narrow", 6, WN_BF16);
+  expect_resumes(&(job){state, 1, "adapt", warm, options}, "adapt-narrow", "adapt-narrow-killed", 3, 5);
+  expect_moments(state, "adapt-narrow", 5, WN_BF16);
+  assert_int_equal(state_of(state, "adapt-narrow", 5).adam_indexer, 11);
+  run_to(&(job){state, 1, "adapt", warm, ""}, "adapt-wide", 2, 0);
+  expect_moments(state, "adapt-wide", 2, WN_F32);
+  run_to(&(job){state, 1, "adapt", "warm/checkpoints/step-000030", options}, "adapt-narrowed", 2, 0);
+  expect_moments(state, "adapt-narrowed", 2, WN_BF16);
 }
 
 /* A schedule and a clip that bite depend on the step too. */
@@ -418,6 +450,7 @@ int main(void) {
       cmocka_unit_test(warmup_resumes),
       cmocka_unit_test(adapt_resumes),
       cmocka_unit_test(rounded_checkpoints_resume_exactly),
+      cmocka_unit_test(moments_in_bf16_resume),
       cmocka_unit_test(schedules_resume),
       cmocka_unit_test(a_resumed_warmup_hands_over_the_same),
       cmocka_unit_test(a_finished_stage_has_nothing_to_do),

@@ -129,7 +129,7 @@ static void bad_values(void **state) {
       {"data: {document_mask: yes}", "data.document_mask is 'yes'; allowed: true or false"},
       {"device: gpu", "device is 'gpu'; allowed: auto, cpu or cuda"},
       {"lr_schedule: {type: cos}", "allowed: constant, linear or cosine"},
-      {"optimizer: {moments: bf16}", "optimizer.moments is 'bf16'; allowed: f32"},
+      {"optimizer: {moments: f16}", "optimizer.moments is 'f16'; allowed: f32 or bf16"},
       {"optimizer: {lr: nan}", "optimizer.lr is 'nan'; allowed: number, from 0 up to 10"},
       {"optimizer: {lr: inf}", "optimizer.lr is 'inf'"},
       {"optimizer: {lr: 0x1p-3}", "optimizer.lr is '0x1p-3'"},
@@ -207,6 +207,11 @@ static void options_that_contradict(void **state) {
          NULL, ":5: training.micro_batch_seqs 128 of data.seq_len 16777216 are 2147483648 tokens at a time");
   refuse(WN_STAGE_WARMUP, BASE, "lr_schedule.decay_steps=3", "lr_schedule.decay_steps is given, but");
   refuse(WN_STAGE_WARMUP, BASE, "lr_schedule.min_lr=0.1", "lr_schedule.min_lr is given, but");
+  static const char narrow[] =
+      "init: base\nrun_dir: run\ndata: {train: d}\ntraining: {steps: 10}\noptimizer: {lr: 1.0e-3, moments: bf16}\n";
+  refuse(WN_STAGE_WARMUP, narrow, "optimizer.beta2=0.999",
+         "command line: optimizer.beta2 is 0.999, but with optimizer.moments bf16 at most 0.99");
+  refuse(WN_STAGE_WARMUP, narrow, "optimizer.beta1=0.995", "optimizer.beta1 is 0.995, but");
   refuse(WN_STAGE_WARMUP, BASE, "metrics.eval_every=5", "there is no data.valid");
   refuse(WN_STAGE_WARMUP, BASE, "parallelism.context=2",
          "parallelism.context is 2; splitting a sequence over ranks is not in this version");
@@ -289,6 +294,7 @@ static void resume(void **state) {
       {"lr_schedule.type=cosine", "lr_schedule.type is cosine"},
       {"lr_schedule.warmup_steps=3", "lr_schedule.warmup_steps is 3"},
       {"dsa.index_topk=3", "dsa.index_topk is 3"},
+      {"optimizer.moments=bf16", "optimizer.moments is bf16, but the run that would be resumed has f32"},
       {"dsa.loss_coeff=3", "dsa.loss_coeff is 3.0"},
       {"moe.bias_update_speed=0", "moe.bias_update_speed is 0.0"},
   };

@@ -252,6 +252,36 @@ static void fp8_is_stored_as_fp8(void **state) {
   wn_store_free(store);
 }
 
+/* Moments take half of the bytes in BF16, and nothing else changes. */
+static void moments_may_be_bf16(void **state) {
+  fixture *f = *state;
+  wn_store *store;
+  wn_store_sizes wide, narrow;
+  OK(wn_store_measure(&wide, f->device->dtype_of, (int32_t[]){1, 1}, 2, table, N_PARAMS));
+  f->device->dtype_of[WN_MOMENT] = WN_BF16;
+  OK(wn_store_measure(&narrow, f->device->dtype_of, (int32_t[]){1, 1}, 2, table, N_PARAMS));
+  size_t before = wn_arena_used_bytes(f->device->weights), total = 0;
+  OK(wn_store_create(&store, f->device, f->world, f->groups, 2, table, N_PARAMS));
+  f->device->dtype_of[WN_MOMENT] = WN_F32;
+  assert_int_equal(wide.n, narrow.n);
+  for (int32_t i = 0; i < narrow.n; i++) {
+    const char *name = narrow.line[i].name;
+    bool moments = strstr(name, "moments") != NULL;
+    total += narrow.line[i].bytes;
+    assert_string_equal(wide.line[i].name, name);
+    if (moments) assert_true(narrow.line[i].bytes < wide.line[i].bytes);
+  }
+  assert_int_equal(total, wn_arena_used_bytes(f->device->weights) - before);
+  for (int32_t i = 0; i < wn_store_pieces(store); i++) {
+    const wn_piece *piece = wn_store_piece(store, i);
+    if (!piece->m.data) continue;
+    assert_int_equal(piece->m.dtype, WN_BF16);
+    assert_int_equal(2 * wn_tensor_bytes(&piece->m), wn_tensor_bytes(&piece->master));
+    assert_int_equal(2 * wn_tensor_bytes(&piece->v), wn_tensor_bytes(&piece->master));
+  }
+  wn_store_free(store);
+}
+
 static void table_is_printed(void **state) {
   fixture *f = *state;
   char text[4096] = "";
@@ -288,6 +318,7 @@ int main(void) {
       cmocka_unit_test(a_micro_batch_adds_to_the_last),
       cmocka_unit_test(two_layers_at_once),
       cmocka_unit_test(fp8_is_stored_as_fp8),
+      cmocka_unit_test(moments_may_be_bf16),
       cmocka_unit_test(table_is_printed),
       cmocka_unit_test(foreign_launcher_is_refused),
   };
