@@ -25,7 +25,6 @@ const wn_model_int wn_model_ints[] = {
     INT(num_experts_per_tok, 1, 1 << 16),
     INT(n_group, 1, 1 << 16),
     INT(topk_group, 1, 1 << 16),
-    INT(q_lora_rank, 1, 1 << 17),
     INT(kv_lora_rank, 1, 1 << 17),
     INT(qk_nope_head_dim, 1, 4096),
     INT(qk_rope_head_dim, 2, 4096),
@@ -49,7 +48,20 @@ static const struct {
     {"hidden_act", "\"silu\""},           {"scoring_func", "\"sigmoid\""}, {"topk_method", "\"noaux_tc\""},
     {"attention_bias", "false"},          {"mlp_bias", "false"},           {"tie_word_embeddings", "false"},
     {"attention_dropout", "0"},           {"moe_layer_freq", "1"},         {"rope_interleave", "true"},
-    {"indexer_rope_interleave", "false"},
+    {"indexer_rope_interleave", "false"}, {"partial_rotary_factor", "1"},
+};
+
+/* Whose arithmetic and tensor names are DeepSeek-V3's: all are written as deepseek_v3, or with an indexer as
+ * deepseek_v32. */
+static const char *const model_types[] = {"deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite"};
+
+/* Those that look like it, and what is different. */
+static const struct {
+  const char *type, *hint;
+} strangers[] = {
+    {"deepseek_v2", "DeepSeek-V2 routes by a softmax, which no V3.2 model can say"},
+    {"glm_moe_dsa", "GLM-5's indexer turns interleaved pairs, and its selections may be shared by several layers"},
+    {"kimi_linear", "Kimi-Linear has linear attention in most layers"},
 };
 
 /* One object being read, and where it stands: "dir/config.json" and "rope_scaling." */
@@ -63,9 +75,7 @@ static const json_t *get(reader in, const char *key) {
   return json_is_null(value) ? NULL : value;
 }
 
-static wn_status read_int(reader in, const char *key, int64_t low, int64_t high, int32_t *out) {
-  const json_t *value = get(in, key);
-  if (!value) return WN_FAIL(WN_E_CONFIG, "%s: %s%s is missing", in.path, in.prefix, key);
+static wn_status int_of(reader in, const char *key, const json_t *value, int64_t low, int64_t high, int32_t *out) {
   if (!json_is_integer(value)) return WN_FAIL(WN_E_CONFIG, "%s: %s%s is not a whole number", in.path, in.prefix, key);
   int64_t seen = json_integer_value(value);
   if (seen < low || seen > high)
@@ -73,6 +83,12 @@ static wn_status read_int(reader in, const char *key, int64_t low, int64_t high,
                    (long long)low, (long long)high);
   *out = (int32_t)seen;
   return NULL;
+}
+
+static wn_status read_int(reader in, const char *key, int64_t low, int64_t high, int32_t *out) {
+  const json_t *value = get(in, key);
+  if (!value) return WN_FAIL(WN_E_CONFIG, "%s: %s%s is missing", in.path, in.prefix, key);
+  return int_of(in, key, value, low, high, out);
 }
 
 /* Greater than `above`, at most `high`. `otherwise` stands in where the key is absent, unless it is NaN. */
@@ -208,9 +224,12 @@ static wn_status read_rope(reader in, wn_model_config *out) {
   return read_yarn(inner, out);
 }
 
+/* Of several tokens that end a text the first stands for all. */
 static wn_status read_token(reader in, const char *key, int32_t vocab_size, int32_t *out) {
+  const json_t *value = get(in, key);
   *out = -1;
-  return get(in, key) ? read_int(in, key, 0, vocab_size - 1, out) : NULL;
+  return value ? int_of(in, key, json_is_array(value) ? json_array_get(value, 0) : value, 0, vocab_size - 1, out)
+               : NULL;
 }
 
 static wn_status check_shapes(reader in, const wn_model_config *c) {
@@ -238,26 +257,40 @@ static wn_status check_shapes(reader in, const wn_model_config *c) {
 }
 
 static wn_status read_model_type(reader in, wn_model_config *out) {
-  const char *type = json_string_value(get(in, "model_type"));
-  if (!type || (strcmp(type, "deepseek_v3") != 0 && strcmp(type, "deepseek_v32") != 0))
-    return WN_FAIL(WN_E_CONFIG, "%s: model_type is %.40s; Winnow reads deepseek_v3 and deepseek_v32", in.path,
-                   type ? type : "missing");
+  const char *type = json_string_value(get(in, "model_type")), *hint = NULL;
+  bool known = false;
+  for (size_t i = 0; type && i < sizeof model_types / sizeof *model_types; i++)
+    known = known || !strcmp(type, model_types[i]);
+  for (size_t i = 0; type && i < sizeof strangers / sizeof *strangers; i++)
+    if (!strcmp(type, strangers[i].type)) hint = strangers[i].hint;
+  if (!known)
+    return WN_FAIL_HINT(WN_E_CONFIG, hint,
+                        "%s: model_type is %.40s; Winnow reads deepseek_v3, deepseek_v32, kimi_k2 and glm4_moe_lite",
+                        in.path, type ? type : "missing");
   out->has_indexer = !strcmp(type, "deepseek_v32");
   for (const wn_model_int *field = wn_model_index_ints; !out->has_indexer && field->key; field++)
     if (get(in, field->key))
-      return WN_FAIL(WN_E_CONFIG,
-                     "%s: has %s, but model_type is deepseek_v3; a model with an indexer is a deepseek_v32", in.path,
-                     field->key);
+      return WN_FAIL(WN_E_CONFIG, "%s: has %s, but model_type is %s; a model with an indexer is a deepseek_v32",
+                     in.path, field->key, type);
   return out->has_indexer ? read_ints(in, wn_model_index_ints, out) : NULL;
+}
+
+/* A null is no low rank (0); an absent key is not that, since transformers takes 1536 for it. */
+static wn_status read_q_lora_rank(reader in, wn_model_config *out) {
+  if (!json_is_null(json_object_get(in.object, "q_lora_rank")))
+    return read_int(in, "q_lora_rank", 1, 1 << 17, &out->q_lora_rank);
+  if (out->has_indexer)
+    return WN_FAIL_HINT(WN_E_CONFIG, "every consumer of V3.2 models needs the low-rank query",
+                        "%s: q_lora_rank is null in a model with an indexer", in.path);
+  out->q_lora_rank = 0;
+  return NULL;
 }
 
 static wn_status read_config(reader in, wn_model_config *out) {
   WN_TRY(read_model_type(in, out));
   WN_TRY(check_single_forms(in));
-  if (!get(in, "q_lora_rank"))
-    return WN_FAIL_HINT(WN_E_CONFIG, "every consumer of V3.2 models needs the low-rank query",
-                        "%s: q_lora_rank is missing or null; Winnow has only models with one", in.path);
   WN_TRY(read_ints(in, wn_model_ints, out));
+  WN_TRY(read_q_lora_rank(in, out));
   WN_TRY(read_layer_kinds(in, out));
   const json_t *norm = get(in, "norm_topk_prob");
   if (!json_is_boolean(norm)) return WN_FAIL(WN_E_CONFIG, "%s: norm_topk_prob is not true or false", in.path);

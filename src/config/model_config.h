@@ -13,7 +13,8 @@ typedef struct wn_model_config {
   int32_t n_routed_experts, n_shared_experts, num_experts_per_tok, n_group, topk_group;
   bool norm_topk_prob;
   double routed_scaling_factor;
-  int32_t q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
+  int32_t q_lora_rank; /* 0: null, the queries have no low-rank latent */
+  int32_t kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
   bool has_indexer; /* index_topk is there: a V3.2 model */
   int32_t index_n_heads, index_head_dim, index_topk;
   double rms_norm_eps, rope_theta, initializer_range;
@@ -25,11 +26,13 @@ typedef struct wn_model_config {
   bool tie_word_embeddings;
 } wn_model_config;
 
-/* Reads DIR/config.json: the released form, and the one that transformers 5 writes (rope_parameters, mlp_layer_types).
+/* Reads DIR/config.json: the released form, and the one that transformers 5 writes (rope_parameters, mlp_layer_types),
+ * of model_type deepseek_v3 or deepseek_v32, or of kimi_k2 or glm4_moe_lite, which are V3 under another name.
  * A null stands for an absent key; quantization_config is not looked at (the weights decide). WN_E_CONFIG, naming file
  * and key: missing or ill-typed keys, sizes out of range, shapes that contradict each other (heads, groups, odd rope
- * width, index_head_dim below the rope width), features Winnow does not have (q_lora_rank null, scoring_func other than
- * sigmoid, attention_bias, tied embeddings, other rope types, YaRN that scales cos and sin...). */
+ * width, index_head_dim below the rope width), features Winnow does not have (q_lora_rank null beside an indexer,
+ * scoring_func other than sigmoid, attention_bias, tied embeddings, other rope types, YaRN that scales cos and sin...).
+ */
 WN_MUST_USE wn_status wn_model_config_load(wn_model_config *out, const char *dir);
 /* Writes DIR/config.json atomically with the released key set and order: deepseek_v32 when it has an indexer, else
  * deepseek_v3. `source_dir` may be NULL; keys of its config.json that Winnow does not know are carried over, but for

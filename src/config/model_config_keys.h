@@ -13,7 +13,7 @@ typedef struct wn_model_int {
   int32_t low, high;
 } wn_model_int;
 
-extern const wn_model_int wn_model_ints[];       /* whole numbers that every model has, but for first_k_dense_replace */
+extern const wn_model_int wn_model_ints[];       /* whole numbers that every model has, but for first_k_dense_replace and q_lora_rank */
 extern const wn_model_int wn_model_index_ints[]; /* those of a model with an indexer */
 
 static inline int32_t *wn_model_int_at(wn_model_config *config, const wn_model_int *field) {

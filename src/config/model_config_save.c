@@ -84,13 +84,15 @@ static int set_all(json_t *root, const wn_model_config *c, const char *torch_dty
   bad |= set_ints(root, c, wn_model_ints);
   if (c->has_indexer) bad |= set_ints(root, c, wn_model_index_ints);
   bad |= set(root, "first_k_dense_replace", json_integer(c->first_k_dense_replace));
+  bad |= set(root, "q_lora_rank", c->q_lora_rank ? json_integer(c->q_lora_rank) : json_null());
   bad |= set(root, "num_key_value_heads", json_integer(c->num_attention_heads));
   bad |= set(root, "norm_topk_prob", json_boolean(c->norm_topk_prob));
   bad |= set(root, "routed_scaling_factor", json_real(c->routed_scaling_factor));
   bad |= set(root, "rms_norm_eps", json_real(c->rms_norm_eps));
   bad |= set(root, "initializer_range", json_real(c->initializer_range));
   bad |= set(root, "bos_token_id", token(c->bos_token_id));
-  bad |= set(root, "eos_token_id", token(c->eos_token_id));
+  if (!json_is_array(json_object_get(root, "eos_token_id"))) /* several: the first is what the model knows of */
+    bad |= set(root, "eos_token_id", token(c->eos_token_id));
   bad |= set(root, "torch_dtype", json_string(torch_dtype));
   return bad | set_rope(root, c);
 }

@@ -3,7 +3,8 @@
 /* FLOPs a row of the linear layers of one layer, forward. */
 static double layer_linear(const wn_model_config *c, int32_t layer) {
   double D = c->hidden_size, H = c->num_attention_heads, dq = c->qk_nope_head_dim + c->qk_rope_head_dim;
-  double weights = D * c->q_lora_rank + c->q_lora_rank * H * dq + D * (c->kv_lora_rank + c->qk_rope_head_dim) +
+  double queries = c->q_lora_rank ? (D + H * dq) * c->q_lora_rank : D * H * dq;
+  double weights = queries + D * (c->kv_lora_rank + c->qk_rope_head_dim) +
                    c->kv_lora_rank * H * (c->qk_nope_head_dim + c->v_head_dim) + H * c->v_head_dim * D;
   if (wn_model_config_is_moe(c, layer))
     weights +=

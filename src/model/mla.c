@@ -15,19 +15,32 @@ static wn_tensor flat_heads(wn_tensor q) {
   return wn_tensor_view(q, 2, q.dim[0], q.dim[1] * q.dim[2], 0, 0);
 }
 
-static wn_status project_queries(wn_call *c, wn_mla *m) {
+/* Queries are made from the normed low-rank latent, or from x itself where there is none. */
+static wn_slot query_slot(const wn_call *c) {
+  return c->config->q_lora_rank > 0 ? WN_P_Q_B : WN_P_Q;
+}
+
+static wn_status project_query_latent(wn_call *c, wn_mla *m) {
   const wn_model_config *f = c->config;
   const wn_tensor *w = c->weights->slot;
-  int64_t nope = f->qk_nope_head_dim, rope = f->qk_rope_head_dim;
   WN_TRY(wn_scratch(c, &m->qa, "qa", WN_ACT, 2, c->n, f->q_lora_rank, 0));
   WN_TRY(wn_scratch(c, &m->qa_inv, "qa_inv", WN_STAT, 1, c->n, 0, 0));
   WN_TRY(wn_scratch(c, &m->qr, "qr", WN_ACT, 2, c->n, f->q_lora_rank, 0));
-  WN_TRY(wn_scratch(c, &m->q, "q", WN_ACT, 3, c->n, f->num_attention_heads, nope + rope));
   WN_TRY(c->ops->linear(c->device, &m->qa, &m->x, &w[WN_P_Q_A], &(wn_accumulate){0}));
-  WN_TRY(c->ops->rms_norm(c->device, &m->qr, &m->qa_inv, &m->qa, &w[WN_P_Q_A_NORM],
-                          &(wn_norm_params){.eps = WN_LATENT_EPS}));
+  return c->ops->rms_norm(c->device, &m->qr, &m->qa_inv, &m->qa, &w[WN_P_Q_A_NORM],
+                          &(wn_norm_params){.eps = WN_LATENT_EPS});
+}
+
+static wn_status project_queries(wn_call *c, wn_mla *m) {
+  const wn_model_config *f = c->config;
+  int64_t nope = f->qk_nope_head_dim, rope = f->qk_rope_head_dim;
+  if (f->q_lora_rank > 0)
+    WN_TRY(project_query_latent(c, m));
+  else
+    m->qr = m->x;
+  WN_TRY(wn_scratch(c, &m->q, "q", WN_ACT, 3, c->n, f->num_attention_heads, nope + rope));
   wn_tensor flat = flat_heads(m->q), q_pe = rope_part(m->q, nope, rope);
-  WN_TRY(c->ops->linear(c->device, &flat, &m->qr, &w[WN_P_Q_B], &(wn_accumulate){0}));
+  WN_TRY(c->ops->linear(c->device, &flat, &m->qr, &c->weights->slot[query_slot(c)], &(wn_accumulate){0}));
   return wn_call_rope(c, &q_pe, true, false);
 }
 
@@ -61,10 +74,11 @@ static wn_status queries_backward(wn_call *c, wn_tensor *dx, wn_tensor *dq, cons
   const wn_model_config *f = c->config;
   const wn_tensor *w = c->weights->slot;
   wn_tensor dqr, dqa, flat = flat_heads(*dq), dq_pe = rope_part(*dq, f->qk_nope_head_dim, f->qk_rope_head_dim);
+  WN_TRY(wn_call_rope(c, &dq_pe, true, true));
+  WN_TRY(wn_call_weight_grad(c, query_slot(c), &flat, &m->qr));
+  if (f->q_lora_rank == 0) return c->ops->linear_backward_input(c->device, dx, &flat, &w[WN_P_Q], &(wn_accumulate){0});
   WN_TRY(wn_scratch(c, &dqr, "dqr", WN_ACT, 2, c->n, f->q_lora_rank, 0));
   WN_TRY(wn_scratch(c, &dqa, "dqa", WN_ACT, 2, c->n, f->q_lora_rank, 0));
-  WN_TRY(wn_call_rope(c, &dq_pe, true, true));
-  WN_TRY(wn_call_weight_grad(c, WN_P_Q_B, &flat, &m->qr));
   WN_TRY(c->ops->linear_backward_input(c->device, &dqr, &flat, &w[WN_P_Q_B], &(wn_accumulate){0}));
   WN_TRY(c->ops->rms_norm_backward(c->device, &dqa, wn_call_grad(c, WN_P_Q_A_NORM), &dqr, &m->qa, &m->qa_inv,
                                    &w[WN_P_Q_A_NORM], &(wn_norm_params){.eps = WN_LATENT_EPS}));

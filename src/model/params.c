@@ -12,6 +12,7 @@
 static const char *const slot_names[WN_N_SLOTS] = {
     [WN_P_EMBED] = "model.embed_tokens.weight",
     [WN_P_INPUT_NORM] = "input_layernorm.weight",
+    [WN_P_Q] = "self_attn.q_proj.weight",
     [WN_P_Q_A] = "self_attn.q_a_proj.weight",
     [WN_P_Q_A_NORM] = "self_attn.q_a_layernorm.weight",
     [WN_P_Q_B] = "self_attn.q_b_proj.weight",
@@ -59,6 +60,8 @@ static int32_t slot_count(const wn_model_config *c, int32_t layer, int32_t slot)
   if (slot == WN_P_FINAL_NORM || slot == WN_P_HEAD) return layer == c->num_hidden_layers;
   if (layer < 0 || layer >= c->num_hidden_layers) return 0;
   if (is_indexer(slot)) return c->has_indexer;
+  if (slot == WN_P_Q) return c->q_lora_rank == 0;
+  if (slot >= WN_P_Q_A && slot <= WN_P_Q_B) return c->q_lora_rank > 0;
   bool moe = wn_model_config_is_moe(c, layer);
   if (slot >= WN_P_MLP_GATE && slot <= WN_P_MLP_DOWN) return !moe;
   if (slot == WN_P_ROUTER || slot == WN_P_ROUTER_BIAS) return moe;
@@ -88,6 +91,7 @@ static void set_shape(wn_param *p, const wn_model_config *c) {
   case WN_P_INPUT_NORM:
   case WN_P_POST_NORM:
   case WN_P_FINAL_NORM: set_vector(p, hidden); return;
+  case WN_P_Q: set_matrix(p, heads * (nope + rope), hidden); return;
   case WN_P_Q_A: set_matrix(p, c->q_lora_rank, hidden); return;
   case WN_P_Q_A_NORM: set_vector(p, c->q_lora_rank); return;
   case WN_P_Q_B: set_matrix(p, heads * (nope + rope), c->q_lora_rank); return;

@@ -8,6 +8,7 @@
 typedef enum wn_slot {
   WN_P_EMBED, /* model.embed_tokens.weight [V,D] */
   WN_P_INPUT_NORM,
+  WN_P_Q, /* where q_lora_rank is null; the next three are where it is not */
   WN_P_Q_A,
   WN_P_Q_A_NORM,
   WN_P_Q_B,

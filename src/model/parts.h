@@ -37,11 +37,12 @@ WN_MUST_USE wn_status wn_call_rope(wn_call *c, wn_tensor *x, bool interleaved, b
 
 /* ---- latent projections (mla.c) ---- */
 typedef struct wn_mla {
-  wn_tensor x, x_inv;       /* [n,D] normed input; [n] STAT inverse deviation */
-  wn_tensor qa, qa_inv, qr; /* [n,q_lora]; [n] STAT; [n,q_lora] normed: also the indexer's input */
-  wn_tensor q;              /* [n,H,nope+rope], rotated */
-  wn_tensor kv_raw, c_inv;  /* [n,latent+rope] as projected; [n] STAT */
-  wn_tensor kv;             /* [n,latent+rope]: normed latent | rotated k_pe */
+  wn_tensor x, x_inv;      /* [n,D] normed input; [n] STAT inverse deviation */
+  wn_tensor qa, qa_inv;    /* [n,q_lora]; [n] STAT; absent without a low-rank latent */
+  wn_tensor qr;            /* [n,q_lora] normed, or x: what queries and the indexer's queries are made from */
+  wn_tensor q;             /* [n,H,nope+rope], rotated */
+  wn_tensor kv_raw, c_inv; /* [n,latent+rope] as projected; [n] STAT */
+  wn_tensor kv;            /* [n,latent+rope]: normed latent | rotated k_pe */
 } wn_mla;
 
 WN_MUST_USE wn_status wn_mla_project(wn_call *c, wn_mla *m, const wn_tensor *h_in);

@@ -39,8 +39,8 @@ static wn_status draw(const init *in, int32_t p) {
   const wn_model_config *config = &in->plan->model->config;
   uint64_t seed = in->plan->seed;
   float *buffer = in->buffer;
-  bool attention = param->slot == WN_P_Q_A || param->slot == WN_P_Q_B || param->slot == WN_P_KV_A ||
-                   param->slot == WN_P_KV_B || param->slot == WN_P_O;
+  bool attention = param->slot == WN_P_Q || param->slot == WN_P_Q_A || param->slot == WN_P_Q_B ||
+                   param->slot == WN_P_KV_A || param->slot == WN_P_KV_B || param->slot == WN_P_O;
   double gain = attention && in->plan->attention_init_gain > 0 ? in->plan->attention_init_gain : 1.0;
   if (!part->piece) return NULL;
   for (int64_t done = 0, n; done < part->count; done += n) {

@@ -40,6 +40,8 @@ static wn_status resolve_indexer(wn_model_config *config, const wn_recipe *recip
   if (job->dsa.index_head_dim < config->qk_rope_head_dim)
     return WN_FAIL(WN_E_CONFIG, "dsa.index_head_dim is %d, less than the model's rope width %d",
                    job->dsa.index_head_dim, config->qk_rope_head_dim);
+  if (config->q_lora_rank == 0)
+    return WN_FAIL(WN_E_CONFIG, "%s: q_lora_rank is null, and an indexer needs the low-rank query", dir);
   config->has_indexer = true;
   config->index_n_heads = job->dsa.index_n_heads;
   config->index_head_dim = job->dsa.index_head_dim;

@@ -12,17 +12,19 @@ typedef struct scene {
   wn_selection selection;
   wn_attention_form form;
   double gain;
-  bool yarn, norm_topk;
-  double base_step, index_step; /* small for the indexer: a step must not carry a q.k across ReLU's kink */
+  bool yarn, norm_topk, latent_queries; /* without these there is no indexer */
+  double base_step, index_step;         /* small for the indexer: a step must not carry a q.k across ReLU's kink */
 } scene;
 
 static const scene scenes[] = {
-    {"dense, small weights", WN_SELECT_DENSE, WN_FORM_AUTO, 0.3, false, true, 1e-4, 1e-6},
-    {"dense, large weights, YaRN", WN_SELECT_DENSE, WN_FORM_AUTO, 1.5, true, true, 2e-5, 2e-5},
-    {"absorbed, small weights, YaRN", WN_SELECT_INDEXER, WN_FORM_ABSORBED, 0.3, true, true, 1e-4, 1e-6},
-    {"absorbed, large weights", WN_SELECT_INDEXER, WN_FORM_ABSORBED, 1.5, false, false, 2e-5, 2e-5},
-    {"masked, small weights", WN_SELECT_INDEXER, WN_FORM_MASKED, 0.3, false, true, 1e-4, 1e-6},
-    {"masked, large weights, YaRN", WN_SELECT_INDEXER, WN_FORM_MASKED, 1.5, true, true, 2e-5, 2e-5},
+    {"dense, small weights", WN_SELECT_DENSE, WN_FORM_AUTO, 0.3, false, true, true, 1e-4, 1e-6},
+    {"dense, large weights, YaRN", WN_SELECT_DENSE, WN_FORM_AUTO, 1.5, true, true, true, 2e-5, 2e-5},
+    {"absorbed, small weights, YaRN", WN_SELECT_INDEXER, WN_FORM_ABSORBED, 0.3, true, true, true, 1e-4, 1e-6},
+    {"absorbed, large weights", WN_SELECT_INDEXER, WN_FORM_ABSORBED, 1.5, false, false, true, 2e-5, 2e-5},
+    {"masked, small weights", WN_SELECT_INDEXER, WN_FORM_MASKED, 0.3, false, true, true, 1e-4, 1e-6},
+    {"masked, large weights, YaRN", WN_SELECT_INDEXER, WN_FORM_MASKED, 1.5, true, true, true, 2e-5, 2e-5},
+    {"dense, queries from x itself", WN_SELECT_DENSE, WN_FORM_AUTO, 1.5, true, true, false, 2e-5, 0},
+    {"absorbed, queries from x itself", WN_SELECT_RECENT, WN_FORM_ABSORBED, 0.3, false, true, false, 1e-4, 0},
 };
 
 typedef struct stage {
@@ -38,6 +40,8 @@ static stage set_up(const scene *s, uint64_t seed) {
   wn_model_config config = wn_test_config();
   config.yarn = s->yarn;
   config.norm_topk_prob = s->norm_topk;
+  if (!s->latent_queries) config.q_lora_rank = 0;
+  config.has_indexer = s->latent_queries;
   wn_device *d = wn_test_cpu_f64();
   t.model = wn_test_model_create(d, &config);
   wn_test_model_fill(&t.model, seed, s->gain);
@@ -45,7 +49,7 @@ static stage set_up(const scene *s, uint64_t seed) {
   t.pass = (wn_pass){.selection = s->selection,
                      .topk = config.index_topk,
                      .form = s->form,
-                     .indexer_grads = true,
+                     .indexer_grads = config.has_indexer,
                      .kl_coeff = 0.7,
                      .rows_per_sequence = 16,
                      .balance_coeff = 0.05};
@@ -183,6 +187,8 @@ int main(void) {
       SCENE(check_every_tensor, 3),
       SCENE(check_every_tensor, 4),
       SCENE(check_every_tensor, 5),
+      SCENE(check_every_tensor, 6),
+      SCENE(check_every_tensor, 7),
       SCENE(losses_do_not_mix, 1),
       SCENE(losses_do_not_mix, 3),
       SCENE(losses_do_not_mix, 5),

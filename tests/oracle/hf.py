@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.deepseek_v32 import modeling_deepseek_v32
+from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
 from transformers.utils import logging as hf_logging
 
 from reference import visible_mask
@@ -49,7 +50,7 @@ class DoubleTorch:
 
 @contextlib.contextmanager
 def double_precision():
-    modules = (modeling_deepseek_v3, modeling_deepseek_v32)
+    modules = (modeling_deepseek_v3, modeling_deepseek_v32, modeling_glm4_moe_lite)
     try:
         for m in modules:
             m.torch = DoubleTorch()

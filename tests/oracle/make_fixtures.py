@@ -52,6 +52,13 @@ def make_config(v32, hidden, heads, q_lora, kv_lora, nope, rope, v, layers=2, fi
     return config
 
 
+def as_glm(config):
+    """The same model as GLM-4.7-Flash's config.json has it."""
+    return config | {"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "partial_rotary_factor": 1.0,
+                     "eos_token_id": [1, 2], "mlp_layer_types": ["dense"] * config["first_k_dense_replace"]
+                     + ["sparse"] * (config["num_hidden_layers"] - config["first_k_dense_replace"])}
+
+
 # gain: a linear layer's standard deviation times sqrt(inputs). embed: of the embedding. The indexer's queries and
 # weights keep their gain in the small regime, or its scores would not be MARGIN apart; its key does not, so that
 # k_norm's 1e-6 can be told from 1e-5.
@@ -68,6 +75,21 @@ CASES = {
         config=make_config(False, 33, 5, 20, 13, 5, 6, 7, groups=4, topk_group=2, top=3, scaling=yarn(64), vocab=41),
         regime=LARGE, T=33, documents=[0, 9, 10, 25], attention="dense",
         checks="base without an indexer, large weights, YaRN, 4 router groups, 4 documents, one of a single token"),
+    "v3_dense_whole_queries": dict(
+        config=make_config(False, 32, 3, None, 12, 7, 6, 5, groups=1, topk_group=1, experts=8, top=3, moe_inter=5, shared=2, scale=2.446,
+                           eps=1e-5, theta=50000, vocab=31),
+        regime=MEDIUM, T=30, documents=[0, 13], attention="dense",
+        checks="Moonlight's form: q_lora_rank null, one router group, 2 shared experts, eps 1e-5, theta 50000; 2 documents"),
+    "v3_dense_glm4_lite": dict(
+        config=as_glm(make_config(False, 16, 2, 12, 8, 192, 64, 256, groups=1, topk_group=1, experts=6, top=2, moe_inter=5, inter=9, scale=1.8,
+                                  eps=1e-5, theta=1000000, vocab=23)),
+        regime=MEDIUM, T=20, documents=[0], attention="dense",
+        checks="GLM-4.7-Flash's form: glm4_moe_lite, heads of 192 + 64 and 256, one router group, eps 1e-5, theta 1e6"),
+    "v32_sparse_wide": dict(
+        config=make_config(True, 16, 2, 12, 8, 192, 64, 256, layers=1, first_dense=0, groups=1, topk_group=1, experts=6, top=2, moe_inter=5,
+                           scale=1.8, eps=1e-5, theta=1000000, vocab=23, index=(4, 64, 6)),
+        regime=MEDIUM, T=24, documents=[0], attention="sparse",
+        checks="what GLM-4.7-Flash becomes: heads of 192 + 64 and 256 with an indexer, one router group, eps 1e-5, theta 1e6"),
     "v32_sparse_large": dict(
         config=make_config(True, 56, 3, 24, 12, 7, 6, 5, groups=2, topk_group=1, experts=6, top=2, moe_inter=5, inter=9, scaling=yarn(64),
                            index=(4, 10, 8), vocab=31),
@@ -137,9 +159,12 @@ def random_weights(config, regime, rng):
         layer = f"model.layers.{n}"
         attn = layer + ".self_attn"
         norm(layer + ".input_layernorm", hidden)
-        linear(attn + ".q_a_proj", config["q_lora_rank"], hidden)
-        norm(attn + ".q_a_layernorm", config["q_lora_rank"])
-        linear(attn + ".q_b_proj", heads * (nope + rope), config["q_lora_rank"])
+        if config["q_lora_rank"] is None:
+            linear(attn + ".q_proj", heads * (nope + rope), hidden)
+        else:
+            linear(attn + ".q_a_proj", config["q_lora_rank"], hidden)
+            norm(attn + ".q_a_layernorm", config["q_lora_rank"])
+            linear(attn + ".q_b_proj", heads * (nope + rope), config["q_lora_rank"])
         linear(attn + ".kv_a_proj_with_mqa", config["kv_lora_rank"] + rope, hidden)
         norm(attn + ".kv_a_layernorm", config["kv_lora_rank"])
         linear(attn + ".kv_b_proj", heads * (nope + v), config["kv_lora_rank"])

@@ -181,8 +181,11 @@ def indexer_kl(p, scores, over, visible, out):
 def attention(x, w, prefix, config, cos, sin, visible, sparse, out):
     n_tokens, heads = x.shape[0], config["num_attention_heads"]
     nope, rope, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
-    qr = rms_norm(x @ w[prefix + "q_a_proj.weight"].T, w[prefix + "q_a_layernorm.weight"], LATENT_EPS)
-    q = (qr @ w[prefix + "q_b_proj.weight"].T).view(n_tokens, heads, nope + rope)
+    if config["q_lora_rank"] is None:
+        q = (x @ w[prefix + "q_proj.weight"].T).view(n_tokens, heads, nope + rope)
+    else:
+        qr = rms_norm(x @ w[prefix + "q_a_proj.weight"].T, w[prefix + "q_a_layernorm.weight"], LATENT_EPS)
+        q = (qr @ w[prefix + "q_b_proj.weight"].T).view(n_tokens, heads, nope + rope)
     kv = x @ w[prefix + "kv_a_proj_with_mqa.weight"].T
     latent = rms_norm(kv[:, :rank], w[prefix + "kv_a_layernorm.weight"], LATENT_EPS)
     up = (latent @ w[prefix + "kv_b_proj.weight"].T).view(n_tokens, heads, -1)

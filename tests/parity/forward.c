@@ -11,9 +11,10 @@
  * in them softmax(I) - p, are small differences. */
 static const double tolerance = 6e-5, near_tolerance = 6e-4;
 
-static const char *const cases[] = {"v3_dense_small",  "v3_dense_yarn_docs",   "v32_dense",        "v32_dense_docs",
-                                    "v32_dense_near",  "v32_sparse_docs",      "v32_sparse_large", "v32_sparse_long",
-                                    "v32_sparse_near", "v32_sparse_small_eps", "v32_sparse_short"};
+static const char *const cases[] = {
+    "v3_dense_small",  "v3_dense_whole_queries", "v3_dense_glm4_lite",   "v32_sparse_wide", "v3_dense_yarn_docs",
+    "v32_dense",       "v32_dense_docs",         "v32_dense_near",       "v32_sparse_docs", "v32_sparse_large",
+    "v32_sparse_long", "v32_sparse_near",        "v32_sparse_small_eps", "v32_sparse_short"};
 
 static void list_text(char *out, size_t bytes, const json_t *list) {
   size_t used = 0;

@@ -13,9 +13,10 @@ static const double forward_tolerance[2] = {4e-5, 1e-5}, gradient_tolerance[2] =
  */
 static const double near_tolerance[2] = {6e-4, 2e-5};
 
-static const char *const cases[] = {"v3_dense_small",  "v3_dense_yarn_docs",   "v32_dense",        "v32_dense_docs",
-                                    "v32_dense_near",  "v32_sparse_docs",      "v32_sparse_large", "v32_sparse_long",
-                                    "v32_sparse_near", "v32_sparse_small_eps", "v32_sparse_short"};
+static const char *const cases[] = {
+    "v3_dense_small",  "v3_dense_whole_queries", "v3_dense_glm4_lite",   "v32_sparse_wide", "v3_dense_yarn_docs",
+    "v32_dense",       "v32_dense_docs",         "v32_dense_near",       "v32_sparse_docs", "v32_sparse_large",
+    "v32_sparse_long", "v32_sparse_near",        "v32_sparse_small_eps", "v32_sparse_short"};
 
 typedef struct oracle {
   const char *name;

@@ -137,6 +137,60 @@ static void the_newer_form(void **state) {
   assert_int_equal(c.first_k_dense_replace, 0);
 }
 
+/* docs/relatives.md's table. */
+static void relatives(void **state) {
+  (void)state;
+  wn_model_config c;
+  OK(wn_model_config_load(&c, "configs/models/moonlight"));
+  assert_int_equal(c.q_lora_rank, 0);
+  assert_int_equal(c.n_group, 1);
+  assert_true(c.rope_theta == 50000 && c.rms_norm_eps == 1e-5 && !c.yarn);
+  OK(wn_model_config_load(&c, "configs/models/glm-4.7-flash"));
+  assert_int_equal(c.qk_nope_head_dim, 192);
+  assert_int_equal(c.v_head_dim, 256);
+  assert_int_equal(c.num_attention_heads, 20);
+  assert_int_equal(c.eos_token_id, 154820);
+  assert_true(c.rope_theta == 1e6 && c.rms_norm_eps == 1e-5);
+  OK(wn_model_config_load(&c, "configs/models/kimi-k2"));
+  assert_int_equal(c.n_routed_experts, 384);
+  assert_true(c.yarn && c.beta_fast == 1 && c.beta_slow == 1);
+  OK(wn_model_config_load(&c, "tests/fixtures/relatives/academic-ds-9b"));
+  assert_int_equal(c.q_lora_rank, 1024);
+  wn_status status = wn_model_config_load(&c, "tests/fixtures/relatives/glm-5");
+  assert_non_null(strstr(wn_status_hint(status), "interleaved"));
+  REFUSED(status, WN_E_CONFIG, "model_type is glm_moe_dsa");
+  status = wn_model_config_load(&c, "tests/fixtures/relatives/deepseek-v2-lite");
+  assert_non_null(strstr(wn_status_hint(status), "softmax"));
+  REFUSED(status, WN_E_CONFIG, "model_type is deepseek_v2");
+}
+
+/* What is V3 under another name is written as V3, with what V3 says of it; an indexer asks for low-rank queries. */
+static void relatives_are_written_as_v3(void **state) {
+  (void)state;
+  static const char *const names[] = {"configs/models/moonlight", "configs/models/glm-4.7-flash",
+                                      "configs/models/kimi-k2"};
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    wn_model_config c, again;
+    OK(wn_model_config_load(&c, names[i]));
+    OK(wn_model_config_save(&c, root, names[i], "bfloat16"));
+    json_t *written = json_load_file(path, 0, NULL);
+    assert_string_equal(json_string_value(json_object_get(written, "model_type")), "deepseek_v3");
+    assert_true(json_is_null(json_object_get(written, "q_lora_rank")) == (i == 0));
+    assert_true(json_is_array(json_object_get(written, "eos_token_id")) == (i == 1));
+    OK(wn_model_config_load(&again, root));
+    assert_memory_equal(&again, &c, sizeof c);
+    set(written, "model_type", "\"deepseek_v32\"");
+    set(written, "index_n_heads", "64");
+    set(written, "index_head_dim", "128");
+    set(written, "index_topk", "2048");
+    wn_status status = load(&c, written);
+    if (i > 0)
+      OK(status);
+    else
+      REFUSED(status, WN_E_CONFIG, "q_lora_rank is null in a model with an indexer");
+  }
+}
+
 static void refusals(void **state) {
   (void)state;
   static const struct {
@@ -144,6 +198,7 @@ static void refusals(void **state) {
   } cases[] = {
       {"model_type", NULL, "model_type is missing"},
       {"model_type", "\"deepseek_v2\"", "model_type is deepseek_v2"},
+      {"model_type", "\"glm4_moe\"", "model_type is glm4_moe; Winnow reads"},
       {"model_type", "\"deepseek_v32\"", "index_n_heads is missing"},
       {"index_topk", "16", "has index_topk, but model_type is deepseek_v3"},
       {"vocab_size", NULL, "vocab_size is missing"},
@@ -154,7 +209,8 @@ static void refusals(void **state) {
       {"hidden_size", "0", "hidden_size is 0; allowed are 1 to"},
       {"hidden_size", "-4", "hidden_size is -4"},
       {"hidden_size", "4294967424", "hidden_size is 4294967424"}, /* 128 in 32 bits */
-      {"q_lora_rank", "null", "q_lora_rank is missing or null"},
+      {"q_lora_rank", NULL, "q_lora_rank is missing"},
+      {"q_lora_rank", "0", "q_lora_rank is 0; allowed are 1 to"},
       {"scoring_func", "\"softmax\"", "scoring_func is \"softmax\"; Winnow has only \"sigmoid\""},
       {"topk_method", "\"greedy\"", "topk_method is \"greedy\""},
       {"hidden_act", "\"gelu\"", "hidden_act is \"gelu\""},
@@ -183,7 +239,10 @@ static void refusals(void **state) {
       {"qk_rope_head_dim", "15", "qk_rope_head_dim 15 is odd"},
       {"num_key_value_heads", "2", "num_key_value_heads 2 differs"},
       {"eos_token_id", "257", "eos_token_id is 257; allowed are 0 to 256"},
-      {"eos_token_id", "[1, 2]", "eos_token_id is not a whole number"},
+      {"eos_token_id", "[257, 2]", "eos_token_id is 257"},
+      {"eos_token_id", "[]", "eos_token_id is not a whole number"},
+      {"eos_token_id", "[[1]]", "eos_token_id is not a whole number"},
+      {"partial_rotary_factor", "0.5", "partial_rotary_factor is 0.5"},
       {"rope_theta", NULL, "rope_theta is missing"},
       {"rope_theta", "1", "rope_theta is 1; allowed is above 1"},
       {"rope_scaling", "3", "rope_scaling is not an object"},
@@ -444,6 +503,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       TEST(released_v31),     TEST(released_v32),
       TEST(the_newer_form),   TEST(refusals),
+      TEST(relatives),        TEST(relatives_are_written_as_v3),
       TEST(refusals_of_yarn), TEST(files_that_are_none),
       TEST(rope_frequencies), TEST(v31_becomes_v32),
       TEST(v32_becomes_v31),  TEST(fp8_is_the_released_file),

@@ -56,6 +56,10 @@ static double flops(double rows, double visible, double selected, bool backward,
 
 static void linear_layers(void **state) {
   (void)state;
+  wn_model_config whole = config; /* queries from x itself */
+  whole.q_lora_rank = 0;
+  whole.has_indexer = false;
+  close_to("without a query latent", wn_flops(&whole, &(wn_flops_work){.rows = 7}), 2 * 7 * met(&whole, false));
   close_to("forward", flops(7, 0, 0, false, false, false), 2 * 7 * met(&config, false));
   close_to("with the head", flops(7, 0, 0, false, false, true), 2 * 7 * met(&config, true));
   close_to("backward", flops(7, 0, 0, true, false, true), 3 * 2 * 7 * met(&config, true));

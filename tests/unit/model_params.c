@@ -73,6 +73,43 @@ static void counts_of_the_released_models(void **state) {
   wn_param_table_free(&sparse);
 }
 
+/* Moonlight's queries come from x itself. */
+static void queries_without_a_latent(void **state) {
+  (void)state;
+  wn_model_config c = v31();
+  c.q_lora_rank = 0;
+  wn_param_table table = table_of(c, both), low_rank = table_of(v31(), both);
+  const wn_param *q = find(&table, "model.layers.60.self_attn.q_proj.weight");
+  assert_int_equal(q->dim[0], 24576);
+  assert_int_equal(q->dim[1], 7168);
+  assert_true(q->decay);
+  assert_int_equal(table.n, low_rank.n - 2 * 61);
+  for (int32_t i = 0; i < table.n; i++)
+    if (strstr(table.params[i].hf_name, "q_a_") || strstr(table.params[i].hf_name, "q_b_"))
+      fail_msg("%s without a latent", table.params[i].hf_name);
+  for (int32_t i = 0; i < low_rank.n; i++) assert_null(strstr(low_rank.params[i].hf_name, ".q_proj"));
+  wn_param_table_free(&table);
+  wn_param_table_free(&low_rank);
+}
+
+/* As published: 16 B, 30 B (31 B with the layer for multi-token prediction, which is not counted here) and 1 T. */
+static void counts_of_relatives(void **state) {
+  (void)state;
+  static const struct {
+    const char *dir;
+    double billions;
+  } models[] = {
+      {"configs/models/moonlight", 15.96}, {"configs/models/glm-4.7-flash", 30}, {"configs/models/kimi-k2", 1026}};
+  for (size_t i = 0; i < sizeof models / sizeof *models; i++) {
+    wn_model_config c;
+    OK(wn_model_config_load(&c, models[i].dir));
+    wn_param_table table = table_of(c, both);
+    double billions = (double)elements(&table) * 1e-9;
+    if (fabs(billions / models[i].billions - 1) > 0.005) fail_msg("%s: %.3f B parameters", models[i].dir, billions);
+    wn_param_table_free(&table);
+  }
+}
+
 static void names_and_shapes(void **state) {
   (void)state;
   static const struct {
@@ -203,6 +240,8 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(counts_of_the_released_models),
       cmocka_unit_test(names_and_shapes),
+      cmocka_unit_test(queries_without_a_latent),
+      cmocka_unit_test(counts_of_relatives),
       cmocka_unit_test(order_and_bind),
       cmocka_unit_test(what_trains),
       cmocka_unit_test(initial_values),
