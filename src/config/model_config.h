@@ -44,6 +44,10 @@ WN_MUST_USE wn_status wn_model_config_save(const wn_model_config *config, const 
  * quantization_config, whose scale_fmt is "ue8m0" (scales are powers of two) or left out where NULL (any FP32). */
 WN_MUST_USE wn_status wn_model_config_save_fp8(const wn_model_config *config, const char *dir, const char *source_dir,
                                                const char *scale_fmt);
+/* The same, for weights of which some are FP8 as the source has them, and the indexer's are floats: torch_dtype
+ * "bfloat16", the source's quantization_config (the released one without scale_fmt, where it has none), and in it the
+ * names of the linear layers that are not FP8, for readers that go by it and not by the tensors. */
+WN_MUST_USE wn_status wn_model_config_save_kept(const wn_model_config *config, const char *dir, const char *source_dir);
 /* inv_freq[qk_rope_head_dim / 2] in FP32: rope_theta^(-2j / width), with YaRN where the config has it, rounded where
  * transformers rounds. Source: transformers modeling_rope_utils.py, _compute_yarn_parameters. */
 void wn_model_config_inv_freq(const wn_model_config *config, float *inv_freq);

@@ -72,6 +72,19 @@ static int set_quantization(json_t *root, const char *scale_fmt) {
   return bad | set(root, "quantization_config", quantization);
 }
 
+/* transformers matches these against the end of a module's name, and has no list of its own beside one that is given.
+ * The router is no linear layer there. */
+static int set_kept(json_t *root, json_t *quantization) {
+  static const char *const floats[] = {"lm_head", "self_attn.indexer.wq_b", "self_attn.indexer.wk",
+                                       "self_attn.indexer.weights_proj"};
+  json_t *names = json_array();
+  int bad = 0;
+  for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
+    bad |= json_array_append_new(names, json_string(floats[i]));
+  bad |= set(quantization, "modules_to_not_convert", names);
+  return bad | json_object_set(root, "quantization_config", quantization);
+}
+
 static int set_all(json_t *root, const wn_model_config *c, const char *torch_dtype) {
   int bad = 0;
   for (size_t i = 0; i < sizeof dropped / sizeof *dropped; i++) json_object_del(root, dropped[i]);
@@ -154,11 +167,13 @@ static int print(FILE *out, json_t *value, int depth) {
   return json_dumpf(value, out, JSON_ENCODE_ANY);
 }
 
+typedef enum storage { FLOATS, FP8, KEPT } storage;
+
 static wn_status save(const wn_model_config *config, const char *dir, const char *source_dir, const char *torch_dtype,
-                      bool fp8, const char *scale_fmt) {
+                      storage stored, const char *scale_fmt) {
   wn_status status = NULL;
   char path[WN_PATH_BYTES];
-  json_t *root = NULL;
+  json_t *root = NULL, *before = NULL;
   char *text = NULL;
   size_t bytes = 0;
   FILE *out = NULL;
@@ -168,10 +183,13 @@ static wn_status save(const wn_model_config *config, const char *dir, const char
   } else {
     root = json_object();
   }
+  before = json_incref(json_object_get(root, "quantization_config"));
   WN_TRY_GOTO(status, done, wn_path(path, "%s/config.json", dir));
   out = open_memstream(&text, &bytes);
   int bad = !root || !out || set_all(root, config, torch_dtype);
-  if (fp8) bad |= set_quantization(root, scale_fmt);
+  if (stored == FP8 || (stored == KEPT && !json_is_object(before))) bad |= set_quantization(root, scale_fmt);
+  if (stored == KEPT)
+    bad |= set_kept(root, json_is_object(before) ? before : json_object_get(root, "quantization_config"));
   if (!bad) bad = print(out, root, 0);
   if (!bad) fputc('\n', out);
   if (out && fclose(out) != 0) bad = 1;
@@ -181,6 +199,7 @@ static wn_status save(const wn_model_config *config, const char *dir, const char
     status = wn_write_file_atomic(path, text, bytes);
 done:
   free(text);
+  json_decref(before);
   json_decref(root);
   return status;
 }
@@ -188,10 +207,14 @@ done:
 wn_status wn_model_config_save(const wn_model_config *config, const char *dir, const char *source_dir,
                                const char *torch_dtype) {
   WN_ASSERT(!strcmp(torch_dtype, "bfloat16") || !strcmp(torch_dtype, "float32"), "torch_dtype %s", torch_dtype);
-  return save(config, dir, source_dir, torch_dtype, false, NULL);
+  return save(config, dir, source_dir, torch_dtype, FLOATS, NULL);
 }
 
 wn_status wn_model_config_save_fp8(const wn_model_config *config, const char *dir, const char *source_dir,
                                    const char *scale_fmt) {
-  return save(config, dir, source_dir, "bfloat16", true, scale_fmt);
+  return save(config, dir, source_dir, "bfloat16", FP8, scale_fmt);
+}
+
+wn_status wn_model_config_save_kept(const wn_model_config *config, const char *dir, const char *source_dir) {
+  return save(config, dir, source_dir, "bfloat16", KEPT, NULL);
 }

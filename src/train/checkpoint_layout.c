@@ -175,6 +175,9 @@ static wn_status lay_out_model(wn_checkpoint_layout *layout, int64_t *n, const w
     const wn_st_entry *entry = source ? wn_hf_dir_find(source, params[p].hf_name, NULL) : NULL;
     if (entry)
       WN_TRY(check_frozen(&params[p], entry, source));
+    else if (params[p].fp8)
+      return WN_FAIL(WN_E_INPUT, "%s lacks tensor %s, which was there when this run started",
+                     source ? wn_hf_dir_path(source) : "init", params[p].hf_name);
     else
       add_param(layout, n, params, p, WN_FIELD_WEIGHT, WN_F32); /* never rounded: it has no master to come back from */
   }

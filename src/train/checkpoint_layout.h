@@ -63,7 +63,8 @@ typedef struct wn_checkpoint_layout {
 } wn_checkpoint_layout;
 
 /* source NULL: nothing to carry over; frozen parameters are then written from the store in FP32. moments: F32 or BF16.
- * WN_E_INPUT when a frozen parameter's shape in the source is another one. The layout points into params and source. */
+ * WN_E_INPUT when a frozen parameter's shape in the source is another one, or one that the store has as FP8 is absent.
+ * The layout points into params and source. */
 WN_MUST_USE wn_status wn_checkpoint_layout_create(wn_checkpoint_layout **out, const wn_param *params, int32_t n,
                                                   const wn_hf_dir *source, wn_dtype moments, int64_t shard_bytes);
 void wn_checkpoint_layout_free(wn_checkpoint_layout *layout);

@@ -133,8 +133,13 @@ static wn_status create_files(save *s) {
   }
   if (s->source) WN_TRY(wn_hf_copy_companions(s->at.source, s->at.temporary, false));
   WN_TRY(wn_checkpoint_write_index(s->layout, s->source, s->at.temporary));
-  WN_TRY(
-      wn_model_config_save(&s->plan->model->config, s->at.temporary, s->source ? s->at.source : NULL, stored_dtype(s)));
+  bool fp8 = false;
+  for (int32_t p = 0; p < s->n_params; p++) fp8 = fp8 || s->params[p].fp8;
+  const wn_model_config *config = &s->plan->model->config;
+  if (fp8) /* kept, so there is a source */
+    WN_TRY(wn_model_config_save_kept(config, s->at.temporary, s->at.source));
+  else
+    WN_TRY(wn_model_config_save(config, s->at.temporary, s->source ? s->at.source : NULL, stored_dtype(s)));
   return wn_state_write(s->plan, s->state, s->at.temporary);
 }
 

@@ -420,6 +420,33 @@ static void fp8_is_the_released_file(void **state) {
   free(expected);
 }
 
+/* A base that stays in FP8 beside an indexer that does not: what the source says of its storage, and the names of what
+ * is stored otherwise. */
+static void fp8_that_is_kept(void **state) {
+  (void)state;
+  wn_model_config c;
+  json_t *source = model("deepseek-v3.2"), *got, *quantization;
+  OK(wn_model_config_load(&c, "configs/models/deepseek-v3.2"));
+  for (int k = 0; k < 2; k++) { /* as released; without a word, as of a directory whose tensors alone say it */
+    char file[WN_PATH_BYTES], dir[WN_PATH_BYTES];
+    OK(wn_path(dir, "%s/source", root));
+    OK(wn_make_dirs(dir));
+    OK(wn_path(file, "%s/config.json", dir));
+    if (k) assert_int_equal(json_object_del(source, "quantization_config"), 0);
+    assert_int_equal(json_dump_file(source, file, 0), 0);
+    OK(wn_model_config_save_kept(&c, root, dir));
+    got = json_load_file(path, 0, NULL);
+    assert_non_null(got);
+    quantization = json_object_get(got, "quantization_config");
+    assert_int_equal(json_array_size(json_object_get(quantization, "modules_to_not_convert")), 4);
+    assert_int_equal(json_object_del(quantization, "modules_to_not_convert"), 0);
+    if (k == 0) assert_true(json_equal(got, source));
+    assert_string_equal(json_string_value(json_object_get(quantization, "quant_method")), "fp8");
+    json_decref(got);
+  }
+  json_decref(source);
+}
+
 static void without_a_source(void **state) {
   (void)state;
   wn_model_config c, again;
@@ -501,13 +528,11 @@ static void real_texts(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(released_v31),     TEST(released_v32),
-      TEST(the_newer_form),   TEST(refusals),
-      TEST(relatives),        TEST(relatives_are_written_as_v3),
-      TEST(refusals_of_yarn), TEST(files_that_are_none),
-      TEST(rope_frequencies), TEST(v31_becomes_v32),
-      TEST(v32_becomes_v31),  TEST(fp8_is_the_released_file),
-      TEST(without_a_source), TEST(unknown_keys_are_carried_over),
+      TEST(released_v31),     TEST(released_v32),        TEST(the_newer_form),
+      TEST(refusals),         TEST(relatives),           TEST(relatives_are_written_as_v3),
+      TEST(refusals_of_yarn), TEST(files_that_are_none), TEST(rope_frequencies),
+      TEST(v31_becomes_v32),  TEST(v32_becomes_v31),     TEST(fp8_is_the_released_file),
+      TEST(fp8_that_is_kept), TEST(without_a_source),    TEST(unknown_keys_are_carried_over),
       TEST(real_texts),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

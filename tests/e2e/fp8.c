@@ -1,0 +1,248 @@
+/* A base in FP8, as V3.1's is: stage 1 keeps it in FP8 and computes what it would with the same base dequantised, to
+ * the bit; its checkpoints hold the base as it was; stage 2 trains from the dequantised values and writes floats. */
+#include "support/tiny.h"
+
+#include "base/float8.h"
+#include "train/state.h"
+
+/* Widths of more than a block, none of them a multiple of one. */
+static wn_model_config config_of_blocks(void) {
+  wn_model_config config = tiny_config();
+  config.hidden_size = 160;
+  config.intermediate_size = 144;
+  config.moe_intermediate_size = 136;
+  config.q_lora_rank = 132;
+  return config;
+}
+
+static bool in_fp8(const wn_param *p) {
+  bool floats = p->slot == WN_P_EMBED || p->slot == WN_P_HEAD || p->slot == WN_P_ROUTER;
+  return p->rank == 2 && !floats;
+}
+
+typedef struct tensors {
+  wn_st_spec *spec;
+  void **data;
+  int32_t n;
+} tensors;
+
+static void add(tensors *t, const char *name, wn_dtype dtype, int32_t rank, int64_t d0, int64_t d1, void *data) {
+  char *copy = strdup(name);
+  assert_non_null(copy);
+  t->data[t->n] = data;
+  t->spec[t->n++] = (wn_st_spec){.name = copy, .dtype = dtype, .rank = rank, .dim = {d0, d1}};
+}
+
+static void write_dir(const char *dir, tensors *t, const wn_model_config *config) {
+  char path[WN_PATH_BYTES];
+  OK(wn_make_dirs(dir));
+  OK(wn_path(path, "%s/model.safetensors", dir));
+  OK(wn_safetensors_write(path, t->spec, (const void *const *)t->data, t->n));
+  OK(wn_model_config_save(config, dir, NULL, "bfloat16"));
+  for (int32_t i = 0; i < t->n; i++) {
+    free((char *)(uintptr_t)t->spec[i].name);
+    free(t->data[i]);
+  }
+  free(t->spec);
+  free(t->data);
+}
+
+/* Codes of the values by a scale of each block's own, no power of two; and the BF16 that these codes stand for. */
+static void split(const wn_param *p, const float *values, uint8_t *codes, float *scales, uint16_t *wide) {
+  int64_t rows = p->dim[0], cols = p->dim[1], across = (cols + 127) / 128;
+  for (int64_t b = 0; b < (rows + 127) / 128 * across; b++) scales[b] = 0.0013f + 0.0007f * (float)b;
+  for (int64_t i = 0; i < rows * cols; i++) {
+    float scale = scales[i / cols / 128 * across + i % cols / 128];
+    codes[i] = wn_e4m3_from_f32(values[i] / scale);
+    wide[i] = wn_bf16_from_f32((float)((double)wn_f32_from_e4m3(codes[i]) * (double)scale));
+  }
+}
+
+/* base-fp8/ and base-wide/: the same weights. */
+static void write_bases(void **state) {
+  wn_model_config config = config_of_blocks();
+  wn_param_table table = tiny_table(&config);
+  char name[WN_NAME_BYTES + 16];
+  tensors t[2];
+  for (int k = 0; k < 2; k++) {
+    size_t n = 2 * (size_t)table.n;
+    t[k] = (tensors){.spec = calloc(n, sizeof(wn_st_spec)), .data = calloc(n, sizeof(void *))};
+    assert_true(t[k].spec && t[k].data);
+  }
+  for (int32_t i = 0; i < table.n; i++) {
+    const wn_param *p = &table.params[i];
+    size_t n = (size_t)tiny_count(p), blocks = n; /* at most */
+    float *values = tiny_values(p, 500 + (uint64_t)i), *again = tiny_values(p, 500 + (uint64_t)i);
+    if (!in_fp8(p)) {
+      add(&t[0], p->hf_name, WN_F32, p->rank, p->dim[0], p->dim[1], values);
+      add(&t[1], p->hf_name, WN_F32, p->rank, p->dim[0], p->dim[1], again);
+      continue;
+    }
+    uint8_t *codes = malloc(n);
+    uint16_t *wide = malloc(n * sizeof *wide);
+    float *scales = malloc(blocks * sizeof *scales);
+    assert_true(codes && wide && scales);
+    split(p, values, codes, scales, wide);
+    free(values);
+    free(again);
+    add(&t[0], p->hf_name, WN_F8_E4M3, 2, p->dim[0], p->dim[1], codes);
+    snprintf(name, sizeof name, "%s" WN_HF_SCALE_SUFFIX, p->hf_name);
+    add(&t[0], name, WN_F32, 2, (p->dim[0] + 127) / 128, (p->dim[1] + 127) / 128, scales);
+    add(&t[1], p->hf_name, WN_BF16, 2, p->dim[0], p->dim[1], wide);
+  }
+  write_dir(wn_temp(state, "base-fp8").text, &t[0], &config);
+  write_dir(wn_temp(state, "base-wide").text, &t[1], &config);
+  wn_param_table_free(&table);
+}
+
+static int set_up(void **state) {
+  if (tiny_setup(state)) return -1;
+  write_bases(state);
+  return 0;
+}
+
+static void train(void **state, int32_t ranks, const char *stage, const char *init, const char *run, int64_t steps) {
+  const char *dir = *state;
+  wn_winnow_ends(0, ranks,
+                 "%s %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=%lld checkpoint.interval=4 "
+                 "checkpoint.dtype=bf16 metrics.eval_every=2",
+                 stage, dir, dir, init, dir, run, (long long)steps);
+}
+
+static wn_hf_dir *open_step(void **state, const char *run, int64_t step) {
+  wn_hf_dir *dir;
+  OK(wn_hf_dir_open(&dir, tiny_step(state, run, step).text));
+  return dir;
+}
+
+/* What both hold and what trained is the same to the bit. */
+static void expect_same_indexers(void **state, const char *run, const char *other, int64_t step) {
+  wn_hf_dir *a = open_step(state, run, step), *b = open_step(state, other, step);
+  int32_t compared = 0;
+  for (int64_t i = 0; i < wn_hf_dir_count(a); i++) {
+    const wn_st_entry *entry = wn_hf_dir_at(a, i, NULL), *there = wn_hf_dir_find(b, entry->name, NULL);
+    if (!tiny_is_indexer(entry->name)) continue;
+    if (!there || tiny_bits_differ(entry, there)) fail_msg("%s differs between %s and %s", entry->name, run, other);
+    compared++;
+  }
+  assert_int_equal(compared, 3 * 5);
+  wn_hf_dir_close(a);
+  wn_hf_dir_close(b);
+}
+
+static bool config_speaks_of_fp8(const char *dir) {
+  char path[WN_PATH_BYTES];
+  OK(wn_path(path, "%s/config.json", dir));
+  tiny_file file = tiny_read(path);
+  bool found = strstr(file.text, "quantization_config") && strstr(file.text, "\"self_attn.indexer.wq_b\"");
+  free(file.text);
+  return found;
+}
+
+/* ---- stage 1 ---- */
+
+static void warmup_computes_with_the_dequantised_weights(void **state) {
+  train(state, 1, "warmup", "base-fp8", "warm-fp8", 6);
+  train(state, 1, "warmup", "base-wide", "warm-wide", 6);
+  tiny_expect_same_tables(state, "warm-fp8", "warm-wide");
+  expect_same_indexers(state, "warm-fp8", "warm-wide", 6);
+}
+
+static void and_so_do_two_ranks(void **state) {
+  train(state, 2, "warmup", "base-fp8", "warm2-fp8", 5);
+  train(state, 2, "warmup", "base-wide", "warm2-wide", 5);
+  tiny_expect_same_tables(state, "warm2-fp8", "warm2-wide");
+  expect_same_indexers(state, "warm2-fp8", "warm2-wide", 5);
+}
+
+/* The store's own table: codes take a byte, on a rank its share. */
+static void the_base_takes_a_byte_a_weight(void **state) {
+  wn_model_config config = config_of_blocks();
+  wn_param_table table = tiny_table(&config);
+  int64_t want = 0;
+  for (int32_t i = 0; i < table.n; i++)
+    if (in_fp8(&table.params[i]) && !tiny_is_indexer(table.params[i].hf_name)) want += tiny_count(&table.params[i]);
+  wn_param_table_free(&table);
+  static const char *const runs[] = {"warm-fp8", "warm2-fp8"};
+  for (int32_t ranks = 1; ranks <= 2; ranks++) {
+    char path[WN_PATH_BYTES];
+    long long bytes = 0;
+    OK(wn_path(path, "%s/%s/memory.txt", (const char *)*state, runs[ranks - 1]));
+    tiny_file file = tiny_read(path);
+    for (char *line = file.text, *next; line && *line; line = next) {
+      long long own;
+      next = strchr(line, '\n');
+      next = next ? next + 1 : NULL;
+      if (sscanf(line, "%*d %*d fp8 %*d %lld", &own) == 1) bytes += own;
+    }
+    free(file.text);
+    /* padding and scales beside the codes */
+    if (bytes * ranks < want || bytes * ranks > want + want / 20 + 200000)
+      fail_msg("%lld bytes on each of %d ranks for %lld weights", bytes, ranks, (long long)want);
+  }
+}
+
+/* Linked as it was, scales and all; the configuration says so, and what is not FP8 in it. */
+static void checkpoints_hold_the_base_as_it_was(void **state) {
+  wn_temp_path base = wn_temp(state, "base-fp8"), after = tiny_step(state, "warm-fp8", 6);
+  wn_hf_dir *a, *b = open_step(state, "warm-fp8", 6);
+  OK(wn_hf_dir_open(&a, base.text));
+  int64_t indexers = 0;
+  for (int64_t i = 0; i < wn_hf_dir_count(b); i++) {
+    const wn_st_entry *entry = wn_hf_dir_at(b, i, NULL), *before = wn_hf_dir_find(a, entry->name, NULL);
+    if (tiny_is_indexer(entry->name))
+      indexers++;
+    else if (!before || before->dtype != entry->dtype || tiny_bits_differ(entry, before))
+      fail_msg("%s is not what it was", entry->name);
+  }
+  assert_int_equal(wn_hf_dir_count(b), wn_hf_dir_count(a) + indexers);
+  struct stat theirs, ours;
+  assert_int_equal(stat(wn_hf_dir_shard_path(a, 0), &theirs), 0);
+  assert_int_equal(stat(wn_hf_dir_shard_path(b, 0), &ours), 0);
+  assert_true(theirs.st_ino == ours.st_ino);
+  assert_true(config_speaks_of_fp8(after.text));
+  assert_false(config_speaks_of_fp8(tiny_step(state, "warm-wide", 6).text));
+  wn_hf_dir_close(a);
+  wn_hf_dir_close(b);
+}
+
+/* From its own checkpoint, with the init gone. */
+static void a_resumed_warmup_is_the_same(void **state) {
+  wn_temp_path base = wn_temp(state, "base-fp8"), away = wn_temp(state, "base-away");
+  train(state, 1, "warmup", "base-fp8", "warm-again", 4);
+  assert_int_equal(rename(base.text, away.text), 0);
+  train(state, 1, "warmup", "base-fp8", "warm-again", 6);
+  assert_int_equal(rename(away.text, base.text), 0);
+  tiny_expect_same_tables(state, "warm-again", "warm-fp8");
+  tiny_expect_same_tree(tiny_step(state, "warm-again", 6).text, tiny_step(state, "warm-fp8", 6).text);
+}
+
+/* ---- stage 2 ---- */
+
+static void adapt_trains_from_the_dequantised_weights(void **state) {
+  train(state, 1, "adapt", "warm-fp8/checkpoints/step-000006", "adapt-fp8", 3);
+  train(state, 1, "adapt", "warm-wide/checkpoints/step-000006", "adapt-wide", 3);
+  tiny_expect_same_tables(state, "adapt-fp8", "adapt-wide");
+  wn_hf_dir *a = open_step(state, "adapt-fp8", 3), *b = open_step(state, "adapt-wide", 3);
+  assert_int_equal(wn_hf_dir_count(a), wn_hf_dir_count(b));
+  for (int64_t i = 0; i < wn_hf_dir_count(a); i++) {
+    const wn_st_entry *entry = wn_hf_dir_at(a, i, NULL), *there = wn_hf_dir_find(b, entry->name, NULL);
+    assert_true(entry->dtype == WN_BF16 || entry->dtype == WN_F32);
+    if (!there || tiny_bits_differ(entry, there)) fail_msg("%s differs", entry->name);
+  }
+  assert_false(config_speaks_of_fp8(tiny_step(state, "adapt-fp8", 3).text));
+  wn_hf_dir_close(a);
+  wn_hf_dir_close(b);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(warmup_computes_with_the_dequantised_weights),
+      cmocka_unit_test(and_so_do_two_ranks),
+      cmocka_unit_test(the_base_takes_a_byte_a_weight),
+      cmocka_unit_test(checkpoints_hold_the_base_as_it_was),
+      cmocka_unit_test(a_resumed_warmup_is_the_same),
+      cmocka_unit_test(adapt_trains_from_the_dequantised_weights),
+  };
+  return cmocka_run_group_tests(tests, set_up, wn_temp_teardown);
+}
