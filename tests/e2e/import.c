@@ -1,0 +1,116 @@
+/* From released directories into training: FP8 bases, whole tensor lists, one rank and several. */
+#include "support/fp8_model.h"
+
+#include <unistd.h>
+
+enum { V31_TENSORS = 91991, V31_SHARDS = 163 };
+
+static int setup(void **state) {
+  if (tiny_setup(state)) return -1;
+  wn_model_config config = tiny_config();
+  config.hidden_size = 144; /* off 128 in every direction */
+  config.moe_intermediate_size = 136;
+  fp8_model(wn_temp(state, "fp8").text, &config, 4, 5, true, true);
+  fp8_model(wn_temp(state, "bf16").text, &config, 4, 2, false, true);
+  return 0;
+}
+
+/* Every tensor that both checkpoints have as floats, bit for bit. Returns how many. */
+static int64_t expect_same_floats(const char *a, const char *b) {
+  wn_hf_dir *x, *y;
+  int64_t n = 0;
+  OK(wn_hf_dir_open(&x, a));
+  OK(wn_hf_dir_open(&y, b));
+  for (int64_t i = 0; i < wn_hf_dir_count(x); i++) {
+    const wn_st_entry *entry = wn_hf_dir_at(x, i, NULL), *other = wn_hf_dir_find(y, entry->name, NULL);
+    if (!other || entry->dtype != other->dtype || entry->dtype == WN_F8_E4M3) continue;
+    if (tiny_bits_differ(entry, other)) fail_msg("%s differs between %s and %s", entry->name, a, b);
+    n++;
+  }
+  wn_hf_dir_close(x);
+  wn_hf_dir_close(y);
+  return n;
+}
+
+/* An FP8 base and the BF16 that it stands for are one model: nothing that training writes differs by a bit. In stage 1
+ * the base stays FP8 on disk, whatever the number of ranks; stage 2 trains it and writes floats. */
+static void fp8_trains_as_what_it_stands_for(void **state) {
+  const char *dir = *state;
+  for (int32_t ranks = 1; ranks <= 2; ranks++) {
+    for (int32_t fp8 = 0; fp8 < 2; fp8++) {
+      const char *name = fp8 ? "fp8" : "bf16";
+      wn_winnow_ends(0, ranks, "warmup %s/job.yaml init=%s/%s run_dir=%s/warm-%s-%d training.steps=3", dir, dir, name,
+                     dir, name, ranks);
+      wn_winnow_ends(
+          0, ranks,
+          "adapt %s/job.yaml init=%s/warm-%s-%d/checkpoints/step-000003 run_dir=%s/adapt-%s-%d training.steps=2 "
+          "checkpoint.dtype=bf16",
+          dir, dir, name, ranks, dir, name, ranks);
+    }
+    for (int32_t stage = 0; stage < 2; stage++) {
+      char run[64], twin[64];
+      snprintf(run, sizeof run, "%s-fp8-%d", stage ? "adapt" : "warm", ranks);
+      snprintf(twin, sizeof twin, "%s-bf16-%d", stage ? "adapt" : "warm", ranks);
+      tiny_expect_same_tables(state, run, twin);
+      int64_t same =
+          expect_same_floats(tiny_step(state, run, stage ? 2 : 3).text, tiny_step(state, twin, stage ? 2 : 3).text);
+      assert_true(same >= (stage ? 80 : 15 + 10));
+      wn_winnow_ends(0, 1, "verify %s", tiny_step(state, run, stage ? 2 : 3).text);
+    }
+  }
+  wn_hf_dir *warm, *adapted;
+  OK(wn_hf_dir_open(&warm, tiny_step(state, "warm-fp8-2", 3).text));
+  OK(wn_hf_dir_open(&adapted, tiny_step(state, "adapt-fp8-2", 2).text));
+  static const char matrix[] = "model.layers.1.mlp.experts.3.down_proj.weight",
+                    mtp[] = "model.layers.3.mlp.experts.3.down_proj.weight";
+  assert_int_equal(wn_hf_dir_find(warm, matrix, NULL)->dtype, WN_F8_E4M3);
+  assert_non_null(wn_hf_scale_entry(warm, matrix));
+  assert_int_equal(wn_hf_dir_find(adapted, matrix, NULL)->dtype, WN_BF16);
+  assert_null(wn_hf_scale_entry(adapted, matrix));
+  assert_int_equal(wn_hf_dir_find(adapted, mtp, NULL)->dtype, WN_F8_E4M3);
+  assert_non_null(wn_hf_scale_entry(adapted, mtp));
+  wn_hf_dir_close(warm);
+  wn_hf_dir_close(adapted);
+}
+
+/* A run on an FP8 base is resumed from its own checkpoint, init gone, as if it had never stopped. */
+static void fp8_runs_resume(void **state) {
+  const char *dir = *state;
+  wn_winnow_ends(0, 1, "warmup %s/job.yaml init=%s/fp8 run_dir=%s/whole training.steps=4", dir, dir, dir);
+  wn_winnow_ends(0, 1, "warmup %s/job.yaml init=%s/fp8 run_dir=%s/halves training.steps=4 checkpoint.interval=2", dir,
+                 dir, dir);
+  OK(wn_remove_tree(tiny_step(state, "halves", 4).text));
+  OK(wn_remove_tree(wn_temp(state, "fp8").text));
+  wn_winnow_ends(0, 1, "warmup %s/job.yaml init=%s/fp8 run_dir=%s/halves training.steps=4 checkpoint.interval=2", dir,
+                 dir, dir);
+  expect_same_floats(tiny_step(state, "whole", 4).text, tiny_step(state, "halves", 4).text);
+  tiny_expect_same_tables(state, "whole", "halves");
+}
+
+/* The release's whole list, in as many shards: a step of each stage on one rank and on two. */
+static void the_whole_list_of_tensors(void **state) {
+  const char *dir = *state;
+  wn_model_config config = fp8_v31_config();
+  assert_int_equal(fp8_model(wn_temp(state, "v31").text, &config, 6, V31_SHARDS, true, true), V31_TENSORS);
+  for (int32_t ranks = 1; ranks <= 2; ranks++) {
+    wn_winnow_ends(0, ranks, "warmup %s/job.yaml init=%s/v31 run_dir=%s/v31-warm-%d training.steps=1", dir, dir, dir,
+                   ranks);
+    wn_winnow_ends(
+        0, ranks,
+        "adapt %s/job.yaml init=%s/v31-warm-%d/checkpoints/step-000001 run_dir=%s/v31-adapt-%d training.steps=1", dir,
+        dir, ranks, dir, ranks);
+  }
+  wn_hf_dir *warm;
+  OK(wn_hf_dir_open(&warm, tiny_step(state, "v31-warm-2", 1).text));
+  assert_int_equal(wn_hf_dir_count(warm), V31_TENSORS + 61 * 5);
+  wn_hf_dir_close(warm);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(fp8_trains_as_what_it_stands_for),
+      cmocka_unit_test(fp8_runs_resume),
+      cmocka_unit_test(the_whole_list_of_tensors),
+  };
+  return cmocka_run_group_tests(tests, setup, wn_temp_teardown);
+}
