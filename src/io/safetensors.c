@@ -12,13 +12,16 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "io/json.h"
+
 enum { LENGTH_BYTES = 8, MOST_HEADER_BYTES = 100000000 };
 
 struct wn_safetensors {
   char *path;
   const unsigned char *map;
   uint64_t map_bytes;
-  json_t *header; /* owns the names */
+  json_t *metadata; /* NULL: none */
+  char *names;      /* of all entries, one after another */
   wn_st_entry *entries;
   wn_st_entry **by_name; /* sorted */
   int64_t n;
@@ -114,12 +117,30 @@ static wn_status check_metadata(const char *path, json_t *metadata) {
   return NULL;
 }
 
-static wn_status read_entries(wn_safetensors *file, uint64_t data_begin) {
+/* The parsed header takes many times the memory of what it says, so nothing may point into it when it goes. */
+static wn_status keep_names(wn_safetensors *file, json_t *header) {
+  const char *name;
+  json_t *info;
+  size_t bytes = 1, used = 0;
+  json_object_foreach(header, name, info) bytes += strlen(name) + 1;
+  file->names = malloc(bytes);
+  if (!file->names) return WN_FAIL(WN_E_MEMORY, "out of memory reading the header of %s", file->path);
+  for (int64_t i = 0; i < file->n; i++) {
+    size_t length = strlen(file->entries[i].name) + 1;
+    memcpy(file->names + used, file->entries[i].name, length);
+    file->entries[i].name = file->names + used;
+    used += length;
+  }
+  return NULL;
+}
+
+static wn_status read_entries(wn_safetensors *file, json_t *header, uint64_t data_begin) {
   wn_status status = NULL;
   const char *name;
-  json_t *info, *metadata = json_object_get(file->header, "__metadata__");
+  json_t *info, *metadata = json_object_get(header, "__metadata__");
   WN_TRY(check_metadata(file->path, metadata));
-  size_t n = json_object_size(file->header) - (metadata ? 1 : 0);
+  file->metadata = json_incref(metadata);
+  size_t n = json_object_size(header) - (metadata ? 1 : 0);
   placed *found = calloc(n + 1, sizeof *found);
   file->entries = calloc(n + 1, sizeof *file->entries);
   file->by_name = calloc(n + 1, sizeof(wn_st_entry *));
@@ -127,7 +148,7 @@ static wn_status read_entries(wn_safetensors *file, uint64_t data_begin) {
     status = WN_FAIL(WN_E_MEMORY, "out of memory reading the header of %s", file->path);
     goto done;
   }
-  json_object_foreach(file->header, name, info) {
+  json_object_foreach(header, name, info) {
     if (info == metadata) continue;
     WN_TRY_GOTO(status, done, read_entry(&found[file->n].entry, &found[file->n].begin, file->path, name, info));
     file->n++;
@@ -159,6 +180,7 @@ static wn_status read_entries(wn_safetensors *file, uint64_t data_begin) {
         WN_FAIL(WN_E_INPUT, "%s: %" PRIu64 " bytes after the last tensor belong to none", file->path, data_bytes - at);
     goto done;
   }
+  WN_TRY_GOTO(status, done, keep_names(file, header));
   qsort(file->by_name, n, sizeof(wn_st_entry *), by_name);
 done:
   free(found);
@@ -203,11 +225,16 @@ static wn_status read_header(wn_safetensors *file) {
   const char *text = (const char *)file->map + LENGTH_BYTES;
   if (header_bytes == 0 || text[0] != '{')
     return WN_FAIL(WN_E_INPUT, "%s: the header does not begin with '{'", file->path);
+  if (!wn_json_modest(text, header_bytes))
+    return WN_FAIL(WN_E_INPUT, "%s: the header's %" PRIu64 " bytes hold more than %d values", file->path, header_bytes,
+                   WN_JSON_MOST_VALUES);
   json_error_t error;
-  file->header = json_loadb(text, header_bytes, JSON_REJECT_DUPLICATES, &error);
-  if (!file->header)
+  json_t *header = json_loadb(text, header_bytes, JSON_REJECT_DUPLICATES, &error);
+  if (!header)
     return WN_FAIL(WN_E_INPUT, "%s: bad JSON at byte %d of the header: %s", file->path, error.position, error.text);
-  return read_entries(file, LENGTH_BYTES + header_bytes);
+  wn_status status = read_entries(file, header, LENGTH_BYTES + header_bytes);
+  json_decref(header);
+  return status;
 }
 
 wn_status wn_safetensors_open(wn_safetensors **out, const char *path) {
@@ -231,7 +258,8 @@ fail:
 void wn_safetensors_close(wn_safetensors *file) {
   if (!file) return;
   if (file->map) munmap((void *)(uintptr_t)file->map, file->map_bytes);
-  json_decref(file->header);
+  json_decref(file->metadata);
+  free(file->names);
   free(file->entries);
   free(file->by_name);
   free(file->path);
@@ -260,5 +288,5 @@ const wn_st_entry *wn_safetensors_find(const wn_safetensors *file, const char *n
 }
 
 const char *wn_safetensors_metadata(const wn_safetensors *file, const char *key) {
-  return json_string_value(json_object_get(json_object_get(file->header, "__metadata__"), key));
+  return json_string_value(json_object_get(file->metadata, key));
 }

@@ -1,7 +1,7 @@
 /* Bad input of every kind: one sentence that names it, the documented exit code, and nothing of what was there is lost.
  */
 #include "kernels/cuda/cuda.h"
-#include "support/tiny.h"
+#include "support/fp8_model.h"
 
 #include <unistd.h>
 
@@ -132,6 +132,54 @@ static void lying_safetensors(void **state) {
   path = broken(state, "base", shard);
   replace(path.text, "\"F32\"", "\"I32\"", true);
   refuse_model(state, WN_E_INPUT, "of a type that cannot be read");
+}
+
+/* Where the bytes of a tensor begin in a safetensors file. */
+static size_t data_of(const char *path, const char *name) {
+  tiny_file file = tiny_read(path);
+  char key[256];
+  uint64_t header_bytes;
+  memcpy(&header_bytes, file.text, sizeof header_bytes);
+  snprintf(key, sizeof key, "\"%s\":", name);
+  char *at = memmem(file.text, file.bytes, key, strlen(key));
+  at = at ? strstr(at, "\"data_offsets\":[") : NULL;
+  assert_non_null(at);
+  size_t offset = strtoull(strchr(at, '[') + 1, NULL, 10);
+  free(file.text);
+  return 8 + header_bytes + offset;
+}
+
+#define UP_PROJ "model.layers.0.mlp.up_proj.weight"
+
+static void fp8_weights(void **state) {
+  static const char whole[] = "model-00001-of-000001.safetensors", up_proj[] = UP_PROJ, scale[] = UP_PROJ "_scale_inv";
+  wn_model_config config = tiny_config();
+  fp8_model(wn_temp(state, "fp8").text, &config, 4, 1, true, false);
+  static const struct {
+    uint32_t value;
+    const char *sentence;
+  } scales[] = {{0x7fc00000, "tensor " UP_PROJ "_scale_inv: scale [0, 0] is nan"},
+                {0x7f800000, "scale [0, 0] is inf"},
+                {0, "scale [0, 0] is 0"},
+                {0xbf800000, "scale [0, 0] is -1"}};
+  for (size_t i = 0; i < sizeof scales / sizeof *scales; i++) {
+    wn_temp_path path = broken(state, "fp8", whole);
+    overwrite(path.text, data_of(path.text, scale), &scales[i].value, 4);
+    refuse_model(state, WN_E_INPUT, scales[i].sentence);
+  }
+  wn_temp_path path = broken(state, "fp8", whole);
+  overwrite(path.text, data_of(path.text, up_proj) + 77, "\xff", 1);
+  refuse_model(state, WN_E_INPUT, "tensor " UP_PROJ " holds NaN");
+  path = broken(state, "fp8", whole);
+  replace(path.text, scale, UP_PROJ "_scale_inw", true);
+  replace(wn_temp(state, "broken/model.safetensors.index.json").text, scale, UP_PROJ "_scale_inw", true);
+  refuse_model(state, WN_E_INPUT, "1 tensor missing: " UP_PROJ "_scale_inv");
+  path = broken(state, "fp8", whole);
+  replace(path.text, "F8_E4M3", "F8_E8M0", true);
+  refuse_model(state, WN_E_INPUT, "model.layers.0.self_attn.q_a_proj.weight (F8_E8M0)");
+  path = broken(state, "fp8", whole);
+  replace(path.text, "F8_E4M3", "F8_E5M2", true);
+  refuse_model(state, WN_E_INPUT, "dtype F8_E5M2 is not supported");
 }
 
 static void incomplete_directories(void **state) {
@@ -406,6 +454,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(truncated_safetensors),
       cmocka_unit_test(lying_safetensors),
+      cmocka_unit_test(fp8_weights),
       cmocka_unit_test(incomplete_directories),
       cmocka_unit_test(other_models_weights),
       cmocka_unit_test(bad_config_json),

@@ -129,6 +129,15 @@ static void an_index_that_is_none(void **state) {
   refuse("is not a string");
   index_of("{\"a\": \"s.safetensors\", \"a\": \"s.safetensors\"}");
   refuse("duplicate");
+  size_t n = 5 << 20; /* five million values in ten megabytes */
+  char *text = malloc(2 * n + 1);
+  assert_non_null(text);
+  for (size_t i = 0; i < n; i++) memcpy(text + 2 * i, "0,", 2);
+  memcpy(text, "[ ", 2);
+  memcpy(text + 2 * n - 2, "0]", 3);
+  write_text("model.safetensors.index.json", text);
+  free(text);
+  refuse("holds more than 4194304 values");
 }
 
 static void names_that_lead_out(void **state) {

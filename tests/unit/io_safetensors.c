@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "io/files.h"
@@ -121,6 +122,26 @@ static void bad_json(void **state) {
   text[deep + 5] = 0;
   refuse(text, 0, "bad JSON");
   free(text);
+}
+
+/* A short text that would be a gigabyte once parsed. */
+static void header_bombs(void **state) {
+  (void)state;
+  enum { BYTES = 12 << 20 };
+  struct rusage before, after;
+  char *text = malloc(BYTES + 1);
+  assert_non_null(text);
+  memcpy(text, "{\"a\":[0", 7);
+  for (size_t i = 7; i < BYTES - 2; i += 2) memcpy(text + i, ",0", 2);
+  memcpy(text + BYTES - 2, "]}", 3);
+  write_header(text, 0);
+  free(text);
+  wn_safetensors *file;
+  assert_int_equal(getrusage(RUSAGE_SELF, &before), 0);
+  REFUSED(wn_safetensors_open(&file, path), WN_E_INPUT, "hold more than 4194304 values");
+  assert_int_equal(getrusage(RUSAGE_SELF, &after), 0);
+  if (after.ru_maxrss - before.ru_maxrss > 2 * BYTES / 1024)
+    fail_msg("%ld KiB more", after.ru_maxrss - before.ru_maxrss);
 }
 
 static void entries_that_lie(void **state) {
@@ -244,8 +265,8 @@ int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
       TEST(the_plainest_file), TEST(names_in_sentences), TEST(lengths_that_lie), TEST(bad_json),
-      TEST(entries_that_lie),  TEST(offsets_that_lie),   TEST(empty_tensors),    TEST(round_trip),
-      TEST(layout_places),     TEST(truncations),
+      TEST(header_bombs),      TEST(entries_that_lie),   TEST(offsets_that_lie), TEST(empty_tensors),
+      TEST(round_trip),        TEST(layout_places),      TEST(truncations),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
