@@ -1,5 +1,7 @@
 #include "io/hf_dir.h"
 
+#include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,6 +25,8 @@ struct wn_hf_dir {
   place *places;  /* shard by shard, in file order */
   place *by_name; /* sorted */
   int64_t n;
+  wn_st_entry *renamed; /* tensors under another name than their file has: NULL, or [n_renamed], names owned */
+  int64_t n_renamed;
 };
 
 /* A shard's name from the index is a plain name: whatever could lead out of the directory is refused. */
@@ -88,15 +92,8 @@ static int by_name(const void *a, const void *b) {
   return order ? order : (x->shard > y->shard) - (x->shard < y->shard);
 }
 
-static wn_status gather(wn_hf_dir *dir) {
-  size_t n = 0;
-  for (int32_t s = 0; s < dir->n_shards; s++) n += (size_t)wn_safetensors_count(dir->shards[s]);
-  dir->places = calloc(n + 1, sizeof *dir->places);
-  dir->by_name = calloc(n + 1, sizeof *dir->by_name);
-  if (!dir->places || !dir->by_name) return WN_FAIL(WN_E_MEMORY, "out of memory opening %s", dir->path);
-  for (int32_t s = 0; s < dir->n_shards; s++)
-    for (int64_t i = 0; i < wn_safetensors_count(dir->shards[s]); i++)
-      dir->places[dir->n++] = (place){wn_safetensors_at(dir->shards[s], i), s};
+static wn_status sort_names(wn_hf_dir *dir) {
+  size_t n = (size_t)dir->n;
   memcpy(dir->by_name, dir->places, n * sizeof *dir->by_name);
   qsort(dir->by_name, n, sizeof *dir->by_name, by_name);
   for (size_t i = 1; i < n; i++) {
@@ -106,6 +103,18 @@ static wn_status gather(wn_hf_dir *dir) {
                      wn_safetensors_path(dir->shards[a->shard]), wn_safetensors_path(dir->shards[b->shard]));
   }
   return NULL;
+}
+
+static wn_status gather(wn_hf_dir *dir) {
+  size_t n = 0;
+  for (int32_t s = 0; s < dir->n_shards; s++) n += (size_t)wn_safetensors_count(dir->shards[s]);
+  dir->places = calloc(n + 1, sizeof *dir->places);
+  dir->by_name = calloc(n + 1, sizeof *dir->by_name);
+  if (!dir->places || !dir->by_name) return WN_FAIL(WN_E_MEMORY, "out of memory opening %s", dir->path);
+  for (int32_t s = 0; s < dir->n_shards; s++)
+    for (int64_t i = 0; i < wn_safetensors_count(dir->shards[s]); i++)
+      dir->places[dir->n++] = (place){wn_safetensors_at(dir->shards[s], i), s};
+  return sort_names(dir);
 }
 
 static const char *file_name(const char *path) {
@@ -189,6 +198,8 @@ void wn_hf_dir_close(wn_hf_dir *dir) {
   free(dir->shards);
   free(dir->places);
   free(dir->by_name);
+  for (int64_t i = 0; i < dir->n_renamed; i++) free((void *)(uintptr_t)dir->renamed[i].name);
+  free(dir->renamed);
   free(dir->path);
   free(dir);
 }
@@ -224,4 +235,32 @@ const char *wn_hf_dir_shard_path(const wn_hf_dir *dir, int32_t shard) {
   WN_ASSERT(shard >= 0 && shard < dir->n_shards, "%s has %d shards, asked for %d", dir->path, (int)dir->n_shards,
             (int)shard);
   return wn_safetensors_path(dir->shards[shard]);
+}
+
+wn_status wn_hf_dir_rename(wn_hf_dir *dir, const char *part, const char *other, int64_t *n) {
+  WN_ASSERT(!dir->renamed, "%s is renamed twice", dir->path);
+  dir->renamed = calloc((size_t)dir->n + 1, sizeof *dir->renamed);
+  if (!dir->renamed) return WN_FAIL(WN_E_MEMORY, "out of memory for the names of %s", dir->path);
+  for (int64_t i = 0; i < dir->n; i++) {
+    const wn_st_entry *entry = dir->places[i].entry;
+    const char *at = strstr(entry->name, part);
+    char *name;
+    if (!at) continue;
+    if (asprintf(&name, "%.*s%s%s", (int)(at - entry->name), entry->name, other, at + strlen(part)) < 0)
+      return WN_FAIL(WN_E_MEMORY, "out of memory for the names of %s", dir->path);
+    wn_st_entry *own = &dir->renamed[dir->n_renamed++];
+    *own = *entry;
+    own->name = name;
+    dir->places[i].entry = own;
+  }
+  *n = dir->n_renamed;
+  return sort_names(dir);
+}
+
+bool wn_hf_dir_renamed(const wn_hf_dir *dir, int32_t shard) {
+  for (int64_t i = 0; dir->n_renamed > 0 && i < dir->n; i++) {
+    const wn_st_entry *entry = dir->places[i].entry;
+    if (dir->places[i].shard == shard && entry >= dir->renamed && entry < dir->renamed + dir->n_renamed) return true;
+  }
+  return false;
 }

@@ -20,6 +20,12 @@ const wn_st_entry *wn_hf_dir_find(const wn_hf_dir *dir, const char *name, int32_
 int32_t wn_hf_dir_shards(const wn_hf_dir *dir);
 const char *wn_hf_dir_shard_path(const wn_hf_dir *dir, int32_t shard);
 
+/* Every tensor whose name holds `part` is called with `other` in its place from now on; *n: how many. The files keep
+ * the names they have, so a shard with such tensors (wn_hf_dir_renamed) is no longer what the directory says. Once a
+ * directory. WN_E_INPUT where a tensor of the new name stands already. */
+WN_MUST_USE wn_status wn_hf_dir_rename(wn_hf_dir *dir, const char *part, const char *other, int64_t *n);
+bool wn_hf_dir_renamed(const wn_hf_dir *dir, int32_t shard);
+
 /* ---- weights ---- */
 
 /* A tensor with what it takes to read it. An FP8 matrix (F8_E4M3) [out, in] has its scales beside it, by the name of

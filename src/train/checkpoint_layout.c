@@ -1,5 +1,7 @@
 #include "train/checkpoint_layout.h"
 
+#include "train/rewrite.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -152,6 +154,8 @@ static void link_shards(wn_checkpoint_layout *layout, bool *linked, const wn_nam
   for (int64_t i = 0; i < wn_hf_dir_count(source); i++)
     if (!unchanged(names, wn_hf_dir_at(source, i, &shard))) linked[shard] = false;
   for (int32_t s = 0; s < n_shards; s++)
+    if (wn_hf_dir_renamed(source, s)) linked[s] = false;
+  for (int32_t s = 0; s < n_shards; s++)
     if (linked[s]) layout->files[layout->n_files++] = (wn_checkpoint_file){.source_shard = s};
 }
 
@@ -178,8 +182,9 @@ static wn_status lay_out_model(wn_checkpoint_layout *layout, int64_t *n, const w
     else if (params[p].fp8)
       return WN_FAIL(WN_E_INPUT, "%s lacks tensor %s, which was there when this run started",
                      source ? wn_hf_dir_path(source) : "init", params[p].hf_name);
-    else
-      add_param(layout, n, params, p, WN_FIELD_WEIGHT, WN_F32); /* never rounded: it has no master to come back from */
+    else /* never rounded: it has no master to come back from; what the rewriting makes is BF16 to begin with */
+      add_param(layout, n, params, p, WN_FIELD_WEIGHT,
+                source && wn_rewrite_makes(source, &params[p]) ? WN_BF16 : WN_F32);
   }
   WN_TRY(cut(layout, 0, *n, shard_bytes));
   int64_t trained = *n;

@@ -8,6 +8,7 @@
 #include "base/float8.h"
 #include "kernels/kernels.h"
 #include "train/checkpoint_dirs.h"
+#include "train/rewrite.h"
 
 wn_status wn_parts_create(wn_part **out, wn_store *store, int32_t n_params) {
   wn_part *parts = calloc((size_t)n_params + 1, sizeof *parts);
@@ -163,8 +164,7 @@ static void shape_text(char out[128], int32_t rank, const int64_t *dim) {
   snprintf(out + used, 128 - used, "]");
 }
 
-/* The number in "model.layers.N."; -1 when the name has none. */
-static int64_t layer_of(const char *name) {
+int64_t wn_name_layer(const char *name) {
   static const char prefix[] = "model.layers.";
   char *end;
   const char *digits = name + sizeof prefix - 1;
@@ -239,12 +239,12 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
     const wn_st_entry *entry = wn_hf_dir_find(dir, p->hf_name, NULL);
     if (entry)
       check_param(&found, dir, p, entry);
-    else if (!(*indexer_absent && is_indexer(p)))
+    else if (!(*indexer_absent && is_indexer(p)) && !wn_rewrite_makes(dir, p))
       name_one(&found.missing, "%s", p->hf_name);
   }
   for (int64_t i = 0; i < wn_hf_dir_count(dir); i++) {
     const char *name = wn_hf_dir_at(dir, i, NULL)->name;
-    if (layer_of(name) >= rules.n_layers)
+    if (wn_name_layer(name) >= rules.n_layers)
       (*passed_over)++;
     else if (!belongs(dir, names, name))
       name_one(&found.surplus, "%s", name);

@@ -37,12 +37,15 @@ WN_MUST_USE wn_status wn_part_write(wn_device *device, const wn_part *part, wn_f
 
 /* ---- checks of a directory against the parameter table ---- */
 
+int64_t wn_name_layer(const char *name); /* the number in "model.layers.N."; -1 when the name has none */
+
 typedef struct wn_dir_rules {
   bool new_indexer_allowed; /* indexer parameters may be absent, but then all of them */
   int32_t n_layers;         /* tensors of model.layers.N with N >= n_layers are MTP layers, and passed over */
 } wn_dir_rules;
-/* Every parameter there and of its shape, in F32, F16, BF16 or FP8 with its scales, and nothing else. *indexer_absent:
- * as the rules allow; *passed_over: tensors of MTP layers. WN_E_INPUT with up to five names and the count. */
+/* Every parameter there (but for those that wn_rewrite_makes) and of its shape, in F32, F16, BF16 or FP8 with its
+ * scales, and nothing else. *indexer_absent: as the rules allow; *passed_over: tensors of MTP layers. WN_E_INPUT with
+ * up to five names and the count. */
 WN_MUST_USE wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules,
                                    bool *indexer_absent, int64_t *passed_over);
 

@@ -11,7 +11,7 @@
 #include "base/time.h"
 #include "io/hf_write.h"
 #include "train/checkpoint_dirs.h"
-#include "train/checkpoint_parts.h"
+#include "train/rewrite.h"
 
 /* What rank 0 decides and tells the others. */
 typedef struct places {
@@ -79,7 +79,7 @@ static wn_status check_source_unchanged(const save *s) {
 }
 
 static wn_status lay_out(save *s) {
-  if (s->at.source[0]) WN_TRY(wn_hf_dir_open(&s->source, s->at.source));
+  if (s->at.source[0]) WN_TRY(wn_source_open(&s->source, s->at.source, &s->plan->model->config));
   bool narrow = s->plan->model->device->dtype_of[WN_MOMENT] == WN_BF16;
   WN_TRY(wn_checkpoint_layout_create(&s->layout, s->params, s->n_params, s->source, narrow ? WN_BF16 : WN_F32,
                                      s->plan->shard_bytes));

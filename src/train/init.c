@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
-#include "train/checkpoint_parts.h"
+#include "train/rewrite.h"
 
 typedef struct init {
   const wn_checkpoint_plan *plan;
@@ -70,18 +70,23 @@ static wn_status verify_weights(const wn_hf_dir *dir, int32_t rank, int32_t size
 }
 
 static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char *dir, bool allow_new_indexer) {
-  bool indexer_absent;
+  bool indexer_absent, rewritten = false;
   int64_t passed_over;
   wn_dir_rules rules = {.new_indexer_allowed = allow_new_indexer, .n_layers = plan->model->config.num_hidden_layers};
   WN_TRY(init_open(in, plan));
-  WN_TRY(wn_hf_dir_open(&in->dir, dir));
+  WN_TRY(wn_source_open(&in->dir, dir, &plan->model->config));
   WN_TRY(wn_dir_check(in->dir, &in->names, rules, &indexer_absent, &passed_over));
   WN_TRY(verify_weights(in->dir, wn_world_rank(plan->world), wn_world_size(plan->world)));
   for (int32_t p = 0; p < in->n_params; p++) {
     wn_hf_weight weight;
     WN_TRY(wn_hf_weight_find(&weight, in->dir, in->params[p].hf_name));
-    WN_TRY(weight.entry ? wn_weight_read(plan->model->device, plan->store, in->parts, p, &weight, in->buffer)
-                        : draw(in, p));
+    if (weight.entry)
+      WN_TRY(wn_weight_read(plan->model->device, plan->store, in->parts, p, &weight, in->buffer));
+    else if (wn_rewrite_makes(in->dir, &in->params[p])) {
+      WN_TRY(wn_rewrite_make(plan->model->device, &in->parts[p], &in->params[p], in->dir, in->buffer));
+      rewritten = true;
+    } else
+      WN_TRY(draw(in, p));
   }
   if (wn_world_rank(plan->world) != 0) return NULL;
   if (passed_over)
@@ -89,6 +94,10 @@ static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char
             "%s: %lld tensors of layers from %d on (multi-token prediction) are not trained; checkpoints carry them "
             "through",
             dir, (long long)passed_over, rules.n_layers);
+  if (rewritten)
+    wn_info(plan->log,
+            "%s has queries without a low rank: rewritten with q_lora_rank = hidden_size = %d, which an indexer needs",
+            dir, plan->model->config.hidden_size);
   if (indexer_absent) wn_info(plan->log, "%s has no indexer: a new one is drawn from the seed", dir);
   return NULL;
 }

@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 #include "train/checkpoint_dirs.h"
-#include "train/checkpoint_parts.h"
+#include "train/rewrite.h"
 #include "train/device.h"
 
 enum { SHARD_BYTES_LOG2 = 32 };
@@ -40,8 +40,7 @@ static wn_status resolve_indexer(wn_model_config *config, const wn_recipe *recip
   if (job->dsa.index_head_dim < config->qk_rope_head_dim)
     return WN_FAIL(WN_E_CONFIG, "dsa.index_head_dim is %d, less than the model's rope width %d",
                    job->dsa.index_head_dim, config->qk_rope_head_dim);
-  if (config->q_lora_rank == 0)
-    return WN_FAIL(WN_E_CONFIG, "%s: q_lora_rank is null, and an indexer needs the low-rank query", dir);
+  if (config->q_lora_rank == 0) config->q_lora_rank = config->hidden_size; /* train/rewrite.h */
   config->has_indexer = true;
   config->index_n_heads = job->dsa.index_n_heads;
   config->index_head_dim = job->dsa.index_head_dim;
@@ -233,7 +232,7 @@ static wn_status keep_fp8(wn_run *run) {
   WN_TRY(wn_world_agree(run->world, status));
   WN_TRY(wn_group_broadcast(wn_world_all(run->world), dir, sizeof dir, 0));
   if (!dir[0]) return NULL;
-  status = wn_hf_dir_open(&weights, dir);
+  status = wn_source_open(&weights, dir, &run->model->config);
   if (!status) {
     wn_params_keep_fp8(run->model->table.params, run->model->table.n, weights);
     wn_hf_dir_close(weights);
