@@ -23,7 +23,8 @@ static void use(const wn_hf_dir *dir) {
     FUZZ_CHECK(wn_hf_dir_find(dir, entry->name, &found) == entry && found == shard);
     FUZZ_CHECK(shard >= 0 && shard < wn_hf_dir_shards(dir) && wn_hf_dir_shard_path(dir, shard));
     fuzz_touch(entry->data, entry->bytes);
-    wn_status status = wn_hf_read(out, WN_F32, &(wn_hf_weight){.entry = entry}, 0, (int64_t)entry->bytes / wn_dtype_bytes(entry->dtype));
+    wn_status status = wn_hf_read(out, WN_F32, &(wn_hf_weight){.entry = entry}, 0,
+                                  (int64_t)entry->bytes / wn_dtype_bytes(entry->dtype));
     FUZZ_CHECK(!status);
   }
   FUZZ_CHECK(!wn_hf_dir_find(dir, "absent", NULL));
@@ -43,6 +44,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   fuzz_file(FUZZ_ROOT "/model.safetensors.index.json", data, size);
   wn_status status = wn_hf_dir_open(&dir, FUZZ_ROOT);
   if (status) return fuzz_refused(status, WN_E_INPUT), 0;
+  use(dir);
+  int64_t n;
+  status = wn_hf_dir_rename(dir, "w", "v", &n);
+  FUZZ_CHECK(!status);
   use(dir);
   wn_hf_dir_close(dir);
   return 0;

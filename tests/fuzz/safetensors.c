@@ -1,24 +1,39 @@
-/* One safetensors file: the input is the file. */
+/* One safetensors file, and as the only one of a model directory: the input is the file. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "fuzz.h"
 #include "io/hf_dir.h"
 
-#define PATH FUZZ_ROOT "/a.safetensors"
+#define PATH FUZZ_ROOT "/model.safetensors"
 
 enum { LENGTH_BYTES = 8 };
 
 /* What an importer does with a tensor: every element, in two pieces, into memory of exactly its size. */
-static void read_elements(const wn_st_entry *entry) {
+static void read_elements(const wn_hf_weight *weight) {
+  const wn_st_entry *entry = weight->entry;
   int64_t n = (int64_t)entry->bytes / wn_dtype_bytes(entry->dtype), first = n / 3;
-  const wn_hf_weight weight = {.entry = entry};
   float *out = malloc((size_t)n * sizeof *out + 1);
   WN_ASSERT(out, "no memory for %lld elements", (long long)n);
-  wn_status status = wn_hf_read(out, WN_F32, &weight, 0, first);
-  if (!status) status = wn_hf_read(out + first, WN_F32, &weight, first, n - first);
+  wn_status status = wn_hf_read(out, WN_F32, weight, 0, first);
+  if (!status) status = wn_hf_read(out + first, WN_F32, weight, first, n - first);
   if (status) fuzz_refused(status, WN_E_INPUT);
   free(out);
+}
+
+static void import(void) {
+  wn_hf_dir *dir;
+  wn_hf_weight weight;
+  wn_status status = wn_hf_dir_open(&dir, FUZZ_ROOT);
+  WN_ASSERT(!status, "a file is accepted, its directory is not: %s", wn_status_text(status));
+  for (int64_t i = 0; i < wn_hf_dir_count(dir); i++) {
+    status = wn_hf_weight_find(&weight, dir, wn_hf_dir_at(dir, i, NULL)->name);
+    if (status)
+      fuzz_refused(status, WN_E_INPUT);
+    else
+      read_elements(&weight);
+  }
+  wn_hf_dir_close(dir);
 }
 
 static void use(const wn_safetensors *file) {
@@ -29,7 +44,6 @@ static void use(const wn_safetensors *file) {
     FUZZ_CHECK((uint64_t)(elements * wn_dtype_bytes(entry->dtype)) == entry->bytes);
     FUZZ_CHECK(wn_safetensors_find(file, entry->name) == entry);
     fuzz_touch(entry->data, entry->bytes);
-    read_elements(entry);
   }
   const char *format = wn_safetensors_metadata(file, "format");
   if (format) fuzz_touch(format, strlen(format));
@@ -42,6 +56,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   if (status) return fuzz_refused(status, WN_E_INPUT), 0;
   use(file);
   wn_safetensors_close(file);
+  import();
   return 0;
 }
 
