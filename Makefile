@@ -28,10 +28,11 @@ LDLIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart_static -ld
 endif
 
 # in link order: a module may use those to its right
-MODULES = cli stages train model dist data config io kernels base
+MODULES = cli stages train convert model dist data config io kernels base
 SRC_cli = $(filter-out src/cli/main.c,$(wildcard src/cli/*.c))
 SRC_stages = $(wildcard stages/*.c)
 SRC_train = $(wildcard src/train/*.c)
+SRC_convert = $(wildcard src/convert/*.c)
 SRC_model = $(wildcard src/model/*.c)
 SRC_dist = $(filter-out src/dist/nccl%.c,$(wildcard src/dist/*.c)) src/dist/$(if $(NCCL),nccl,nccl_absent).c
 SRC_data = $(wildcard data/*.c)

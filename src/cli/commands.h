@@ -13,6 +13,7 @@ WN_MUST_USE wn_status wn_cmd_bench(int argc, char **argv, wn_world *world, wn_lo
 WN_MUST_USE wn_status wn_cmd_report(int argc, char **argv, wn_log *log);
 WN_MUST_USE wn_status wn_cmd_inspect(int argc, char **argv);
 WN_MUST_USE wn_status wn_cmd_options(int argc, char **argv, wn_log *log);
+WN_MUST_USE wn_status wn_cmd_convert(int argc, char **argv, wn_world *world, wn_log *log);
 WN_MUST_USE wn_status wn_cmd_data(int argc, char **argv, wn_log *log);
 WN_MUST_USE wn_status wn_cmd_verify(int argc, char **argv, wn_log *log); /* a checkpoint against its manifest */
 

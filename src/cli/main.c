@@ -14,6 +14,7 @@ static const char usage[] =
     "  adapt    JOB.yaml [key=value ...]   stage 2: sparse attention, everything trains\n"
     "  eval     MODEL_DIR --data PREFIX    held-out loss under dense and sparse selections\n"
     "  forward  MODEL_DIR --tokens ...     every intermediate tensor of one sequence, to compare with other programs\n"
+    "  convert  IN_DIR OUT_DIR --to FORM   a model directory as V3.2, V3, BF16, FP8, or the demo's shards\n"
     "  data     pack | tokenize | detokenize | train-tokenizer | inspect | verify\n"
     "  bench    [OPERATION | layer]        times of the device's operations, or of a whole layer\n"
     "  inspect  PATH [--json]              what a model, checkpoint, shard, dataset or run directory is\n"
@@ -30,6 +31,7 @@ static wn_status dispatch(int argc, char **argv, wn_world *world, wn_log *log) {
     if (strcmp(name, wn_stage_name((wn_stage)s)) == 0) return wn_cmd_train((wn_stage)s, argc, argv, world, log);
   if (strcmp(name, "eval") == 0) return wn_cmd_eval(argc, argv, world, log);
   if (strcmp(name, "forward") == 0) return wn_cmd_forward(argc, argv, world, log);
+  if (strcmp(name, "convert") == 0) return wn_cmd_convert(argc, argv, world, log);
   if (strcmp(name, "bench") == 0) return wn_cmd_bench(argc, argv, world, log);
   if (strcmp(name, "data") == 0) return wn_cmd_data(argc, argv, log);
   if (strcmp(name, "inspect") == 0) return wn_cmd_inspect(argc, argv);

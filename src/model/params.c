@@ -183,6 +183,15 @@ void wn_param_table_free(wn_param_table *table) {
   *table = (wn_param_table){0};
 }
 
+int64_t wn_name_layer(const char *name) {
+  static const char prefix[] = "model.layers.";
+  char *end;
+  const char *digits = name + sizeof prefix - 1;
+  if (strncmp(name, prefix, sizeof prefix - 1) != 0 || *digits < '0' || *digits > '9') return -1;
+  long long layer = strtoll(digits, &end, 10);
+  return *end == '.' ? (int64_t)layer : -1;
+}
+
 void wn_layer_bind(wn_layer_tensors *out, const wn_param_table *table, int32_t layer, wn_tensor *by_param) {
   *out = (wn_layer_tensors){0};
   for (int32_t i = table->first[layer + 1]; i < table->first[layer + 2]; i++) {

@@ -54,6 +54,9 @@ WN_MUST_USE wn_status wn_param_table_create(wn_param_table *out, const wn_model_
                                             wn_param_settings settings);
 void wn_param_table_free(wn_param_table *table);
 
+/* The number in a name that begins with "model.layers.N."; -1: it does not. */
+int64_t wn_name_layer(const char *name);
+
 /* A layer's tensors by slot (experts as arrays); absent ones have data NULL. Used for weights and for gradients. */
 typedef struct wn_layer_tensors {
   wn_tensor slot[WN_N_SLOTS];

@@ -1,11 +1,11 @@
 #include "train/checkpoint_parts.h"
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/float8.h"
+#include "base/name_list.h"
 #include "kernels/kernels.h"
 #include "train/checkpoint_dirs.h"
 #include "train/rewrite.h"
@@ -133,51 +133,11 @@ wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, 
 
 /* ---- checks of a directory against the parameter table ---- */
 
-enum { MOST_NAMED = 5, NAMED_BYTES = 1024 };
-
-/* "4: a, b, c, d" or "12: a, b, c, d, e, ..." */
-typedef struct name_list {
-  int64_t n;
-  char text[NAMED_BYTES];
-} name_list;
-
-static void name_one(name_list *list, const char *format, ...) WN_PRINTF(2, 3);
-static void name_one(name_list *list, const char *format, ...) {
-  size_t used = strlen(list->text);
-  va_list args;
-  va_start(args, format);
-  if (list->n < MOST_NAMED) {
-    if (list->n > 0) used += (size_t)snprintf(list->text + used, NAMED_BYTES - used, ", ");
-    if (used < NAMED_BYTES) vsnprintf(list->text + used, NAMED_BYTES - used, format, args);
-  } else if (list->n == MOST_NAMED && used + 6 < NAMED_BYTES) {
-    memcpy(list->text + used, ", ...", 6);
-  }
-  va_end(args);
-  list->n++;
-}
-
-static void shape_text(char out[128], int32_t rank, const int64_t *dim) {
-  size_t used = 1;
-  memcpy(out, "[", 2);
-  for (int32_t d = 0; d < rank; d++)
-    used += (size_t)snprintf(out + used, 128 - used, d ? ", %lld" : "%lld", (long long)dim[d]);
-  snprintf(out + used, 128 - used, "]");
-}
-
-int64_t wn_name_layer(const char *name) {
-  static const char prefix[] = "model.layers.";
-  char *end;
-  const char *digits = name + sizeof prefix - 1;
-  if (strncmp(name, prefix, sizeof prefix - 1) != 0 || *digits < '0' || *digits > '9') return -1;
-  long long layer = strtoll(digits, &end, 10);
-  return *end == '.' ? (int64_t)layer : -1;
-}
-
 static bool is_indexer(const wn_param *p) {
   return p->slot >= WN_P_INDEX_Q_B && p->slot <= WN_P_INDEX_WEIGHTS;
 }
 
-static wn_status complain(const wn_hf_dir *dir, const char *what, const name_list *list, const char *hint) {
+static wn_status complain(const wn_hf_dir *dir, const char *what, const wn_name_list *list, const char *hint) {
   if (list->n == 0) return NULL;
   return WN_FAIL_HINT(WN_E_INPUT, hint, "%s: %lld %s%s: %s", wn_hf_dir_path(dir), (long long)list->n,
                       list->n == 1 ? "tensor " : "tensors ", what, list->text);
@@ -185,14 +145,14 @@ static wn_status complain(const wn_hf_dir *dir, const char *what, const name_lis
 
 /* What is wrong with a directory, by kind. */
 typedef struct faults {
-  name_list missing, shape, dtype, surplus;
+  wn_name_list missing, shape, dtype, surplus;
 } faults;
 
 static void misshapen(faults *found, const wn_st_entry *entry, int32_t rank, const int64_t *dim) {
-  char theirs[128], ours[128];
-  shape_text(theirs, entry->rank, entry->dim);
-  shape_text(ours, rank, dim);
-  name_one(&found->shape, "%s %s instead of %s", entry->name, theirs, ours);
+  char theirs[WN_SHAPE_TEXT_BYTES], ours[WN_SHAPE_TEXT_BYTES];
+  wn_shape_text(theirs, entry->rank, entry->dim);
+  wn_shape_text(ours, rank, dim);
+  wn_name_list_add(&found->shape, "%s %s instead of %s", entry->name, theirs, ours);
 }
 
 static bool readable(const wn_st_entry *entry) {
@@ -202,14 +162,14 @@ static bool readable(const wn_st_entry *entry) {
 
 static void check_param(faults *found, const wn_hf_dir *dir, const wn_param *p, const wn_st_entry *entry) {
   if (!wn_param_shaped(p, entry)) misshapen(found, entry, p->rank, p->dim);
-  if (!readable(entry)) name_one(&found->dtype, "%s (%s)", p->hf_name, wn_dtype_name(entry->dtype));
+  if (!readable(entry)) wn_name_list_add(&found->dtype, "%s (%s)", p->hf_name, wn_dtype_name(entry->dtype));
   if (entry->dtype != WN_F8_E4M3 || entry->rank != 2) return;
   const wn_st_entry *scale = wn_hf_scale_entry(dir, p->hf_name);
   const int64_t blocks[2] = {wn_f8_blocks(entry->dim[0]), wn_f8_blocks(entry->dim[1])};
   if (!scale)
-    name_one(&found->missing, "%s" WN_HF_SCALE_SUFFIX, p->hf_name);
+    wn_name_list_add(&found->missing, "%s" WN_HF_SCALE_SUFFIX, p->hf_name);
   else if (!wn_hf_scale_readable(scale))
-    name_one(&found->dtype, "%s (%s)", scale->name, wn_dtype_name(scale->dtype));
+    wn_name_list_add(&found->dtype, "%s (%s)", scale->name, wn_dtype_name(scale->dtype));
   else if (!wn_hf_scale_fits(scale, entry))
     misshapen(found, scale, 2, blocks);
 }
@@ -240,14 +200,14 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
     if (entry)
       check_param(&found, dir, p, entry);
     else if (!(*indexer_absent && is_indexer(p)) && !wn_rewrite_makes(dir, p))
-      name_one(&found.missing, "%s", p->hf_name);
+      wn_name_list_add(&found.missing, "%s", p->hf_name);
   }
   for (int64_t i = 0; i < wn_hf_dir_count(dir); i++) {
     const char *name = wn_hf_dir_at(dir, i, NULL)->name;
     if (wn_name_layer(name) >= rules.n_layers)
       (*passed_over)++;
     else if (!belongs(dir, names, name))
-      name_one(&found.surplus, "%s", name);
+      wn_name_list_add(&found.surplus, "%s", name);
   }
   WN_TRY(complain(dir, "of a type that cannot be read", &found.dtype,
                   "weights are read from F32, F16, BF16, and F8_E4M3 with scales in F32, BF16 or F8_E8M0"));

@@ -37,8 +37,6 @@ WN_MUST_USE wn_status wn_part_write(wn_device *device, const wn_part *part, wn_f
 
 /* ---- checks of a directory against the parameter table ---- */
 
-int64_t wn_name_layer(const char *name); /* the number in "model.layers.N."; -1 when the name has none */
-
 typedef struct wn_dir_rules {
   bool new_indexer_allowed; /* indexer parameters may be absent, but then all of them */
   int32_t n_layers;         /* tensors of model.layers.N with N >= n_layers are MTP layers, and passed over */

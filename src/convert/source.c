@@ -1,0 +1,235 @@
+#include "convert/source.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/name_list.h"
+#include "io/files.h"
+#include "io/json.h"
+
+/* ---- what config.json says besides the shape ---- */
+
+enum { MOST_CONFIG_BYTES = 16 << 20, MOST_MTP_LAYERS = 64 };
+
+static wn_status read_extras(wn_convert_source *s, const char *path, int32_t *named_mtp) {
+  char file[WN_PATH_BYTES];
+  json_t *root;
+  wn_status status = NULL;
+  WN_TRY(wn_path(file, "%s/config.json", path));
+  WN_TRY(wn_json_load(&root, file, MOST_CONFIG_BYTES, WN_E_CONFIG));
+  const json_t *layers = json_object_get(root, "num_nextn_predict_layers");
+  json_int_t n = json_integer_value(layers);
+  if ((layers && !json_is_null(layers) && !json_is_integer(layers)) || n < 0 || n > MOST_MTP_LAYERS)
+    status =
+        WN_FAIL(WN_E_CONFIG, "%s: num_nextn_predict_layers is not a whole number from 0 to %d", file, MOST_MTP_LAYERS);
+  *named_mtp = (int32_t)n;
+  const char *format = json_string_value(json_object_get(json_object_get(root, "quantization_config"), "scale_fmt"));
+  s->scale_ue8m0 = format && strcmp(format, "ue8m0") == 0;
+  json_decref(root);
+  return status;
+}
+
+/* ---- MTP layers ---- */
+
+/* What an MTP layer has besides those of a layer with experts. */
+static const struct {
+  const char *name;
+  bool vocabulary, wide, optional; /* [vocab, hidden]; [hidden, 2 hidden]; else [hidden] */
+} mtp_weights[] = {
+    {"enorm.weight", false, false, false},
+    {"hnorm.weight", false, false, false},
+    {"eh_proj.weight", false, true, false},
+    {"embed_tokens.weight", true, false, true},
+    {"shared_head.norm.weight", false, false, false},
+    {"shared_head.head.weight", true, false, true},
+};
+enum { MTP_WEIGHTS = sizeof mtp_weights / sizeof *mtp_weights };
+
+/* Where each MTP layer has any tensor at all. */
+static void find_mtp(const wn_convert_source *s, int32_t named, bool there[MOST_MTP_LAYERS]) {
+  for (int64_t i = 0; i < wn_hf_dir_count(s->dir); i++) {
+    int64_t behind = wn_name_layer(wn_hf_dir_at(s->dir, i, NULL)->name) - s->config.num_hidden_layers;
+    if (behind >= 0 && behind < named) there[behind] = true;
+  }
+}
+
+/* ---- the list ---- */
+
+typedef struct gathering {
+  wn_convert_source *s;
+  wn_name_list missing, shape, dtype, surplus;
+  const wn_st_entry **claimed;
+  int64_t n_claimed;
+} gathering;
+
+static bool is_indexer(int32_t slot) {
+  return slot >= WN_P_INDEX_Q_B && slot <= WN_P_INDEX_WEIGHTS;
+}
+
+/* model-spec's table: FP8 are the matrices but for embedding, head, router and the indexer's head weights. */
+static wn_released released_of(const wn_param *p) {
+  if (p->file_dtype == WN_F32) return WN_RELEASED_F32;
+  bool kept = p->slot == WN_P_EMBED || p->slot == WN_P_HEAD || p->slot == WN_P_ROUTER || p->slot == WN_P_INDEX_WEIGHTS;
+  return p->rank == 2 && !kept ? WN_RELEASED_FP8 : WN_RELEASED_BF16;
+}
+
+static bool readable(wn_dtype dtype) {
+  return dtype == WN_F32 || dtype == WN_F16 || dtype == WN_BF16 || dtype == WN_F8_E4M3;
+}
+
+static bool shaped(const wn_convert_weight *w, const wn_st_entry *entry) {
+  if (w->rank != entry->rank) return false;
+  for (int32_t d = 0; d < w->rank; d++)
+    if (w->dim[d] != entry->dim[d]) return false;
+  return true;
+}
+
+/* Adds the weight to the list where it is there and sound. */
+static wn_status gather_one(gathering *g, wn_convert_weight w, bool optional) {
+  char theirs[WN_SHAPE_TEXT_BYTES], ours[WN_SHAPE_TEXT_BYTES];
+  const wn_st_entry *entry = wn_hf_dir_find(g->s->dir, w.name, NULL);
+  if (!entry) {
+    if (!optional) wn_name_list_add(&g->missing, "%s", w.name);
+    return NULL;
+  }
+  if (!shaped(&w, entry)) {
+    wn_shape_text(theirs, entry->rank, entry->dim);
+    wn_shape_text(ours, w.rank, w.dim);
+    wn_name_list_add(&g->shape, "%s %s instead of %s", w.name, theirs, ours);
+    return NULL;
+  }
+  if (!readable(entry->dtype)) {
+    wn_name_list_add(&g->dtype, "%s (%s)", w.name, wn_dtype_name(entry->dtype));
+    return NULL;
+  }
+  WN_TRY(wn_hf_weight_find(&w.from, g->s->dir, w.name));
+  g->claimed[g->n_claimed++] = w.from.entry;
+  if (w.from.scale) g->claimed[g->n_claimed++] = w.from.scale;
+  if (w.from.scale) g->s->fp8 = true;
+  g->s->weights[g->s->n++] = w;
+  return NULL;
+}
+
+static wn_status gather_params(gathering *g, int32_t from, int32_t to, bool mtp, bool without_indexer) {
+  for (int32_t i = from; i < to; i++) {
+    const wn_param *p = &g->s->table.params[i];
+    if (without_indexer && is_indexer(p->slot)) continue;
+    wn_convert_weight w = {.name = p->hf_name,
+                           .expert = p->expert,
+                           .indexer = is_indexer(p->slot),
+                           .mtp = mtp,
+                           .released = released_of(p),
+                           .rank = p->rank,
+                           .dim = {p->dim[0], p->dim[1]}};
+    WN_TRY(gather_one(g, w, false));
+  }
+  return NULL;
+}
+
+static bool has_any_indexer(const wn_convert_source *s, int32_t from, int32_t to) {
+  for (int32_t i = from; i < to; i++)
+    if (is_indexer(s->table.params[i].slot) && wn_hf_dir_find(s->dir, s->table.params[i].hf_name, NULL)) return true;
+  return false;
+}
+
+static wn_status gather_mtp(gathering *g, int32_t layer, wn_log *log) {
+  wn_convert_source *s = g->s;
+  int32_t from = s->table.first[layer + 1], to = s->table.first[layer + 2];
+  bool indexer = has_any_indexer(s, from, to);
+  if (s->config.has_indexer && !indexer)
+    wn_warn(log, "%s: MTP layer %d has no indexer; programs that predict with it may refuse a V3.2 model without",
+            wn_hf_dir_path(s->dir), layer);
+  WN_TRY(gather_params(g, from, to, true, !indexer));
+  for (int32_t i = 0; i < MTP_WEIGHTS; i++) {
+    char *name = s->mtp_names[s->mtp_layers * MTP_WEIGHTS + i];
+    snprintf(name, WN_NAME_BYTES, "model.layers.%d.%s", layer, mtp_weights[i].name);
+    wn_convert_weight w = {.name = name, .expert = -1, .mtp = true, .released = WN_RELEASED_BF16, .rank = 1};
+    w.dim[0] = mtp_weights[i].vocabulary ? s->config.vocab_size : s->config.hidden_size;
+    if (mtp_weights[i].vocabulary || mtp_weights[i].wide) w.rank = 2;
+    if (w.rank == 2) w.dim[1] = (int64_t)(mtp_weights[i].wide ? 2 : 1) * s->config.hidden_size;
+    WN_TRY(gather_one(g, w, mtp_weights[i].optional));
+  }
+  s->mtp_layers++;
+  return NULL;
+}
+
+static int by_address(const void *a, const void *b) {
+  const wn_st_entry *x = *(const wn_st_entry *const *)a, *y = *(const wn_st_entry *const *)b;
+  return (x > y) - (x < y);
+}
+
+static void find_surplus(gathering *g) {
+  qsort(g->claimed, (size_t)g->n_claimed, sizeof *g->claimed, by_address);
+  for (int64_t i = 0; i < wn_hf_dir_count(g->s->dir); i++) {
+    const wn_st_entry *entry = wn_hf_dir_at(g->s->dir, i, NULL);
+    if (!bsearch(&entry, g->claimed, (size_t)g->n_claimed, sizeof *g->claimed, by_address))
+      wn_name_list_add(&g->surplus, "%s", entry->name);
+  }
+}
+
+static wn_status complain(const gathering *g, const char *what, const wn_name_list *list, const char *hint) {
+  if (list->n == 0) return NULL;
+  return WN_FAIL_HINT(WN_E_INPUT, hint, "%s: %lld %s%s: %s", wn_hf_dir_path(g->s->dir), (long long)list->n,
+                      list->n == 1 ? "tensor " : "tensors ", what, list->text);
+}
+
+static wn_status gather(gathering *g, int32_t named_mtp, wn_log *log) {
+  wn_convert_source *s = g->s;
+  bool there[MOST_MTP_LAYERS] = {0};
+  int32_t layers = s->config.num_hidden_layers, absent = 0;
+  find_mtp(s, named_mtp, there);
+  WN_TRY(gather_params(g, 0, s->table.first[layers + 1], false, false));
+  for (int32_t i = 0; i < named_mtp; i++) {
+    if (there[i])
+      WN_TRY(gather_mtp(g, layers + i, log));
+    else
+      absent++;
+  }
+  WN_TRY(gather_params(g, s->table.first[layers + named_mtp + 1], s->table.n, false, false));
+  find_surplus(g);
+  WN_TRY(complain(g, "of a type that cannot be read", &g->dtype, "weights are read from F32, F16, BF16 and F8_E4M3"));
+  WN_TRY(complain(g, "missing", &g->missing, "config.json may be another model's, or the directory incomplete"));
+  WN_TRY(complain(g, "misshapen", &g->shape, "config.json may be another model's"));
+  WN_TRY(complain(g, "that this model does not have", &g->surplus, "config.json may be another model's"));
+  if (absent)
+    wn_warn(log, "%s: of the %d MTP layers that config.json names, %d are absent", wn_hf_dir_path(s->dir), named_mtp,
+            absent);
+  return NULL;
+}
+
+static wn_status open_source(wn_convert_source *s, const char *path, wn_log *log) {
+  int32_t named_mtp;
+  WN_TRY(wn_model_config_load(&s->config, path));
+  WN_TRY(read_extras(s, path, &named_mtp));
+  WN_TRY(wn_hf_dir_open(&s->dir, path));
+  wn_model_config deeper = s->config; /* MTP layers have the weights of a further layer with experts */
+  deeper.num_hidden_layers += named_mtp;
+  WN_TRY(wn_param_table_create(&s->table, &deeper, (wn_param_settings){.file_dtype = WN_BF16}));
+  size_t most = (size_t)s->table.n + (size_t)named_mtp * MTP_WEIGHTS;
+  gathering *g = calloc(1, sizeof *g);
+  s->weights = calloc(most, sizeof *s->weights);
+  s->mtp_names = calloc((size_t)named_mtp * MTP_WEIGHTS + 1, sizeof *s->mtp_names);
+  if (g) g->claimed = calloc(2 * most, sizeof *g->claimed);
+  if (g) g->s = s;
+  wn_status status = g && g->claimed && s->weights && s->mtp_names
+                         ? gather(g, named_mtp, log)
+                         : WN_FAIL(WN_E_MEMORY, "out of memory for the weights of %s", path);
+  if (g) free(g->claimed);
+  free(g);
+  return status;
+}
+
+wn_status wn_convert_source_open(wn_convert_source *out, const char *path, wn_log *log) {
+  *out = (wn_convert_source){0};
+  wn_status status = open_source(out, path, log);
+  if (status) wn_convert_source_close(out);
+  return status;
+}
+
+void wn_convert_source_close(wn_convert_source *source) {
+  free(source->weights);
+  free(source->mtp_names);
+  wn_param_table_free(&source->table);
+  wn_hf_dir_close(source->dir);
+  *source = (wn_convert_source){0};
+}
