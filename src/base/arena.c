@@ -98,7 +98,7 @@ wn_status wn_arena_alloc(wn_arena *arena, void **out, const char *name, size_t b
                         "the %s arena has no room for %s: %zu bytes wanted, %zu of %zu left", arena->name, name, bytes,
                         arena->capacity - arena->used, arena->capacity);
   WN_ASSERT(arena->n_live < MAX_LIVE, "more than %d allocations in the %s arena", MAX_LIVE, arena->name);
-  size_t padded = wn_arena_padded(bytes);
+  size_t padded = (bytes + WN_ARENA_ALIGN - 1) / WN_ARENA_ALIGN * WN_ARENA_ALIGN;
   WN_TRY(commit(arena, arena->used + padded));
   int32_t index = tag_of(arena, name);
   arena->lives[arena->n_live++] = (live){arena->used, index};

@@ -11,10 +11,6 @@
 typedef struct wn_arena wn_arena;
 
 enum { WN_ARENA_ALIGN = 256 };
-/* What an allocation of so many bytes takes. */
-static inline size_t wn_arena_padded(size_t bytes) {
-  return (bytes + WN_ARENA_ALIGN - 1) / WN_ARENA_ALIGN * WN_ARENA_ALIGN;
-}
 
 /* Where an arena's pages come from, when not from this process's own memory. */
 typedef struct wn_memory {

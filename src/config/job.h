@@ -58,6 +58,7 @@ typedef struct wn_job {
   } moe;
   struct {
     int32_t context, expert, timeout_s;
+    int64_t most_gathered;
   } parallelism;
   struct {
     int64_t interval;

@@ -103,6 +103,10 @@ static const wn_option options[] = {
      .unit = "ranks", .help = "ranks that share the experts of a layer"},
     {"parallelism.timeout_s", WN_INT32, AT(parallelism.timeout_s), 1, 1 << 20, .fallback = "600", .may_change = true,
      .unit = "s", .help = "how long a rank waits for the others before the run fails"},
+    {"parallelism.most_gathered", WN_INT64, AT(parallelism.most_gathered), 1, 1e15, .fallback = "1073741824",
+     .may_change = true, .unit = "weights",
+     .help =
+         "frozen experts of a layer beyond so many weights are gathered in parts, one ahead; no result depends on it"},
 
     {"checkpoint.interval", WN_INT64, AT(checkpoint.interval), 0, MOST_STEPS, .fallback = "100", .may_change = true,
      .unit = "steps", .help = "between checkpoints; 0: only at the end"},

@@ -62,103 +62,63 @@ static wn_status check_same_table(const wn_store *store, int32_t group) {
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
 
-/* What is done with each tensor that the store has: allocate it, or count it. */
-typedef wn_status visitor(wn_store *store, wn_store_sizes *sizes, wn_tensor *out, const char *name, wn_dtype dtype,
-                          int64_t elements);
+static wn_status zeroed(wn_store *store, wn_tensor *out, const char *name, wn_dtype dtype, int64_t elements) {
+  WN_TRY(wn_tensor_alloc(out, store->device->weights, name, dtype, 1, elements, 0, 0, 0));
+  return store->device->ops->zero(store->device, out);
+}
 
-static wn_status visit_piece(wn_store *store, visitor *visit, wn_store_sizes *sizes, int32_t u) {
+static wn_status allocate_piece(wn_store *store, int32_t u) {
   const unit *at = &store->units[u];
   wn_piece *piece = &store->pieces[u];
   const wn_dtype *dtype_of = store->dtype_of, weight = wn_stored_dtype(store, piece);
-  /* a frozen piece has nothing but what is gathered */
-  wn_dtype master = piece->kind == WN_FROZEN ? weight : dtype_of[WN_MASTER];
   int64_t n = at->piece_elements;
-  WN_TRY(visit(store, sizes, &piece->master, "masters", master, n));
-  if (master != weight) WN_TRY(visit(store, sizes, &piece->weight, "weights", weight, n));
-  if (piece->fp8) WN_TRY(visit(store, sizes, &piece->scale, "block scales", WN_F32, at->n_scales));
+  /* a frozen piece has nothing but what is gathered */
+  WN_TRY(zeroed(store, &piece->master, "masters", piece->kind == WN_FROZEN ? weight : dtype_of[WN_MASTER], n));
+  piece->weight = piece->master;
+  if (piece->master.dtype != weight) WN_TRY(zeroed(store, &piece->weight, "weights", weight, n));
+  if (piece->fp8) WN_TRY(zeroed(store, &piece->scale, "block scales", WN_F32, at->n_scales));
   if (!at->trains) return NULL;
-  WN_TRY(visit(store, sizes, &piece->m, "first moments", dtype_of[WN_MOMENT], n));
-  WN_TRY(visit(store, sizes, &piece->v, "second moments", dtype_of[WN_MOMENT], n));
-  return visit(store, sizes, &piece->grad, "gradients", dtype_of[WN_WGRAD], n);
+  WN_TRY(zeroed(store, &piece->m, "first moments", dtype_of[WN_MOMENT], n));
+  WN_TRY(zeroed(store, &piece->v, "second moments", dtype_of[WN_MOMENT], n));
+  return zeroed(store, &piece->grad, "gradients", dtype_of[WN_WGRAD], n);
 }
 
-static wn_status visit_memory(wn_store *store, visitor *visit, wn_store_sizes *sizes) {
+static wn_status allocate_memory(wn_store *store) {
   static const char *const slots[N_CLASSES] = {"weight slots", "expert slots"};
   static const char *const wide[N_CLASSES] = {"dequantised weights", "dequantised experts"};
-  for (int32_t u = 0; u < store->n_units; u++) WN_TRY(visit_piece(store, visit, sizes, u));
-  for (int c = 0; c < N_CLASSES; c++) {
+  wn_arena *arena = store->device->weights;
+  for (int32_t u = 0; u < store->n_units; u++) WN_TRY(allocate_piece(store, u));
+  for (int c = 0; c < N_CLASSES; c++) { /* written whole before they are read */
     for (int s = 0; s < N_SLOTS && store->slot_bytes[c] > 0; s++)
-      WN_TRY(visit(store, sizes, &store->weight_slots[c][s], slots[c], WN_U8, store->slot_bytes[c]));
+      WN_TRY(wn_tensor_alloc(&store->weight_slots[c][s], arena, slots[c], WN_U8, 1, store->slot_bytes[c], 0, 0, 0));
     if (store->wide_elements[c] > 0)
-      WN_TRY(visit(store, sizes, &store->wide[c], wide[c], store->dtype_of[WN_ACT], store->wide_elements[c]));
+      WN_TRY(wn_tensor_alloc(&store->wide[c], arena, wide[c], store->dtype_of[WN_ACT], 1, store->wide_elements[c], 0, 0,
+                             0));
   }
   for (int s = 0; s < N_SLOTS && store->grad_slot_elements > 0; s++)
-    WN_TRY(visit(store, sizes, &store->grad_slots[s], "gradient slots", store->dtype_of[WN_WGRAD],
-                 store->grad_slot_elements));
+    WN_TRY(
+        zeroed(store, &store->grad_slots[s], "gradient slots", store->dtype_of[WN_WGRAD], store->grad_slot_elements));
   return NULL;
-}
-
-static wn_status allocate(wn_store *store, wn_store_sizes *sizes, wn_tensor *out, const char *name, wn_dtype dtype,
-                          int64_t elements) {
-  (void)sizes;
-  WN_TRY(wn_tensor_alloc(out, store->device->weights, name, dtype, 1, elements, 0, 0, 0));
-  /* what is gathered into is written whole before it is read */
-  return dtype == WN_U8 ? NULL : store->device->ops->zero(store->device, out);
-}
-
-static wn_status count(wn_store *store, wn_store_sizes *sizes, wn_tensor *out, const char *name, wn_dtype dtype,
-                       int64_t elements) {
-  (void)store, (void)out;
-  int32_t i = 0;
-  while (i < sizes->n && sizes->line[i].name != name) i++;
-  WN_ASSERT(i < WN_STORE_LINES, "more than %d kinds of memory", WN_STORE_LINES);
-  if (i == sizes->n) sizes->line[sizes->n++].name = name;
-  sizes->line[i].bytes += wn_arena_padded((size_t)(elements * wn_dtype_bytes(dtype)));
-  return NULL;
-}
-
-static wn_status begin(wn_store **out, const wn_param *params, int32_t n_params, int32_t n_groups,
-                       const wn_dtype dtype_of[WN_N_ROLES]) {
-  WN_ASSERT(n_params > 0 && n_groups > 0 && n_groups <= MAX_GROUPS, "%d parameters, %d groups", n_params, n_groups);
-  wn_store *store = calloc(1, sizeof *store);
-  if (!store) return WN_FAIL(WN_E_MEMORY, "out of memory for the parameter store");
-  *store = (wn_store){.n_groups = n_groups, .params = params, .n_params = n_params};
-  memcpy(store->dtype_of, dtype_of, sizeof store->dtype_of);
-  check_params(store);
-  *out = store;
-  return NULL;
-}
-
-wn_status wn_store_measure(wn_store_sizes *out, const wn_dtype dtype_of[WN_N_ROLES], const int32_t *group_size,
-                           int32_t n_groups, const wn_param *params, int32_t n_params) {
-  wn_store *store;
-  *out = (wn_store_sizes){0};
-  WN_TRY(begin(&store, params, n_params, n_groups, dtype_of));
-  memcpy(store->group_size, group_size, (size_t)n_groups * sizeof *group_size);
-  wn_status status = wn_store_lay_out(store);
-  if (!status) status = visit_memory(store, count, out);
-  out->largest_reduced = store->largest_reduced;
-  wn_store_free(store);
-  return status;
 }
 
 wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
                           const wn_param *params, int32_t n_params) {
-  wn_store *store;
-  WN_TRY(begin(&store, params, n_params, n_groups, device->dtype_of));
-  store->device = device;
+  WN_ASSERT(n_params > 0 && n_groups > 0 && n_groups <= MAX_GROUPS, "%d parameters, %d groups", n_params, n_groups);
+  wn_store *store = calloc(1, sizeof *store);
+  if (!store) return WN_FAIL(WN_E_MEMORY, "out of memory for the parameter store");
+  *store = (wn_store){.device = device, .n_groups = n_groups, .params = params, .n_params = n_params};
+  memcpy(store->dtype_of, device->dtype_of, sizeof store->dtype_of);
   for (int32_t g = 0; g < n_groups; g++) {
     store->groups[g] = groups[g];
     store->group_size[g] = wn_group_size(groups[g]);
     store->group_rank[g] = wn_group_rank(groups[g]);
   }
   wn_status status = NULL;
+  check_params(store);
   for (int32_t g = 0; g < n_groups; g++)
     WN_KEEP_FIRST(status, check_same_table(store, g)); /* every rank in every group */
   if (!status) status = wn_store_lay_out(store);
-  if (!status) status = visit_memory(store, allocate, NULL);
-  for (int32_t u = 0; !status && u < store->n_units; u++)
-    if (!store->pieces[u].weight.data) store->pieces[u].weight = store->pieces[u].master;
+  if (!status) status = allocate_memory(store);
   WN_TRY_GOTO(status, fail, wn_world_agree(world, status));
   WN_TRY_GOTO(status, fail, wn_comm_create(&store->comm, device, world, groups, n_groups, store->largest_reduced));
   *out = store;
@@ -216,28 +176,31 @@ wn_tensor wn_store_scales(const wn_store *store, int32_t param) {
   return wn_tensor_view(flat, 2, rows, cols, 0, 0);
 }
 
-static int64_t total_of(const wn_store_sizes *sizes) {
-  int64_t total = 0;
-  for (int32_t i = 0; i < sizes->n; i++) total += (int64_t)sizes->line[i].bytes;
-  return total;
+static int64_t piece_bytes(const wn_piece *piece) {
+  const wn_tensor *const all[] = {&piece->master, &piece->weight, &piece->scale, &piece->m, &piece->v, &piece->grad};
+  int64_t bytes = 0;
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+    bool again = all[i] == &piece->weight && piece->weight.data == piece->master.data;
+    if (all[i]->data && !again) bytes += wn_tensor_bytes(all[i]);
+  }
+  return bytes;
 }
 
-void wn_store_print(wn_store *store, FILE *out) {
+void wn_store_print(const wn_store *store, FILE *out) {
   static const char *const kind_names[WN_N_KINDS] = {"base", "indexer", "frozen", "buffer"};
-  int64_t elements = 0, bytes = 0;
-  wn_store_sizes all = {0};
+  int64_t elements = 0, bytes = 0, slot_bytes = 0;
   fprintf(out, "%5s %5s %-8s %14s %18s\n", "layer", "group", "kind", "elements", "bytes a rank");
   for (int32_t u = 0; u < store->n_units; u++) {
     const wn_piece *piece = &store->pieces[u];
-    wn_store_sizes own = {0};
-    wn_status_free(visit_piece(store, count, &own, u)); /* counting cannot fail */
     fprintf(out, "%5d %5d %-8s %14lld %18lld\n", piece->layer, piece->group,
             piece->fp8 ? "fp8" : kind_names[piece->kind], (long long)store->units[u].elements,
-            (long long)total_of(&own));
+            (long long)piece_bytes(piece));
     elements += store->units[u].elements;
-    bytes += total_of(&own);
+    bytes += piece_bytes(piece);
   }
-  wn_status_free(visit_memory(store, count, &all));
-  fprintf(out, "%5s %5s %-8s %14s %18lld\n", "", "", "slots", "", (long long)(total_of(&all) - bytes));
-  fprintf(out, "%5s %5s %-8s %14lld %18lld\n", "", "", "total", (long long)elements, (long long)total_of(&all));
+  for (int c = 0; c < N_CLASSES; c++)
+    slot_bytes += N_SLOTS * store->slot_bytes[c] + store->wide_elements[c] * wn_dtype_bytes(store->dtype_of[WN_ACT]);
+  slot_bytes += N_SLOTS * store->grad_slot_elements * wn_dtype_bytes(store->dtype_of[WN_WGRAD]);
+  fprintf(out, "%5s %5s %-8s %14s %18lld\n", "", "", "slots", "", (long long)slot_bytes);
+  fprintf(out, "%5s %5s %-8s %14lld %18lld\n", "", "", "total", (long long)elements, (long long)(bytes + slot_bytes));
 }

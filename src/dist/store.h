@@ -73,22 +73,6 @@ WN_MUST_USE wn_status wn_store_create(wn_store **out, wn_device *device, wn_worl
                                       int32_t n_groups, const wn_param *params, int32_t n_params);
 void wn_store_free(wn_store *store);
 
-/* What wn_store_create would take from device->weights on a rank of groups of these sizes, by the names of the arena's
- * table; and the elements of the largest unit whose gradients are summed, for which the GPU's collectives take as many
- * FP32. Nothing is allocated. */
-enum { WN_STORE_LINES = 16 };
-typedef struct wn_store_sizes {
-  struct {
-    const char *name;
-    size_t bytes;
-  } line[WN_STORE_LINES];
-  int32_t n;
-  int64_t largest_reduced;
-} wn_store_sizes;
-WN_MUST_USE wn_status wn_store_measure(wn_store_sizes *out, const wn_dtype dtype_of[WN_N_ROLES],
-                                       const int32_t *group_size, int32_t n_groups, const wn_param *params,
-                                       int32_t n_params);
-
 /* Rounds the masters into the weights, where these are copies: after masters were written by anything but adamw. */
 WN_MUST_USE wn_status wn_store_publish(wn_store *store);
 /* After the last reduce of a step, before the pieces' gradients are used. */
@@ -123,6 +107,6 @@ wn_group *wn_store_group(const wn_store *store, int32_t group);
  * once. */
 wn_tensor wn_store_scales(const wn_store *store, int32_t param);
 /* The unit table, as the planner prints it: layer, group, kind (fp8: frozen, stored so), elements, bytes a rank. */
-void wn_store_print(wn_store *store, FILE *out);
+void wn_store_print(const wn_store *store, FILE *out);
 
 #endif

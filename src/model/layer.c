@@ -253,6 +253,7 @@ wn_status wn_layer_forward(wn_model *model, int32_t layer, const wn_layer_tensor
   size_t mark = wn_arena_mark(model->device->scratch);
   wn_status status = NULL;
   wn_tensor mid;
+  WN_TRY_GOTO(status, end, wn_moe_prefetch(weights)); /* it travels while the attention computes */
   if (h_mid)
     mid = *h_mid;
   else

@@ -19,6 +19,7 @@ wn_status wn_model_create(wn_model **out, wn_device *device, const wn_model_conf
   if (!model) return WN_FAIL(WN_E_MEMORY, "no memory for the model");
   model->config = *config;
   model->device = device;
+  model->moe_rows = WN_MOE_ROWS;
   model->inv_freq = calloc((size_t)config->qk_rope_head_dim / 2, sizeof *model->inv_freq);
   model->expert_offset = calloc((size_t)config->n_routed_experts + 1, sizeof *model->expert_offset);
   wn_status status = NULL;

@@ -91,35 +91,83 @@ static wn_status route(wn_call *c, routed *r, const wn_tensor *x, wn_moe_choice 
                         &params);
 }
 
-/* Everything up to the experts' down projection. */
-static wn_status experts_inner(wn_call *c, routed *r, const wn_tensor *x, wn_moe_choice *choice) {
+/* Copies of the rows for their experts, and the room for what is between. */
+static wn_status permute(wn_call *c, routed *r, const wn_tensor *x, const wn_tensor *expert) {
   const wn_model_config *f = c->config;
-  int64_t pairs = c->n * f->num_experts_per_tok, *offset = c->model->expert_offset;
-  WN_TRY(route(c, r, x, choice));
+  int64_t pairs = x->dim[0] * f->num_experts_per_tok;
   WN_TRY(wn_scratch(c, &r->xp, "expert rows", WN_ACT, 2, pairs, f->hidden_size, 0));
   WN_TRY(wn_scratch(c, &r->slot, "expert slots", WN_INDEX, 1, pairs, 0, 0));
   WN_TRY(gated_alloc(c, &r->g, pairs, f->moe_intermediate_size));
-  WN_TRY(c->ops->moe_permute(c->device, &r->xp, &r->slot, offset, x, &choice->expert, f->n_routed_experts));
-  WN_TRY(c->ops->grouped_linear(c->device, &r->g.gate, &r->xp, c->weights->expert_gate, f->n_routed_experts, offset,
-                                &(wn_accumulate){0}));
-  WN_TRY(c->ops->grouped_linear(c->device, &r->g.up, &r->xp, c->weights->expert_up, f->n_routed_experts, offset,
-                                &(wn_accumulate){0}));
-  return c->ops->swiglu(c->device, &r->g.act, &r->g.gate, &r->g.up);
+  return c->ops->moe_permute(c->device, &r->xp, &r->slot, c->model->expert_offset, x, expert, f->n_routed_experts);
 }
 
-static wn_status experts_down(wn_call *c, wn_tensor *yp, const routed *r) {
-  WN_TRY(wn_scratch(c, yp, "expert outputs", WN_ACT, 2, r->xp.dim[0], r->xp.dim[1], 0));
-  return c->ops->grouped_linear(c->device, yp, &r->g.act, c->weights->expert_down, c->config->n_routed_experts,
-                                c->model->expert_offset, &(wn_accumulate){0});
+/* Experts first .. first + count - 1, which are consecutive rows of xp: up to the down projection. */
+static wn_status experts_inner(wn_call *c, const routed *r, int32_t first, int32_t count) {
+  const wn_layer_tensors *w = c->weights;
+  const int64_t *offset = c->model->expert_offset + first;
+  int64_t rows = offset[count] - offset[0];
+  gated g = r->g;
+  WN_TRY(
+      c->ops->grouped_linear(c->device, &g.gate, &r->xp, w->expert_gate + first, count, offset, &(wn_accumulate){0}));
+  WN_TRY(c->ops->grouped_linear(c->device, &g.up, &r->xp, w->expert_up + first, count, offset, &(wn_accumulate){0}));
+  g.gate = wn_tensor_slice(g.gate, 0, offset[0], rows);
+  g.up = wn_tensor_slice(g.up, 0, offset[0], rows);
+  g.act = wn_tensor_slice(g.act, 0, offset[0], rows);
+  return c->ops->swiglu(c->device, &g.act, &g.gate, &g.up);
+}
+
+static wn_status experts_down(wn_call *c, wn_tensor *yp, const routed *r, int32_t first, int32_t count) {
+  return c->ops->grouped_linear(c->device, yp, &r->g.act, c->weights->expert_down + first, count,
+                                c->model->expert_offset + first, &(wn_accumulate){0});
+}
+
+static wn_status outputs_alloc(wn_call *c, wn_tensor *yp, const routed *r) {
+  return wn_scratch(c, yp, "expert outputs", WN_ACT, 2, r->xp.dim[0], r->xp.dim[1], 0);
+}
+
+wn_status wn_moe_prefetch(const wn_layer_tensors *weights) {
+  return weights->store ? wn_store_prefetch_part(weights->store, weights->layer, 1) : NULL;
+}
+
+/* All experts over the rows of xp. Where they come in parts: one part computes while the next is on its way; `again`:
+ * the first part is wanted once more after the last. */
+static wn_status experts_in_turn(wn_call *c, wn_tensor *yp, const routed *r, bool again) {
+  const wn_layer_tensors *w = c->weights;
+  int32_t experts = c->config->n_routed_experts;
+  if (!w->store) {
+    WN_TRY(experts_inner(c, r, 0, experts));
+    return experts_down(c, yp, r, 0, experts);
+  }
+  for (int32_t part = 1; part <= w->parts; part++) {
+    int32_t first = (part - 1) * w->experts_a_part, left = experts - first;
+    int32_t count = left < w->experts_a_part ? left : w->experts_a_part;
+    WN_TRY(wn_store_acquire_part(w->store, w->layer, part, w->by_param));
+    if (part < w->parts)
+      WN_TRY(wn_store_prefetch_part(w->store, w->layer, part + 1));
+    else if (again)
+      WN_TRY(wn_store_prefetch_part(w->store, w->layer, 1));
+    WN_TRY(experts_inner(c, r, first, count));
+    WN_TRY(experts_down(c, yp, r, first, count));
+    WN_TRY(wn_store_release_part(w->store, w->layer, part));
+  }
+  return NULL;
 }
 
 wn_status wn_moe_forward(wn_call *c, wn_tensor *y, const wn_tensor *x, wn_moe_choice *choice) {
   size_t mark = wn_arena_mark(c->device->scratch);
   routed r;
-  wn_tensor yp;
-  WN_TRY(experts_inner(c, &r, x, choice));
-  WN_TRY(experts_down(c, &yp, &r));
-  WN_TRY(c->ops->moe_combine(c->device, y, &yp, &r.slot, &r.weight));
+  WN_TRY(route(c, &r, x, choice));
+  for (int64_t from = 0, n; from < c->n; from += n) { /* rows do not depend on each other */
+    n = c->n - from < c->model->moe_rows ? c->n - from : c->model->moe_rows;
+    size_t rows_mark = wn_arena_mark(c->device->scratch);
+    wn_tensor yp, rows = wn_tensor_slice(*x, 0, from, n), out = wn_tensor_slice(*y, 0, from, n);
+    wn_tensor expert = wn_tensor_slice(choice->expert, 0, from, n), weight = wn_tensor_slice(r.weight, 0, from, n);
+    WN_TRY(permute(c, &r, &rows, &expert));
+    WN_TRY(outputs_alloc(c, &yp, &r));
+    WN_TRY(experts_in_turn(c, &yp, &r, from + n < c->n));
+    WN_TRY(c->ops->moe_combine(c->device, &out, &yp, &r.slot, &weight));
+    wn_arena_release(c->device->scratch, rows_mark);
+  }
   wn_arena_release(c->device->scratch, mark);
   if (!c->weights->slot[WN_P_SHARED_GATE].data) return NULL;
   return wn_mlp_forward(c, y, x, WN_P_SHARED_GATE);
@@ -137,7 +185,8 @@ static wn_status experts_down_backward(wn_call *c, wn_tensor *dact, wn_tensor *d
                                        const routed *r) {
   size_t mark = wn_arena_mark(c->device->scratch);
   wn_tensor yp, dyp;
-  WN_TRY(experts_down(c, &yp, r));
+  WN_TRY(outputs_alloc(c, &yp, r));
+  WN_TRY(experts_down(c, &yp, r, 0, c->config->n_routed_experts));
   WN_TRY(wn_scratch(c, &dyp, "expert outputs gradient", WN_ACT, 2, yp.dim[0], yp.dim[1], 0));
   WN_TRY(c->ops->moe_combine_backward(c->device, &dyp, dweight, dy, &yp, &r->slot, &r->weight));
   WN_TRY(expert_weight_grad(c, c->grads ? c->grads->expert_down : NULL, &dyp, &r->g.act));
@@ -170,7 +219,10 @@ wn_status wn_moe_backward(wn_call *c, wn_tensor *dx, const wn_tensor *dy, const 
   size_t mark = wn_arena_mark(c->device->scratch);
   routed r;
   wn_tensor dact, dweight;
-  WN_TRY(experts_inner(c, &r, x, choice));
+  WN_ASSERT(!c->weights->store, "a backward through experts that come in parts");
+  WN_TRY(route(c, &r, x, choice));
+  WN_TRY(permute(c, &r, x, &choice->expert));
+  WN_TRY(experts_inner(c, &r, 0, c->config->n_routed_experts));
   WN_TRY(wn_scratch(c, &dact, "expert act gradient", WN_ACT, 2, r.g.act.dim[0], r.g.act.dim[1], 0));
   WN_TRY(wn_scratch(c, &dweight, "router weight gradient", WN_STAT, 2, c->n, r.weight.dim[1], 0));
   WN_TRY(experts_down_backward(c, &dact, &dweight, dy, &r));

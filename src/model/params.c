@@ -138,6 +138,15 @@ static wn_kind kind_of(int32_t slot, wn_param_settings settings) {
   return slot == WN_P_ROUTER_BIAS ? WN_BUFFER : WN_BASE;
 }
 
+/* How many experts make a part, all of a size; 0: no parts. */
+static int32_t experts_a_part(const wn_model_config *c, wn_param_settings settings) {
+  int64_t most = settings.most_gathered > 0 ? settings.most_gathered : WN_MOST_GATHERED;
+  int64_t expert = 3 * (int64_t)c->moe_intermediate_size * c->hidden_size, experts = c->n_routed_experts;
+  if (settings.train_base || experts * expert <= most) return 0;
+  int64_t fit = most / expert > 1 ? most / expert : 1, parts = (experts + fit - 1) / fit;
+  return (int32_t)((experts + parts - 1) / parts);
+}
+
 wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *config, wn_param_settings settings) {
   WN_ASSERT(settings.file_dtype == WN_F32 || settings.file_dtype == WN_BF16, "checkpoints of dtype %s",
             wn_dtype_name(settings.file_dtype));
@@ -153,6 +162,7 @@ wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *conf
     wn_param_table_free(&table);
     return WN_FAIL(WN_E_MEMORY, "no memory for a table of %zu parameters", n);
   }
+  table.experts_a_part = experts_a_part(config, settings);
   for (int32_t layer = -1; layer <= layers; layer++) {
     table.first[layer + 1] = table.n;
     for (int32_t slot = 0; slot < WN_N_SLOTS; slot++) {
@@ -166,6 +176,7 @@ wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *conf
                         .role = slot == WN_P_ROUTER_BIAS ? WN_STAT : WN_ACT,
                         .group = is_expert(slot) ? settings.expert_group : 0,
                         .file_dtype = always_f32(slot) ? WN_F32 : settings.file_dtype};
+        if (p->expert >= 0 && table.experts_a_part) p->part = 1 + p->expert / table.experts_a_part;
         set_shape(p, config);
         set_name(p);
         p->decay = p->rank > 1;
@@ -202,6 +213,20 @@ void wn_layer_bind(wn_layer_tensors *out, const wn_param_table *table, int32_t l
     if (p->slot == WN_P_EXPERT_UP) out->expert_up = &by_param[i];
     if (p->slot == WN_P_EXPERT_DOWN) out->expert_down = &by_param[i];
   }
+}
+
+wn_status wn_layer_acquire(wn_layer_tensors *out, const wn_param_table *table, wn_store *store, int32_t layer,
+                           wn_tensor *by_param) {
+  WN_TRY(wn_store_acquire(store, layer, by_param));
+  wn_layer_bind(out, table, layer, by_param);
+  for (int32_t i = table->first[layer + 1]; i < table->first[layer + 2]; i++)
+    if (table->params[i].part > out->parts) out->parts = table->params[i].part;
+  if (out->parts == 0) return NULL;
+  out->store = store;
+  out->by_param = by_param;
+  out->layer = layer;
+  out->experts_a_part = table->experts_a_part;
+  return NULL;
 }
 
 double wn_param_initial(const wn_param *p, const wn_model_config *config, uint64_t seed, int64_t i) {

@@ -96,6 +96,8 @@ typedef struct wn_moe_choice {
   wn_tensor load, balance; /* [E] INDEX +=; [1] STAT += (data NULL: not wanted) */
 } wn_moe_choice;
 
+/* Starts gathering the first part of a layer's experts, where they come in parts. */
+WN_MUST_USE wn_status wn_moe_prefetch(const wn_layer_tensors *weights);
 /* y[n,D] += experts and shared experts of x[n,D]. */
 WN_MUST_USE wn_status wn_moe_forward(wn_call *c, wn_tensor *y, const wn_tensor *x, wn_moe_choice *choice);
 /* dx[n,D] =, from dy and the balance loss. Recomputes from x; choice as in the forward. */

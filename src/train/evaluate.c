@@ -43,9 +43,8 @@ static wn_status layers_forward(evaluation *ev, const wn_batch *batch, wn_tensor
                               ev->pass.topk, 0, 0));
   }
   for (int32_t l = 0; l < layers; l++) {
-    WN_TRY(wn_store_acquire(s->store, l, ev->by_param));
+    WN_TRY(wn_layer_acquire(&weights, &s->model->table, s->store, l, ev->by_param));
     WN_TRY(wn_store_prefetch(s->store, l + 1));
-    wn_layer_bind(&weights, &s->model->table, l, ev->by_param);
     if (rows) {
       measures.picks = picks[l & 1];
       measures.picks_prev = l > 0 ? picks[(l + 1) & 1] : (wn_tensor){0};
@@ -83,13 +82,11 @@ static wn_status one_window(evaluation *ev, int64_t window, bool counts, wn_eval
                             0, 0));
   WN_TRY(wn_device_tensor(device, &logp, device->stash, "token log-probabilities", WN_STAT, 1, T, 0, 0, 0));
   if (ev->sample_rows) WN_TRY(sample(ev, &rows, window));
-  WN_TRY(wn_store_acquire(s->store, -1, ev->by_param));
-  wn_layer_bind(&weights, &s->model->table, -1, ev->by_param);
+  WN_TRY(wn_layer_acquire(&weights, &s->model->table, s->store, -1, ev->by_param));
   WN_TRY(wn_model_embed(s->model, &weights, &h[0], &batch.tokens));
   WN_TRY(wn_store_release(s->store, -1));
   WN_TRY(layers_forward(ev, &batch, h, ev->sample_rows ? &rows : NULL));
-  WN_TRY(wn_store_acquire(s->store, last, ev->by_param));
-  wn_layer_bind(&weights, &s->model->table, last, ev->by_param);
+  WN_TRY(wn_layer_acquire(&weights, &s->model->table, s->store, last, ev->by_param));
   WN_TRY(wn_model_head(s->model, &weights, NULL, &logp, NULL, &h[last & 1], &batch.target, NULL));
   WN_TRY(wn_store_release(s->store, last));
   WN_TRY(device->ops->download(device, ev->logp, &logp));

@@ -74,8 +74,7 @@ static wn_status tensor(job *j, wn_tensor *out, wn_role role, int64_t d0, int64_
 }
 
 static wn_status acquire(job *j, int32_t layer, wn_layer_tensors *weights, wn_layer_tensors *grads) {
-  WN_TRY(wn_store_acquire(j->in->store, layer, j->by_param));
-  wn_layer_bind(weights, &j->in->model->table, layer, j->by_param);
+  WN_TRY(wn_layer_acquire(weights, &j->in->model->table, j->in->store, layer, j->by_param));
   if (!grads) return NULL;
   WN_TRY(wn_store_grads(j->in->store, layer, j->grads_by_param));
   wn_layer_bind(grads, &j->in->model->table, layer, j->grads_by_param);

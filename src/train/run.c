@@ -128,6 +128,7 @@ static wn_param_settings param_settings(const wn_recipe *recipe, const wn_job *j
       .train_base = recipe->train_base,
       .train_indexer = recipe->train_indexer,
       .file_dtype = job->checkpoint.dtype == WN_FILE_BF16 ? WN_BF16 : WN_F32,
+      .most_gathered = job->parallelism.most_gathered,
   };
 }
 

@@ -240,9 +240,7 @@ static wn_status begin_sampling(work *w, int32_t m, wn_tensor *sample, wn_tensor
 /* ---- layers and the store ---- */
 
 static wn_status acquire(wn_run *run, int32_t layer, wn_layer_tensors *weights) {
-  WN_TRY(wn_store_acquire(run->store, layer, run->by_param));
-  wn_layer_bind(weights, &run->model->table, layer, run->by_param);
-  return NULL;
+  return wn_layer_acquire(weights, &run->model->table, run->store, layer, run->by_param);
 }
 
 static wn_status take_grads(wn_run *run, int32_t layer, wn_layer_tensors *grads) {

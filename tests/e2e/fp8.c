@@ -101,12 +101,17 @@ static int set_up(void **state) {
   return 0;
 }
 
-static void train(void **state, int32_t ranks, const char *stage, const char *init, const char *run, int64_t steps) {
+static void train_with(void **state, int32_t ranks, const char *stage, const char *init, const char *run, int64_t steps,
+                       const char *more) {
   const char *dir = *state;
   wn_winnow_ends(0, ranks,
                  "%s %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=%lld checkpoint.interval=4 "
-                 "checkpoint.dtype=bf16 metrics.eval_every=2",
-                 stage, dir, dir, init, dir, run, (long long)steps);
+                 "checkpoint.dtype=bf16 metrics.eval_every=2 %s",
+                 stage, dir, dir, init, dir, run, (long long)steps, more);
+}
+
+static void train(void **state, int32_t ranks, const char *stage, const char *init, const char *run, int64_t steps) {
+  train_with(state, ranks, stage, init, run, steps, "");
 }
 
 static wn_hf_dir *open_step(void **state, const char *run, int64_t step) {
@@ -153,6 +158,42 @@ static void and_so_do_two_ranks(void **state) {
   train(state, 2, "warmup", "base-wide", "warm2-wide", 5);
   tiny_expect_same_tables(state, "warm2-fp8", "warm2-wide");
   expect_same_indexers(state, "warm2-fp8", "warm2-wide", 5);
+}
+
+/* Bytes of a name in the arenas' table of RUN/memory.txt. */
+static int64_t memory_of(void **state, const char *run, const char *name) {
+  char path[WN_PATH_BYTES], line[64];
+  long long bytes = 0;
+  OK(wn_path(path, "%s/%s/memory.txt", (const char *)*state, run));
+  tiny_file file = tiny_read(path);
+  snprintf(line, sizeof line, "weights    %s ", name);
+  const char *found = strstr(file.text, line);
+  if (found) assert_int_equal(sscanf(found + strlen(line), "%lld", &bytes), 1);
+  free(file.text);
+  return bytes;
+}
+
+/* Experts that are gathered in parts, one or three at a time, are the same experts, and take less memory at once. */
+static void experts_in_parts_are_the_same(void **state) {
+  static const char *const fp8[] = {"warm-fp8", "warm2-fp8"}, *const wide[] = {"warm-wide", "warm2-wide"};
+  const int64_t expert = 3 * 160 * 136;
+  char run[32], more[64];
+  for (int32_t ranks = 1; ranks <= 2; ranks++)
+    for (int32_t k = 0; k < 3; k++) { /* four experts by threes are two and two */
+      snprintf(more, sizeof more, "parallelism.most_gathered=%lld", (long long)(k == 1 ? 3 * expert : 1));
+      snprintf(run, sizeof run, "parts-%d-%d", ranks, k);
+      train_with(state, ranks, "warmup", k == 2 ? "base-wide" : "base-fp8", run, ranks == 1 ? 6 : 5, more);
+      tiny_expect_same_tables(state, run, k == 2 ? wide[ranks - 1] : fp8[ranks - 1]);
+      tiny_expect_same_tree(tiny_step(state, run, ranks == 1 ? 6 : 5).text,
+                            tiny_step(state, k == 2 ? wide[ranks - 1] : fp8[ranks - 1], ranks == 1 ? 6 : 5).text);
+      int64_t at_once = (k == 1 ? 2 : 1) * expert, slots = memory_of(state, run, "expert slots");
+      int64_t widened = memory_of(state, run, "dequantised experts"), padding = 3 * 1024;
+      int64_t bytes = k == 2 ? 4 : 1; /* FP32, or codes */
+      if (ranks == 1) assert_int_equal(slots, 0);
+      if (ranks == 2) assert_true(slots >= 2 * bytes * at_once && slots <= 2 * bytes * (at_once + padding));
+      if (k == 2) assert_int_equal(widened, 0);
+      if (k != 2) assert_true(widened >= 4 * at_once && widened <= 4 * (at_once + padding));
+    }
 }
 
 /* The store's own table: codes take a byte, on a rank its share. */
@@ -239,6 +280,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(warmup_computes_with_the_dequantised_weights),
       cmocka_unit_test(and_so_do_two_ranks),
+      cmocka_unit_test(experts_in_parts_are_the_same),
       cmocka_unit_test(the_base_takes_a_byte_a_weight),
       cmocka_unit_test(checkpoints_hold_the_base_as_it_was),
       cmocka_unit_test(a_resumed_warmup_is_the_same),

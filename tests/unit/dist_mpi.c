@@ -404,26 +404,6 @@ static wn_status expect_grads(wn_store *store, const model *m, int32_t world_ran
   return NULL;
 }
 
-/* What is counted without allocating is what the arena has given: of each name, and in all. */
-static wn_status check_sizes(wn_device *device, wn_group *const groups[2], const model *m) {
-  char text[4096] = "", line[128];
-  size_t total = 0;
-  wn_store_sizes sizes;
-  const int32_t ranks[2] = {wn_group_size(groups[0]), wn_group_size(groups[1])};
-  WN_TRY(wn_store_measure(&sizes, device->dtype_of, ranks, 2, m->params, m->n));
-  FILE *out = fmemopen(text, sizeof text, "w");
-  CHECK(out != NULL);
-  wn_arena_print(device->weights, out);
-  fclose(out);
-  for (int32_t i = 0; i < sizes.n; i++) {
-    snprintf(line, sizeof line, "%-10s %-28s %14zu bytes\n", "weights", sizes.line[i].name, sizes.line[i].bytes);
-    CHECK(strstr(text, line) != NULL);
-    total += sizes.line[i].bytes;
-  }
-  CHECK(total == wn_arena_used_bytes(device->weights) && sizes.largest_reduced > 0);
-  return NULL;
-}
-
 static wn_status store_step(wn_world *world, wn_device *device, int32_t classes) {
   int32_t rank = wn_world_rank(world);
   model m;
@@ -436,7 +416,6 @@ static wn_status store_step(wn_world *world, wn_device *device, int32_t classes)
   WN_TRY(wn_store_publish(store));
   WN_TRY(check_weights(store, &m, 1));
   WN_TRY(check_parts(store, &m, 1));
-  WN_TRY(check_sizes(device, groups, &m));
   for (int32_t micro = 0; micro < MICRO_BATCHES; micro++) WN_TRY(accumulate(store, &m, rank, micro));
   WN_TRY(expect_grads(store, &m, rank, classes));
   for (int32_t i = 0; i < wn_store_pieces(store); i++) { /* an update of the pieces is seen by the next gather */

@@ -209,7 +209,6 @@ static void fp8_is_stored_as_fp8(void **state) {
   };
   wn_store *store;
   wn_tensor weights[N] = {0};
-  size_t before = wn_arena_used_bytes(f->device->weights);
   OK(wn_store_create(&store, f->device, f->world, f->groups, 2, stored, N));
   assert_int_equal(wn_store_pieces(store), 4);
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
@@ -244,11 +243,6 @@ static void fp8_is_stored_as_fp8(void **state) {
     if (layer == 1) OK(wn_store_release_part(store, 1, 1));
     OK(wn_store_release(store, layer));
   }
-  wn_store_sizes sizes;
-  size_t total = 0;
-  OK(wn_store_measure(&sizes, f->device->dtype_of, (int32_t[]){1, 1}, 2, stored, N));
-  for (int32_t i = 0; i < sizes.n; i++) total += sizes.line[i].bytes;
-  assert_int_equal(total, wn_arena_used_bytes(f->device->weights) - before);
   wn_store_free(store);
 }
 
@@ -256,22 +250,9 @@ static void fp8_is_stored_as_fp8(void **state) {
 static void moments_may_be_bf16(void **state) {
   fixture *f = *state;
   wn_store *store;
-  wn_store_sizes wide, narrow;
-  OK(wn_store_measure(&wide, f->device->dtype_of, (int32_t[]){1, 1}, 2, table, N_PARAMS));
   f->device->dtype_of[WN_MOMENT] = WN_BF16;
-  OK(wn_store_measure(&narrow, f->device->dtype_of, (int32_t[]){1, 1}, 2, table, N_PARAMS));
-  size_t before = wn_arena_used_bytes(f->device->weights), total = 0;
   OK(wn_store_create(&store, f->device, f->world, f->groups, 2, table, N_PARAMS));
   f->device->dtype_of[WN_MOMENT] = WN_F32;
-  assert_int_equal(wide.n, narrow.n);
-  for (int32_t i = 0; i < narrow.n; i++) {
-    const char *name = narrow.line[i].name;
-    bool moments = strstr(name, "moments") != NULL;
-    total += narrow.line[i].bytes;
-    assert_string_equal(wide.line[i].name, name);
-    if (moments) assert_true(narrow.line[i].bytes < wide.line[i].bytes);
-  }
-  assert_int_equal(total, wn_arena_used_bytes(f->device->weights) - before);
   for (int32_t i = 0; i < wn_store_pieces(store); i++) {
     const wn_piece *piece = wn_store_piece(store, i);
     if (!piece->m.data) continue;

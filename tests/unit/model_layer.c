@@ -49,6 +49,27 @@ static void expect_same_grads(const scene *a, const scene *b) {
       expect_same(a->model.model->table.params[i].hf_name, &a->model.grads[i], &b->model.grads[i]);
 }
 
+/* Experts take rows in turn, so many at once: each row's sums are its own, but for what a product of fewer rows rounds
+ * otherwise. */
+static void experts_take_rows_in_turn(void **state) {
+  (void)state;
+  static const int32_t rows[] = {31, 16, 7, 1};
+  scene whole = set_up(WN_SELECT_DENSE, WN_FORM_AUTO, 0);
+  wn_test_forward(&whole.model, &whole.run, &whole.text, &whole.pass, false);
+  for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    scene s = set_up(WN_SELECT_DENSE, WN_FORM_AUTO, 0);
+    s.model.model->moe_rows = rows[i];
+    wn_test_forward(&s.model, &s.run, &s.text, &s.pass, false);
+    for (int32_t l = 0; l < 3; l++) {
+      wn_test_close("hidden states", &s.run.h[l + 1], &whole.run.h[l + 1], 1e-12, 1e-12);
+      expect_same("choices", &s.run.replay[l].expert, &whole.run.replay[l].expert);
+      expect_same("loads", &s.run.measures[l].load, &whole.run.measures[l].load);
+    }
+    tear_down(&s);
+  }
+  tear_down(&whole);
+}
+
 /* Choices recorded and then forced give the same bits, and so does a backward that has to choose again. */
 static void replay_and_recompute(void **state) {
   (void)state;
@@ -431,6 +452,7 @@ static void form_ignores_the_micro_batch(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
+      cmocka_unit_test(experts_take_rows_in_turn),
       cmocka_unit_test(replay_and_recompute),
       cmocka_unit_test(forced_choices_are_taken),
       cmocka_unit_test(backward_keeps_the_choices),

@@ -160,6 +160,38 @@ static void names_and_shapes(void **state) {
   wn_param_table_free(&table);
 }
 
+/* Frozen experts of large layers come in parts: V3.1's 24 at a time, the last part smaller. */
+static void experts_in_parts(void **state) {
+  (void)state;
+  wn_model_config config;
+  wn_param_table table;
+  OK(wn_model_config_load(&config, "configs/models/deepseek-v3.1"));
+  OK(wn_param_table_create(&table, &config, (wn_param_settings){.train_indexer = true, .file_dtype = WN_BF16}));
+  assert_int_equal(table.experts_a_part, 24);
+  for (int32_t i = 0; i < table.n; i++) {
+    const wn_param *p = &table.params[i];
+    assert_int_equal(p->part, p->expert < 0 ? 0 : 1 + p->expert / 24);
+  }
+  wn_param_table_free(&table);
+  OK(wn_param_table_create(&table, &config, (wn_param_settings){.train_base = true, .file_dtype = WN_BF16}));
+  assert_int_equal(table.experts_a_part, 0); /* experts that train are reduced with their layer */
+  wn_param_table_free(&table);
+  static const struct {
+    int64_t most;
+    int32_t a_part;
+  } cases[] = {{1, 1},
+               {3 * 2048 * 7168, 1},
+               {2 * 3 * 2048 * 7168, 2},
+               {(int64_t)255 * 3 * 2048 * 7168, 128},
+               {(int64_t)256 * 3 * 2048 * 7168, 0}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    OK(wn_param_table_create(&table, &config,
+                             (wn_param_settings){.file_dtype = WN_BF16, .most_gathered = cases[i].most}));
+    assert_int_equal(table.experts_a_part, cases[i].a_part);
+    wn_param_table_free(&table);
+  }
+}
+
 static void order_and_bind(void **state) {
   (void)state;
   wn_model_config config = v32();
@@ -242,6 +274,7 @@ int main(void) {
       cmocka_unit_test(names_and_shapes),
       cmocka_unit_test(queries_without_a_latent),
       cmocka_unit_test(counts_of_relatives),
+      cmocka_unit_test(experts_in_parts),
       cmocka_unit_test(order_and_bind),
       cmocka_unit_test(what_trains),
       cmocka_unit_test(initial_values),
