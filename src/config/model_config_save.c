@@ -72,15 +72,28 @@ static int set_quantization(json_t *root, const char *scale_fmt) {
   return bad | set(root, "quantization_config", quantization);
 }
 
+/* What the rewriting of queries without a low rank adds to a base (train/rewrite.h): a matrix of floats. It was there
+ * before, or is made now, where the source has no low rank. */
+#define REWRITTEN "self_attn.q_a_proj"
+static bool rewritten_queries(const json_t *source, const wn_model_config *c) {
+  const json_t *before = json_object_get(json_object_get(source, "quantization_config"), "modules_to_not_convert");
+  for (size_t i = 0; i < json_array_size(before); i++) {
+    const char *name = json_string_value(json_array_get(before, i));
+    if (name && !strcmp(name, REWRITTEN)) return true;
+  }
+  return c->q_lora_rank > 0 && json_is_null(json_object_get(source, "q_lora_rank"));
+}
+
 /* transformers matches these against the end of a module's name, and has no list of its own beside one that is given.
  * The router is no linear layer there. */
-static int set_kept(json_t *root, json_t *quantization) {
+static int set_kept(json_t *root, json_t *quantization, bool rewritten) {
   static const char *const floats[] = {"lm_head", "self_attn.indexer.wq_b", "self_attn.indexer.wk",
                                        "self_attn.indexer.weights_proj"};
   json_t *names = json_array();
   int bad = 0;
   for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
     bad |= json_array_append_new(names, json_string(floats[i]));
+  if (rewritten) bad |= json_array_append_new(names, json_string(REWRITTEN));
   bad |= set(quantization, "modules_to_not_convert", names);
   return bad | json_object_set(root, "quantization_config", quantization);
 }
@@ -185,11 +198,12 @@ static wn_status save(const wn_model_config *config, const char *dir, const char
   }
   before = json_incref(json_object_get(root, "quantization_config"));
   WN_TRY_GOTO(status, done, wn_path(path, "%s/config.json", dir));
+  bool rewritten = root && rewritten_queries(root, config);
   out = open_memstream(&text, &bytes);
   int bad = !root || !out || set_all(root, config, torch_dtype);
   if (stored == FP8 || (stored == KEPT && !json_is_object(before))) bad |= set_quantization(root, scale_fmt);
   if (stored == KEPT)
-    bad |= set_kept(root, json_is_object(before) ? before : json_object_get(root, "quantization_config"));
+    bad |= set_kept(root, json_is_object(before) ? before : json_object_get(root, "quantization_config"), rewritten);
   if (!bad) bad = print(out, root, 0);
   if (!bad) fputc('\n', out);
   if (out && fclose(out) != 0) bad = 1;

@@ -149,7 +149,7 @@ static wn_status read_entries(wn_safetensors *file, json_t *header, uint64_t dat
     goto done;
   }
   json_object_foreach(header, name, info) {
-    if (info == metadata) continue;
+    if (!strcmp(name, "__metadata__")) continue; /* by name: a null is the same object wherever it stands */
     WN_TRY_GOTO(status, done, read_entry(&found[file->n].entry, &found[file->n].begin, file->path, name, info));
     file->n++;
   }

@@ -199,6 +199,7 @@ static void refusals(void **state) {
       {"model_type", NULL, "model_type is missing"},
       {"model_type", "\"deepseek_v2\"", "model_type is deepseek_v2"},
       {"model_type", "\"glm4_moe\"", "model_type is glm4_moe; Winnow reads"},
+      {"model_type", "\"kimi_linear\"", "model_type is kimi_linear"},
       {"model_type", "\"deepseek_v32\"", "index_n_heads is missing"},
       {"index_topk", "16", "has index_topk, but model_type is deepseek_v3"},
       {"vocab_size", NULL, "vocab_size is missing"},
@@ -447,6 +448,28 @@ static void fp8_that_is_kept(void **state) {
   json_decref(source);
 }
 
+/* The matrix that the rewriting of queries without a low rank adds to a base that stays FP8: named at the first
+ * checkpoint, whose source has no low rank, and at those that follow from it. */
+static void fp8_that_is_kept_beside_rewritten_queries(void **state) {
+  (void)state;
+  wn_model_config c;
+  json_t *source = model("moonlight"), *got;
+  OK(load(&c, source));
+  c.q_lora_rank = c.hidden_size;
+  c.has_indexer = true;
+  c.index_n_heads = 64;
+  c.index_head_dim = 128;
+  c.index_topk = 2048;
+  for (int k = 0; k < 2; k++) { /* in place: the second reads what the first wrote */
+    OK(wn_model_config_save_kept(&c, root, root));
+    got = json_load_file(path, 0, NULL);
+    const json_t *names = json_object_get(json_object_get(got, "quantization_config"), "modules_to_not_convert");
+    assert_int_equal(json_array_size(names), 5);
+    assert_string_equal(json_string_value(json_array_get(names, 4)), "self_attn.q_a_proj");
+    json_decref(got);
+  }
+}
+
 static void without_a_source(void **state) {
   (void)state;
   wn_model_config c, again;
@@ -528,11 +551,14 @@ static void real_texts(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(released_v31),     TEST(released_v32),        TEST(the_newer_form),
-      TEST(refusals),         TEST(relatives),           TEST(relatives_are_written_as_v3),
-      TEST(refusals_of_yarn), TEST(files_that_are_none), TEST(rope_frequencies),
-      TEST(v31_becomes_v32),  TEST(v32_becomes_v31),     TEST(fp8_is_the_released_file),
-      TEST(fp8_that_is_kept), TEST(without_a_source),    TEST(unknown_keys_are_carried_over),
+      TEST(released_v31),     TEST(released_v32),
+      TEST(the_newer_form),   TEST(refusals),
+      TEST(relatives),        TEST(relatives_are_written_as_v3),
+      TEST(refusals_of_yarn), TEST(files_that_are_none),
+      TEST(rope_frequencies), TEST(v31_becomes_v32),
+      TEST(v32_becomes_v31),  TEST(fp8_is_the_released_file),
+      TEST(fp8_that_is_kept), TEST(fp8_that_is_kept_beside_rewritten_queries),
+      TEST(without_a_source), TEST(unknown_keys_are_carried_over),
       TEST(real_texts),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
