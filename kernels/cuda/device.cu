@@ -7,12 +7,15 @@
 #include <time.h>
 
 #include "kernels/cuda/operations.cuh"
+#include "kernels/cuda/pace.cuh"
 
 extern "C" {
 #include "base/time.h"
 }
 
 enum { LEAST_MAJOR = 9, CHUNK_ROWS = 4096, HEAD_TILE = 64, BLAS_WORKSPACE_BYTES = 64 << 20 };
+/* The host is at most 128 operations ahead; most are one or two launches, few more than ten. */
+enum { PACES = 8, OPERATIONS_A_PACE = 16 };
 static const size_t page_bytes = (size_t)32 << 20;
 
 wn_status wn_cuda_check(cudaError_t error, const char *call, const char *file, int line) {
@@ -71,7 +74,9 @@ static wn_status load_driver(driver *d) {
 typedef struct whole_device {
   wn_cuda cuda; /* first */
   driver driver;
-  cudaEvent_t timer[2]; /* start, stop */
+  cudaEvent_t timer[2];    /* start, stop */
+  cudaEvent_t pace[PACES]; /* on the compute queue, one every OPERATIONS_A_PACE */
+  int64_t n_operations;    /* asked for so far */
 } whole_device;
 
 static wn_status reserve_pages(void *context, void **base, size_t bytes) {
@@ -102,7 +107,9 @@ static wn_status commit_pages(void *context, const char *name, void *base, size_
     size_t left = 0, total = 0;
     WN_CUDA_TRY(cudaMemGetInfo(&left, &total));
     return WN_FAIL_HINT(WN_E_MEMORY,
-                        "lower data.seq_len or training.micro_batch_seqs, use more GPUs, or see what else runs there",
+                        "lower data.seq_len or training.micro_batch_seqs, set training.keep_attention: false, use more "
+                        "GPUs, or see what "
+                        "else runs there",
                         "%s is full: the %s arena wants %.2f GiB more, %.2f of %.2f GiB are left", d->cuda.name, name,
                         (double)(to - from) / (1 << 30), (double)left / (1 << 30), (double)total / (1 << 30));
   }
@@ -185,6 +192,7 @@ static wn_status start(whole_device *d, wn_cuda_settings settings) {
     WN_CUDA_TRY(cudaEventCreateWithFlags(&c->staged[i], cudaEventDisableTiming));
     WN_CUDA_TRY(cudaEventCreate(&d->timer[i]));
   }
+  for (int i = 0; i < PACES; i++) WN_CUDA_TRY(cudaEventCreateWithFlags(&d->pace[i], cudaEventDisableTiming));
   WN_TRY(make_arenas(d, settings));
   void *workspace;
   WN_TRY(wn_arena_alloc(c->device.weights, &workspace, "cuBLAS workspace", BLAS_WORKSPACE_BYTES));
@@ -228,6 +236,8 @@ void wn_cuda_free(wn_device *device) {
     if (c->staged[i]) cudaEventDestroy(c->staged[i]);
     if (((whole_device *)c)->timer[i]) cudaEventDestroy(((whole_device *)c)->timer[i]);
   }
+  for (int i = 0; i < PACES; i++)
+    if (((whole_device *)c)->pace[i]) cudaEventDestroy(((whole_device *)c)->pace[i]);
   if (c->compute) cudaStreamDestroy(c->compute);
   if (c->comm) cudaStreamDestroy(c->comm);
   wn_arena_free(device->weights);
@@ -265,6 +275,16 @@ wn_status wn_cuda_await(wn_device *device, cudaEvent_t event) {
     nanosleep(&nap, NULL);
     if (c->watch && i % NAPS_A_LOOK == 0) WN_TRY(c->watch(c->watch_context, wn_time_s() - start));
   }
+}
+
+wn_status wn_cuda_keep_pace(wn_device *device) {
+  whole_device *d = (whole_device *)wn_cuda_of(device);
+  const int64_t n = d->n_operations++;
+  if (n % OPERATIONS_A_PACE != 0) return NULL;
+  cudaEvent_t event = d->pace[n / OPERATIONS_A_PACE % PACES];
+  WN_TRY(wn_cuda_await(device, event)); /* one that was never recorded has happened */
+  WN_CUDA_TRY(cudaEventRecord(event, d->cuda.compute));
+  return NULL;
 }
 
 void wn_cuda_set_watch(wn_device *device, wn_status (*watch)(void *context, double waited_s), void *context) {

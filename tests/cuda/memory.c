@@ -1,4 +1,9 @@
 /* The CUDA device and its memory operations: conversions, strided copies, arenas, what a GPU that cannot serve says. */
+#include <cuda_runtime_api.h>
+#include <stdatomic.h>
+#include <time.h>
+
+#include "base/time.h"
 #include "support/twin.h"
 
 static void converts_as_the_cpu_does(void **state) {
@@ -61,6 +66,40 @@ static void travels_there_and_back(void **state) {
   twin_end(b);
 }
 
+/* Holds the queue up, as a collective does that a rank never joins; for ten seconds at most. */
+static void hold_up(void *held) {
+  for (int i = 0; i < 1000 && atomic_load((atomic_bool *)held); i++)
+    nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+}
+
+static wn_status lose_patience(void *context, double waited_s) {
+  (void)context;
+  return waited_s > 0.2 ? WN_FAIL(WN_E_WORLD, "waited %.1f s", waited_s) : NULL;
+}
+
+/* However much is asked for without a read, the host comes to a watched wait; it does not block inside the driver. */
+static void runs_ahead_within_bounds(void **state) {
+  twin_bench *b = twin_begin(state);
+  twin x = twin_tensor(b, WN_STAT, 1, 64, 0, 0);
+  atomic_bool held = true;
+  wn_status status = NULL;
+  int64_t asked = 0;
+  OK(b->cuda->ops->scale(b->cuda, &x.cuda, &x.cuda, 1)); /* the first launch of a kernel loads it, and waits */
+  OK(wn_cuda_synchronize(b->cuda));
+  wn_cuda_set_watch(b->cuda, lose_patience, NULL);
+  assert_int_equal(cudaLaunchHostFunc(wn_cuda_compute_queue(b->cuda), hold_up, &held), cudaSuccess);
+  double start = wn_time_s();
+  for (; asked < 4000 && !status; asked++) status = b->cuda->ops->scale(b->cuda, &x.cuda, &x.cuda, 1);
+  double seconds = wn_time_s() - start;
+  atomic_store(&held, false);
+  wn_cuda_set_watch(b->cuda, NULL, NULL);
+  print_message("  %lld operations asked for in %.2f s\n", (long long)asked, seconds);
+  REFUSED(status, WN_E_WORLD, "waited");
+  assert_true(seconds < 5 && asked > 64);
+  OK(wn_cuda_synchronize(b->cuda));
+  twin_end(b);
+}
+
 static void a_full_gpu_is_a_sentence(void **state) {
   twin_bench *b = twin_begin(state);
   wn_tensor t[3];
@@ -81,9 +120,13 @@ static void a_gpu_that_is_not_there_is_a_sentence(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(converts_as_the_cpu_does), cmocka_unit_test(rounds_to_nearest_even),
-      cmocka_unit_test(zeroes_only_its_rows),     cmocka_unit_test(travels_there_and_back),
-      cmocka_unit_test(a_full_gpu_is_a_sentence), cmocka_unit_test(a_gpu_that_is_not_there_is_a_sentence),
+      cmocka_unit_test(converts_as_the_cpu_does),
+      cmocka_unit_test(rounds_to_nearest_even),
+      cmocka_unit_test(zeroes_only_its_rows),
+      cmocka_unit_test(travels_there_and_back),
+      cmocka_unit_test(runs_ahead_within_bounds),
+      cmocka_unit_test(a_full_gpu_is_a_sentence),
+      cmocka_unit_test(a_gpu_that_is_not_there_is_a_sentence),
   };
   return cmocka_run_group_tests(tests, twin_setup, twin_teardown);
 }

@@ -56,35 +56,55 @@ static void state_halves(void **state) {
   assert_true(one > 0 && two > 0.48 * one && two < 0.56 * one);
 }
 
-/* A run of two ranks with `signal_number` sent to the second after a few steps: how it ended. */
-static void disturbed(void **state, const char *run, int signal_number, wn_program *p) {
+/* A run of two ranks from `init` with `signal_number` sent to the second after a few steps: how it ended. */
+static void disturbed(void **state, const char *init, const char *run, int signal_number, wn_program *p) {
   const shared *at = *state;
   char table[WN_PATH_BYTES];
   pid_t rank[8];
   OK(wn_path(table, "%s/%s/metrics/train.csv", at->dir, run));
   wn_running running = wn_winnow_start(2,
-                                       "pretrain %s/job.yaml init=%s/base run_dir=%s/%s training.steps=1000000 "
+                                       "pretrain %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=1000000 "
                                        "training.micro_batch_seqs=1 parallelism.timeout_s=5 %s",
-                                       at->dir, at->dir, at->dir, run, at->options);
+                                       at->dir, at->dir, init, at->dir, run, at->options);
   wn_wait_for_lines(&running, table, 4);
   assert_int_equal(wn_children(running.pid, rank, 8), 2);
   kill(rank[1], signal_number);
   wn_winnow_wait(running, p);
 }
 
-static void a_stopped_rank_ends_all(void **state) {
-  needs_two_gpus();
+static void expect_stopped(void **state, const char *init, const char *run) {
   wn_program p;
-  disturbed(state, "stopped", SIGSTOP, &p);
+  disturbed(state, init, run, SIGSTOP, &p);
   if (p.code != WN_E_WORLD || !strstr(p.err, " waited ") || !strstr(p.err, "rank "))
     fail_msg("ended with %d and said: %s", p.code, p.err);
   assert_true(p.seconds < 60);
 }
 
+static void a_stopped_rank_ends_all(void **state) {
+  needs_two_gpus();
+  expect_stopped(state, "base", "stopped");
+}
+
+/* Without experts the host reads nothing before the step's end, so that it could ask for a whole long step at once:
+ * more than the driver holds. */
+static void a_stopped_rank_ends_a_long_step(void **state) {
+  needs_two_gpus();
+  const shared *at = *state;
+  wn_model_config config = tiny_config();
+  shared long_steps = *at;
+  char options[256];
+  config.first_k_dense_replace = config.num_hidden_layers;
+  tiny_model(wn_temp(state, "dense").text, &config, 1, 1, NULL);
+  snprintf(options, sizeof options, "%s training.global_batch_seqs=512 metrics.layers_every=0", at->options);
+  long_steps.options = options;
+  void *changed = &long_steps;
+  expect_stopped(&changed, "dense", "stopped-long");
+}
+
 static void a_killed_rank_ends_all(void **state) {
   needs_two_gpus();
   wn_program p;
-  disturbed(state, "killed", SIGKILL, &p);
+  disturbed(state, "base", "killed", SIGKILL, &p);
   if (p.code == 0 || !strstr(p.err, "rank")) fail_msg("ended with %d and said: %s", p.code, p.err);
   assert_true(p.seconds < 60);
 }
@@ -116,6 +136,7 @@ int main(int argc, char **argv) {
       cmocka_unit_test_prestate(two_gpus_repeat_and_resume, &at),
       cmocka_unit_test_prestate(state_halves, &at),
       cmocka_unit_test_prestate(a_stopped_rank_ends_all, &at),
+      cmocka_unit_test_prestate(a_stopped_rank_ends_a_long_step, &at),
       cmocka_unit_test_prestate(a_killed_rank_ends_all, &at),
       cmocka_unit_test_prestate(a_third_rank_is_refused, &at),
   };
