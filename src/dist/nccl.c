@@ -16,16 +16,12 @@ static const double leave_grace_s = 2;
 
 struct wn_transfer {
   cudaEvent_t done;
+  cudaEvent_t before, after; /* of the compute queue's wait for it: on that queue, with times */
   const char *operation;
   int64_t number;    /* from 1, in the order they began */
   bool finished;     /* the compute queue waits for it, or has: nobody asks for it again */
   wn_transfer *next; /* among those under way, oldest first; or among the spare ones */
 };
-
-/* What one wait of the compute queue for a transfer took. */
-typedef struct waited {
-  cudaEvent_t before, after;
-} waited;
 
 struct wn_nccl {
   wn_device *device;
@@ -36,12 +32,10 @@ struct wn_nccl {
   ncclComm_t comms[WN_MAX_GROUPS]; /* NULL: a group of one */
   float *received;                 /* contributions of every rank to the piece being summed */
   cudaEvent_t begun;
-  wn_transfer *under_way, **last, *spare; /* under way: not finished, or not seen to be done */
+  wn_transfer *under_way, **last, *spare; /* under way: not finished, or not seen to be waited for */
   int64_t n_begun, stuck;                 /* stuck: the number of the transfer that the host last waited for */
-  double stuck_since_s;
-  waited *waits;
-  int32_t n_waits, waits_made, waits_room; /* used since the last take; made in all; allocated */
-  double left_since_s;
+  double stuck_since_s, left_since_s;
+  double waited_ms; /* of transfers that are no longer under way, since the last take */
 };
 
 /* ---- failures ---- */
@@ -102,19 +96,27 @@ static wn_status taken_up(wn_nccl *n, ncclComm_t comm, const char *operation, nc
   return result == ncclSuccess ? NULL : nccl_failed(n, operation, result);
 }
 
-/* What is done and nobody asks for again can be used anew. */
-static void reclaim(wn_nccl *n) {
-  while (n->under_way && n->under_way->finished && cudaEventQuery(n->under_way->done) == cudaSuccess) {
-    wn_transfer *t = n->under_way;
-    n->under_way = t->next;
-    if (!n->under_way) n->last = &n->under_way;
+/* What the compute queue has waited for can be used anew; how long it waited is kept. */
+static wn_status reclaim(wn_nccl *n) {
+  wn_transfer **at = &n->under_way;
+  n->last = at;
+  while (*at) {
+    wn_transfer *t = *at;
+    if (!t->finished || cudaEventQuery(t->after) != cudaSuccess) {
+      at = n->last = &t->next;
+      continue;
+    }
+    float ms;
+    WN_TRY(cuda_ok(cudaEventElapsedTime(&ms, t->before, t->after), "timing the collectives"));
+    n->waited_ms += (double)ms;
+    *at = t->next;
     t->next = n->spare;
     n->spare = t;
   }
+  return NULL;
 }
 
-static const wn_transfer *oldest_not_done(wn_nccl *n) {
-  reclaim(n);
+static const wn_transfer *oldest_not_done(const wn_nccl *n) {
   for (const wn_transfer *t = n->under_way; t; t = t->next)
     if (cudaEventQuery(t->done) == cudaErrorNotReady) return t;
   return NULL;
@@ -192,6 +194,8 @@ static void free_transfers(wn_transfer *t) {
   while (t) {
     wn_transfer *next = t->next;
     if (t->done) cudaEventDestroy(t->done);
+    if (t->before) cudaEventDestroy(t->before);
+    if (t->after) cudaEventDestroy(t->after);
     free(t);
     t = next;
   }
@@ -204,12 +208,7 @@ void wn_nccl_free(wn_nccl *n) {
     if (n->comms[g]) ncclCommAbort(n->comms[g]); /* not Destroy: that waits for the other ranks without a limit */
   free_transfers(n->under_way);
   free_transfers(n->spare);
-  for (int32_t i = 0; i < n->waits_made; i++) {
-    cudaEventDestroy(n->waits[i].before);
-    cudaEventDestroy(n->waits[i].after);
-  }
   if (n->begun) cudaEventDestroy(n->begun);
-  free(n->waits);
   free(n);
 }
 
@@ -229,12 +228,18 @@ static wn_status begin(wn_nccl *n, const char *operation) {
   return cuda_ok(cudaStreamWaitEvent(n->comm, n->begun, 0), operation);
 }
 
+static wn_status make_transfer(wn_transfer **out) {
+  *out = calloc(1, sizeof **out);
+  if (!*out) return WN_FAIL(WN_E_MEMORY, "out of memory for the collectives");
+  WN_TRY(cuda_ok(cudaEventCreateWithFlags(&(*out)->done, cudaEventDisableTiming), "making an event"));
+  WN_TRY(cuda_ok(cudaEventCreate(&(*out)->before), "making an event"));
+  return cuda_ok(cudaEventCreate(&(*out)->after), "making an event");
+}
+
 static wn_status end(wn_nccl *n, wn_transfer **out, const char *operation) {
-  reclaim(n);
-  if (!n->spare) n->spare = calloc(1, sizeof *n->spare);
+  WN_TRY(reclaim(n));
+  if (!n->spare) WN_TRY(make_transfer(&n->spare));
   wn_transfer *t = n->spare;
-  if (!t) return WN_FAIL(WN_E_MEMORY, "out of memory for %s", operation);
-  if (!t->done) WN_TRY(cuda_ok(cudaEventCreateWithFlags(&t->done, cudaEventDisableTiming), operation));
   WN_TRY(cuda_ok(cudaEventRecord(t->done, n->comm), operation));
   n->spare = t->next;
   t->operation = operation;
@@ -287,45 +292,20 @@ wn_status wn_nccl_reduce_scatter(wn_nccl *n, wn_group *group, wn_transfer **out,
   return end(n, out, operation);
 }
 
-static wn_status next_wait(wn_nccl *n, waited **out) {
-  if (n->n_waits == n->waits_made) {
-    if (n->waits_made == n->waits_room) {
-      int32_t room = n->waits_room ? 2 * n->waits_room : 256;
-      waited *grown = realloc(n->waits, (size_t)room * sizeof *grown);
-      if (!grown) return WN_FAIL(WN_E_MEMORY, "out of memory for the collectives' times");
-      n->waits = grown;
-      n->waits_room = room;
-    }
-    waited *w = &n->waits[n->waits_made];
-    WN_TRY(cuda_ok(cudaEventCreate(&w->before), "making an event"));
-    WN_TRY(cuda_ok(cudaEventCreate(&w->after), "making an event"));
-    n->waits_made++;
-  }
-  *out = &n->waits[n->n_waits++];
-  return NULL;
-}
-
-/* The compute queue waits; the host goes on. The transfer stays in the list until it is done, so that a later wait of
- * the host knows what the compute queue waits for. */
-wn_status wn_nccl_finish(wn_nccl *n, wn_transfer *transfer) {
-  waited *w = NULL;
-  WN_ASSERT(!transfer->finished, "%s is finished already", transfer->operation);
-  WN_TRY(next_wait(n, &w));
-  WN_TRY(cuda_ok(cudaEventRecord(w->before, n->compute), transfer->operation));
-  WN_TRY(cuda_ok(cudaStreamWaitEvent(n->compute, transfer->done, 0), transfer->operation));
-  WN_TRY(cuda_ok(cudaEventRecord(w->after, n->compute), transfer->operation));
-  transfer->finished = true;
+/* The compute queue waits; the host goes on. The transfer stays in the list until it has, so that a later wait of the
+ * host knows what the compute queue waits for. */
+wn_status wn_nccl_finish(wn_nccl *n, wn_transfer *t) {
+  WN_ASSERT(!t->finished, "%s is finished already", t->operation);
+  WN_TRY(cuda_ok(cudaEventRecord(t->before, n->compute), t->operation));
+  WN_TRY(cuda_ok(cudaStreamWaitEvent(n->compute, t->done, 0), t->operation));
+  WN_TRY(cuda_ok(cudaEventRecord(t->after, n->compute), t->operation));
+  t->finished = true;
   return NULL;
 }
 
 wn_status wn_nccl_take_wait_s(wn_nccl *n, double *seconds) {
-  double milliseconds = 0;
-  for (int32_t i = 0; i < n->n_waits; i++) {
-    float ms = 0;
-    WN_TRY(cuda_ok(cudaEventElapsedTime(&ms, n->waits[i].before, n->waits[i].after), "timing the collectives"));
-    milliseconds += (double)ms;
-  }
-  n->n_waits = 0;
-  *seconds = milliseconds * 1e-3;
+  WN_TRY(reclaim(n));
+  *seconds = n->waited_ms * 1e-3;
+  n->waited_ms = 0;
   return NULL;
 }

@@ -90,8 +90,6 @@ static wn_status one_window(evaluation *ev, int64_t window, bool counts, wn_eval
   WN_TRY(wn_model_head(s->model, &weights, NULL, &logp, NULL, &h[last & 1], &batch.target, NULL));
   WN_TRY(wn_store_release(s->store, last));
   WN_TRY(device->ops->download(device, ev->logp, &logp));
-  WN_TRY(
-      wn_store_take_wait_s(s->store, &(double){0})); /* nobody asks: a long evaluation must not keep a list of them */
   if (counts) {
     *out = (wn_eval_sequence){.tokens = batch.predicted, .scored = batch.scored_count};
     for (int32_t i = 0; i < T; i++) {
