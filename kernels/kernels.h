@@ -235,7 +235,7 @@ struct wn_ops {
   /* ---- attention ---- */
   /* s = scale q.k over visible keys; o[n,H,dv] = softmax(s) v; lse[n,H] [STAT] natural log.
    * q[n,H,dq], k[m,H,dq], v[m,H,dv]. With d_o[n,H,dv]: delta[n,H] [STAT] = sum(d_o * o), from the unrounded o
-   * (delta and d_o may be null together). */
+   * (delta and d_o may be null together). o is [ACT], or without d_o also [STAT]: unrounded, for attention_delta. */
   wn_status (*attention_dense)(wn_device *, wn_tensor *o, wn_tensor *lse, wn_tensor *delta, const wn_tensor *d_o,
                                const wn_tensor *q, const wn_tensor *k, const wn_tensor *v, const wn_rows *,
                                const wn_attention_params *);
@@ -263,6 +263,10 @@ struct wn_ops {
                                          const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *k,
                                          const wn_tensor *v, const wn_tensor *selection, const wn_tensor *lse,
                                          const wn_tensor *delta, const wn_rows *, const wn_attention_params *);
+  /* From an unrounded o[n,H,dv] [STAT] that attention_dense or attention_masked left: delta[n,H] [STAT] and o [ACT],
+   * the same bits that they make with d_o[n,H,dv]. */
+  wn_status (*attention_delta)(wn_device *, wn_tensor *delta, wn_tensor *o, const wn_tensor *unrounded,
+                               const wn_tensor *d_o);
 
   /* ---- lightning indexer: I[t,s] = sum_h w[t,h] relu(scale q[t,h].k[s]) ---- */
   /* scores[n,m] [STAT], -inf where not visible: for dumps and tests only (T x T) */

@@ -72,6 +72,14 @@ void WN_CPU(gather_keys)(wn_real *out, const wn_tensor *from, int64_t h, const w
     memcpy(out + j * width, wn_head_row(from, walk->keys[j], h), (size_t)width * sizeof(wn_real));
 }
 
+/* The order of this sum is that of the compiler's vectors: one function, so that there is one order. */
+__attribute__((noinline)) static wn_real row_delta(const wn_real *o, const wn_real *d_o, int64_t n) {
+  wn_real dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t c = 0; c < n; c++) dot += d_o[c] * o[c];
+  return dot;
+}
+
 static void finish_rows(const workspace *w, int64_t h, wn_tensor *o, wn_tensor *lse, wn_tensor *delta,
                         const wn_tensor *d_o) {
   int64_t dv = o->dim[2];
@@ -84,11 +92,7 @@ static void finish_rows(const workspace *w, int64_t h, wn_tensor *o, wn_tensor *
     for (int64_t c = 0; c < dv; c++) out[c] = raw[c] * inverse;
     wn_row(lse, row)[h] = empty ? -(wn_real)INFINITY : w->top[i] + wn_real_log(w->sum[i]);
     if (!delta) continue;
-    const wn_real *grad = wn_head_row(d_o, row, h);
-    wn_real dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t c = 0; c < dv; c++) dot += grad[c] * out[c];
-    wn_row(delta, row)[h] = dot;
+    wn_row(delta, row)[h] = row_delta(out, wn_head_row(d_o, row, h), dv);
   }
 }
 
@@ -149,4 +153,21 @@ wn_status WN_CPU(attend)(wn_device *device, const wn_attend *attend, wn_tensor *
 done:
   wn_arena_release(device->scratch, mark);
   return status;
+}
+
+wn_status WN_CPU(attention_delta)(wn_device *device, wn_tensor *delta, wn_tensor *o, const wn_tensor *unrounded,
+                                  const wn_tensor *d_o) {
+  int64_t n = unrounded->dim[0], heads = unrounded->dim[1], width = unrounded->dim[2];
+  WN_EXPECT(delta, WN_REAL_DTYPE, 2, n, heads);
+  WN_EXPECT(o, WN_REAL_DTYPE, 3, n, heads, width);
+  WN_EXPECT(unrounded, WN_REAL_DTYPE, 3, n, heads, width);
+  WN_EXPECT(d_o, WN_REAL_DTYPE, 3, n, heads, width);
+#pragma omp parallel for num_threads(device->threads) schedule(static)
+  for (int64_t row = 0; row < n; row++)
+    for (int64_t h = 0; h < heads; h++) {
+      const wn_real *from = wn_head_row(unrounded, row, h);
+      memcpy(wn_head_row(o, row, h), from, (size_t)width * sizeof *from);
+      wn_row(delta, row)[h] = row_delta(from, wn_head_row(d_o, row, h), width);
+    }
+  return NULL;
 }

@@ -31,5 +31,7 @@ WN_MUST_USE wn_status WN_CPU(attention_masked_backward)(wn_device *device, wn_te
                                                         const wn_tensor *selection, const wn_tensor *lse,
                                                         const wn_tensor *delta, const wn_rows *rows,
                                                         const wn_attention_params *params);
+WN_MUST_USE wn_status WN_CPU(attention_delta)(wn_device *device, wn_tensor *delta, wn_tensor *o,
+                                              const wn_tensor *unrounded, const wn_tensor *d_o);
 
 #endif

@@ -51,6 +51,7 @@ const wn_ops WN_CPU(ops) = {
     .attention_sparse_backward = WN_CPU(attention_sparse_backward),
     .attention_masked = WN_CPU(attention_masked),
     .attention_masked_backward = WN_CPU(attention_masked_backward),
+    .attention_delta = WN_CPU(attention_delta),
 
     .indexer_scores = WN_CPU(indexer_scores),
     .indexer_select = WN_CPU(indexer_select),

@@ -26,7 +26,7 @@ wn_status wn_cuda_attention_dense(wn_device *device, wn_tensor *o, wn_tensor *ls
   wn_attend_job job;
   WN_ASSERT(!delta == !d_o, "delta and d_o come together");
   WN_TRY(wn_attend_begin(device, &job, q, k, v, rows, params));
-  job.o = wn_attend_heads(o, n, heads, dv);
+  wn_attend_output(&job, o, dv);
   job.lse = wn_attend_stat(lse, n, heads);
   if (delta) {
     wn_attend_heads(d_o, n, heads, dv);

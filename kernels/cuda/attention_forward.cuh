@@ -80,14 +80,17 @@ __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int hea
 #pragma unroll
       for (int j = 0; j < NO; j++) {
         const float2 grad = gradient(r, 8 * j + col);
-        delta += o[j][2 * r] * grad.x + o[j][2 * r + 1] * grad.y;
+        delta = wn_delta_step(delta, make_float2(o[j][2 * r], o[j][2 * r + 1]), grad);
       }
     delta = wn_quad_sum(delta);
     if ((lane & 3) != 0 || row >= job.n) continue;
     job.lse.data[row * job.lse.row + head] = sum > 0 ? rows.top[r] * job.scale + logf(sum) : -INFINITY;
     if (job.delta.data) job.delta.data[row * job.delta.row + head] = delta;
   }
-  wn_put_rows<false>(job.o, row0, job.n, 0, head, o, 1);
+  if (job.unrounded.data)
+    wn_put_unrounded(job.unrounded, row0, job.n, head, o);
+  else
+    wn_put_rows<false>(job.o, row0, job.n, 0, head, o, 1);
 }
 
 /* ---- any width: warp-level products ---- */

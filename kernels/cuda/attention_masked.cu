@@ -214,6 +214,7 @@ static int64_t run_rows(int64_t n, int64_t m, int64_t k) {
 static wn_status begin_run(wn_device *device, wn_attend_job *run, wn_view<int32_t> *picks, int64_t from, int64_t rows) {
   skip_rows(&run->q, from);
   skip_rows(&run->o, from);
+  skip_rows(&run->unrounded, from);
   skip_rows(&run->d_o, from);
   skip_rows(&run->dq, from);
   skip_rows(&run->lse, from);
@@ -241,7 +242,7 @@ wn_status wn_cuda_attention_masked(wn_device *device, wn_tensor *o, wn_tensor *l
   wn_attend_job job;
   WN_ASSERT(!delta == !d_o, "delta and d_o come together");
   WN_TRY(wn_attend_begin(device, &job, q, k, v, rows, params));
-  job.o = wn_attend_heads(o, n, heads, dv);
+  wn_attend_output(&job, o, dv);
   job.lse = wn_attend_stat(lse, n, heads);
   if (delta) {
     wn_attend_heads(d_o, n, heads, dv);

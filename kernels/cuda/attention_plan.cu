@@ -133,6 +133,15 @@ wn_view<wn_bf16> wn_attend_heads(const wn_tensor *t, int64_t n, int64_t heads, i
   return wn_view_of<wn_bf16>(t);
 }
 
+void wn_attend_output(wn_attend_job *job, const wn_tensor *o, int64_t width) {
+  if (o->dtype != WN_F32) {
+    job->o = wn_attend_heads(o, job->n, job->heads, width);
+    return;
+  }
+  WN_CUDA_EXPECT(o, WN_F32, 3, job->n, job->heads, width);
+  job->unrounded = wn_view_of<float>(o);
+}
+
 wn_view<float> wn_attend_stat(const wn_tensor *t, int64_t n, int64_t heads) {
   WN_ASSERT(t->rank == 2 && t->dim[0] == n && t->dim[1] == heads, "[%lld, %lld] where [%lld, %lld] is wanted",
             (long long)t->dim[0], (long long)t->dim[1], (long long)n, (long long)heads);

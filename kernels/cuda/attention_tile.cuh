@@ -38,6 +38,7 @@ typedef struct wn_tile_bounds {
 typedef struct wn_attend_job {
   wn_view<wn_bf16> q, k, v, d_o; /* d_o.data may be NULL in the forward */
   wn_view<wn_bf16> o, dq, dk, dv;
+  wn_view<float> unrounded;  /* [n,H,dv], in place of o where its data is there */
   wn_view<float> lse, delta; /* [n,H]; delta.data may be NULL in the forward */
   const int32_t *first, *last;
   const wn_tile_bounds *bounds; /* [tiles of 64 rows] */
@@ -70,6 +71,8 @@ WN_MUST_USE wn_status wn_attend_begin(wn_device *device, wn_attend_job *job, con
 /* [n,heads,width] of BF16, or [n,heads] of FP32, asserted */
 wn_view<wn_bf16> wn_attend_heads(const wn_tensor *t, int64_t n, int64_t heads, int64_t width);
 wn_view<float> wn_attend_stat(const wn_tensor *t, int64_t n, int64_t heads);
+/* o of a forward into *job: rounded, or as it is where its dtype is FP32 */
+void wn_attend_output(wn_attend_job *job, const wn_tensor *o, int64_t width);
 
 /* ---- tiles in shared memory ---- */
 
@@ -292,6 +295,34 @@ __device__ __forceinline__ void wn_put_rows(const wn_view<wn_bf16> &y, int row0,
     if (row < rows) wn_put_pair<ADD>(y, row, head, 8 * j + col, acc[j][0] * factor, acc[j][1] * factor);
     if (row + 8 < rows) wn_put_pair<ADD>(y, row + 8, head, 8 * j + col, acc[j][2] * factor, acc[j][3] * factor);
   }
+}
+
+/* A warp's outputs [16, 8 NT] as they are to rows row0 .. of y. */
+template <int NT>
+__device__ __forceinline__ void wn_put_unrounded(const wn_view<float> &y, int row0, int rows, int head,
+                                                 const float (&o)[NT][4]) {
+  const int lane = threadIdx.x & 31;
+  const bool pairs = ((uintptr_t)y.data & 7) == 0 && (y.row & 1) == 0 && (y.head & 1) == 0;
+#pragma unroll
+  for (int j = 0; j < NT; j++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = row0 + (lane >> 2) + 8 * r, col = 8 * j + (lane & 3) * 2;
+      if (row >= rows || col >= y.width) continue;
+      float *to = y.data + row * y.row + head * y.head + col;
+      if (pairs && col + 1 < y.width) {
+        *(float2 *)to = make_float2(o[j][2 * r], o[j][2 * r + 1]);
+      } else {
+        to[0] = o[j][2 * r];
+        if (col + 1 < y.width) to[1] = o[j][2 * r + 1];
+      }
+    }
+}
+
+/* One step of delta's sum. Of each 8 columns a lane of four has two, from the first on; then the lanes are added
+ * (wn_quad_sum). attention_delta.cu sums in this order too. */
+__device__ __forceinline__ float wn_delta_step(float delta, float2 o, float2 d_o) {
+  return fmaf(o.y, d_o.y, fmaf(o.x, d_o.x, delta));
 }
 
 /* ---- launching ---- */

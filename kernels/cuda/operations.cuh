@@ -73,6 +73,9 @@ WN_CUDA_OPERATION(attention_sparse_backward);
 WN_CUDA_OPERATION(attention_masked);
 WN_CUDA_OPERATION(attention_masked_backward);
 
+/* attention_delta.cu */
+WN_CUDA_OPERATION(attention_delta);
+
 /* indexer_select.cu */
 WN_CUDA_OPERATION(indexer_scores);
 WN_CUDA_OPERATION(indexer_select);

@@ -53,6 +53,7 @@ extern "C" const wn_ops wn_cuda_ops = {
     .attention_sparse_backward = paced<wn_cuda_attention_sparse_backward>::run,
     .attention_masked = paced<wn_cuda_attention_masked>::run,
     .attention_masked_backward = paced<wn_cuda_attention_masked_backward>::run,
+    .attention_delta = paced<wn_cuda_attention_delta>::run,
     .indexer_scores = paced<wn_cuda_indexer_scores>::run,
     .indexer_select = paced<wn_cuda_indexer_select>::run,
     .indexer_kl_dense = paced<wn_cuda_indexer_kl_dense>::run,

@@ -482,11 +482,33 @@ static wn_status selection_stats_run(wn_bench *b) {
                                  &b->in[3], &b->in[4], &b->rows, &params);
 }
 
+static wn_status attention_delta_make(wn_bench *b) {
+  const wn_bench_sizes *s = &b->s;
+  MAKE_IN(WN_STAT, 1, 3, s->rows, s->heads, s->v);
+  MAKE_IN(WN_ACT, 1, 3, s->rows, s->heads, s->v);
+  MAKE_OUT(WN_STAT, WN_BENCH_SET, 2, s->rows, s->heads, 0);
+  MAKE_OUT(WN_ACT, WN_BENCH_SET, 3, s->rows, s->heads, s->v);
+  return NULL;
+}
+static wn_status attention_delta_run(wn_bench *b) {
+  return b->ops->attention_delta(b->device, &b->out[0], &b->out[1], &b->in[0], &b->in[1]);
+}
+static wn_status attention_delta_check(wn_bench *b) {
+  double *o, *d_o, *delta, expected;
+  int64_t row = b->s.rows / 2, head = b->s.heads - 1;
+  WN_TRY(head_of(b, &o, &b->in[0], row, head));
+  WN_TRY(head_of(b, &d_o, &b->in[1], row, head));
+  WN_TRY(wn_bench_values(b, &delta, wn_tensor_slice(wn_tensor_slice(b->out[0], 0, row, 1), 1, head, 1)));
+  expected = dot(o, d_o, b->s.v);
+  return wn_bench_close(b, "delta", delta, &expected, 1);
+}
+
 const wn_bench_case wn_bench_attention[] = {
     WN_BENCH_CASE(attention_dense, attention_dense_check),
     WN_BENCH_CASE(attention_dense_backward, NULL),
     WN_BENCH_CASE(attention_masked, attention_masked_check),
     WN_BENCH_CASE(attention_masked_backward, NULL),
+    WN_BENCH_CASE(attention_delta, attention_delta_check),
     WN_BENCH_CASE(attention_sparse, attention_sparse_check),
     WN_BENCH_CASE(attention_sparse_backward, NULL),
     WN_BENCH_CASE(indexer_scores, indexer_scores_check),

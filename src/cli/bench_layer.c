@@ -92,8 +92,12 @@ static wn_status make_states(layer_bench *l) {
   WN_TRY(wn_bench_fill(b, &l->d_out, 1e-3));
   WN_TRY(wn_device_tensor(device, &l->replay.expert, device->stash, "expert replay", WN_INDEX, 2, n,
                           b->s.experts_a_token, 0, 0));
-  return wn_device_tensor(device, &l->replay.selection, device->stash, "selection replay", WN_INDEX, 2, n, b->s.topk, 0,
-                          0);
+  WN_TRY(wn_device_tensor(device, &l->replay.selection, device->stash, "selection replay", WN_INDEX, 2, n, b->s.topk, 0,
+                          0));
+  if (!wn_model_keeps_attention(l->model, &l->pass, (int32_t)n)) return NULL;
+  WN_TRY(
+      wn_device_tensor(device, &l->replay.o, device->stash, "attention outputs", WN_STAT, 3, n, b->s.heads, b->s.v, 0));
+  return wn_device_tensor(device, &l->replay.lse, device->stash, "attention log-sums", WN_STAT, 2, n, b->s.heads, 0, 0);
 }
 
 /* ---- what a step of the stage runs of this layer for one sequence ---- */

@@ -36,6 +36,7 @@ typedef struct wn_job {
     bool deterministic;
     int32_t max_skipped_in_a_row;
     double attention_init_gain;
+    bool keep_attention;
   } training;
   struct {
     double lr, indexer_lr, beta1, beta2, eps, weight_decay,

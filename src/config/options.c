@@ -53,6 +53,10 @@ static const wn_option options[] = {
     {"training.attention_init_gain", WN_REAL, AT(training.attention_init_gain), 0.01, 100, .fallback = "1.0",
      .help = "factor on the random initial weights of q_a, q_b, kv_a, kv_b and o_proj; small models learn to copy "
              "sooner with 3"},
+    {"training.keep_attention", WN_BOOL, AT(training.keep_attention), .fallback = "true", .may_change = true,
+     .help =
+         "attention's output is kept from the forward, in FP32, so that the backward does not compute it again; the "
+         "same bits; 4 * heads * (v_head_dim + 1) bytes a token and layer. The absorbed form keeps nothing"},
 
     {"optimizer.lr", WN_REAL, AT(optimizer.lr), 0, 10, .help = "peak learning rate of the base"},
     {"optimizer.indexer_lr", WN_REAL, AT(optimizer.indexer_lr), 0, 10, .fallback = "optimizer.lr", .same_as = true,

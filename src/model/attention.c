@@ -43,8 +43,10 @@ static wn_attention_params constants(const wn_call *c) {
 
 static wn_status allocate(wn_call *c, wn_attention *a, bool backward) {
   const wn_model_config *f = c->config;
+  WN_ASSERT(!a->kept.data || !c->sparse || c->form == WN_FORM_MASKED, "absorbed attention is not kept");
+  WN_ASSERT(!a->kept.data == !a->lse.data, "o and lse are kept together");
   WN_TRY(wn_scratch(c, &a->o, "o", WN_ACT, 3, c->n, f->num_attention_heads, f->v_head_dim));
-  WN_TRY(wn_scratch(c, &a->lse, "lse", WN_STAT, 2, c->n, f->num_attention_heads, 0));
+  if (!a->lse.data) WN_TRY(wn_scratch(c, &a->lse, "lse", WN_STAT, 2, c->n, f->num_attention_heads, 0));
   if (!backward) return NULL;
   return wn_scratch(c, &a->delta, "delta", WN_STAT, 2, c->n, f->num_attention_heads, 0);
 }
@@ -69,11 +71,13 @@ wn_status wn_attention_keys(wn_call *c, wn_attention *a, const wn_mla *m) {
 
 static wn_status per_head_forward(wn_call *c, wn_attention *a, const wn_tensor *d_o, const wn_mla *m,
                                   const wn_tensor *selection) {
-  wn_tensor v = values(c, a->up), *delta = d_o ? &a->delta : NULL;
+  wn_tensor v = values(c, a->up), *delta = d_o ? &a->delta : NULL, *o = a->kept.data ? &a->kept : &a->o;
   wn_attention_params params = constants(c);
-  if (!selection)
-    return c->ops->attention_dense(c->device, &a->o, &a->lse, delta, d_o, &m->q, &a->k, &v, c->rows, &params);
-  return c->ops->attention_masked(c->device, &a->o, &a->lse, delta, d_o, &m->q, &a->k, &v, selection, c->rows, &params);
+  if (selection)
+    WN_TRY(c->ops->attention_masked(c->device, o, &a->lse, delta, d_o, &m->q, &a->k, &v, selection, c->rows, &params));
+  else
+    WN_TRY(c->ops->attention_dense(c->device, o, &a->lse, delta, d_o, &m->q, &a->k, &v, c->rows, &params));
+  return a->kept.data ? c->ops->cast(c->device, &a->o, &a->kept) : NULL;
 }
 
 static wn_status per_head_backward(wn_call *c, wn_attention *a, wn_tensor *dq, wn_tensor *dkv, wn_tensor *p,
@@ -83,7 +87,10 @@ static wn_status per_head_backward(wn_call *c, wn_attention *a, wn_tensor *dq, w
   int64_t latent = f->kv_lora_rank, up_width = nope + f->v_head_dim;
   wn_attention_params params = constants(c);
   wn_tensor dup, dk;
-  WN_TRY(per_head_forward(c, a, d_o, m, selection));
+  if (a->kept.data)
+    WN_TRY(c->ops->attention_delta(c->device, &a->delta, &a->o, &a->kept, d_o));
+  else
+    WN_TRY(per_head_forward(c, a, d_o, m, selection));
   size_t mark = wn_arena_mark(c->device->scratch);
   WN_TRY(wn_scratch(c, &dup, "k_nope and v gradient", WN_ACT, 3, c->n, heads, up_width));
   WN_TRY(wn_scratch(c, &dk, "dk", WN_ACT, 3, c->n, heads, nope + rope));

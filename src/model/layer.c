@@ -21,6 +21,17 @@ wn_status wn_call_rope(wn_call *c, wn_tensor *x, bool interleaved, bool inverse)
   return c->ops->rope(c->device, x, c->rows->position, &params);
 }
 
+/* A sequence's length decides, so that the form does not depend on the micro-batch. */
+static wn_attention_form form_of(const wn_model *model, const wn_pass *pass, int32_t n_keys) {
+  if (pass->form != WN_FORM_AUTO) return pass->form;
+  int32_t keys = pass->rows_per_sequence ? pass->rows_per_sequence : n_keys;
+  return wn_model_attention_form(&model->config, model->device->head_tile, keys, pass->topk);
+}
+
+bool wn_model_keeps_attention(const wn_model *model, const wn_pass *pass, int32_t n_keys) {
+  return pass->selection == WN_SELECT_DENSE || form_of(model, pass, n_keys) == WN_FORM_MASKED;
+}
+
 static wn_call make_call(wn_model *model, int32_t layer, const wn_layer_tensors *weights, wn_layer_tensors *grads,
                          const wn_pass *pass, const wn_rows *rows, const wn_tensor *h) {
   const wn_model_config *f = &model->config;
@@ -41,11 +52,7 @@ static wn_call make_call(wn_model *model, int32_t layer, const wn_layer_tensors 
                .layer = layer,
                .n = rows->n_rows,
                .sparse = pass->selection != WN_SELECT_DENSE,
-               .form = pass->form};
-  if (c.form == WN_FORM_AUTO) { /* a sequence's length, so that the form does not depend on the micro-batch */
-    int32_t keys = pass->rows_per_sequence ? pass->rows_per_sequence : rows->n_keys;
-    c.form = wn_model_attention_form(f, model->device->head_tile, keys, pass->topk);
-  }
+               .form = form_of(model, pass, rows->n_keys)};
   return c;
 }
 
@@ -119,6 +126,10 @@ static wn_status prepare(wn_call *c, block *b, bool backward, const wn_tensor *h
   bool have = c->sparse && held && (backward || replay->force_selection);
   WN_ASSERT(!c->sparse || !replay || !replay->force_selection || held, "a forced selection that is absent");
   *b = (block){.plan = make_plan(c, backward, have, measures)};
+  if (replay) {
+    b->attention.kept = replay->o;
+    b->attention.lse = replay->lse;
+  }
   WN_TRY(wn_mla_project(c, &b->mla, h_in));
   if (b->plan.keys) WN_TRY(wn_attention_keys(c, &b->attention, &b->mla));
   if (b->plan.indexer) WN_TRY(wn_indexer_project(c, &b->index, &b->mla));

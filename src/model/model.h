@@ -68,10 +68,17 @@ typedef struct wn_pass {
   uint64_t seed;             /* WN_SELECT_RANDOM */
 } wn_pass;
 
-/* One layer's choices. Tensors from the caller; data NULL where not kept. */
+/* Whether attention in such a pass runs over a head's own keys, dense or masked, so that a replay can keep its result.
+ * The absorbed form's is latent wide a head, four times as much with V3.2's sizes: it is computed again. */
+bool wn_model_keeps_attention(const wn_model *model, const wn_pass *pass, int32_t n_keys);
+
+/* What one layer's forward leaves for its backward, besides hidden states: its choices and, where it can be kept,
+ * attention's result, which is then not computed again; the same bits either way. Tensors from the caller; data NULL
+ * where not kept. */
 typedef struct wn_replay {
   wn_tensor expert;                   /* [n,K] INDEX */
   wn_tensor selection;                /* [n,k] INDEX */
+  wn_tensor o, lse;                   /* [n,H,v] STAT, unrounded, since delta comes from it; [n,H] STAT */
   bool force_expert, force_selection; /* take what is there; else it is written */
 } wn_replay;
 

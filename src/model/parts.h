@@ -55,6 +55,8 @@ typedef struct wn_attention {
   wn_tensor up, k;      /* [n,H,nope+v]: k_nope | v; [n,H,nope+rope]. Absent in the absorbed form unless asked for */
   wn_tensor o;          /* [n,H,v] */
   wn_tensor lse, delta; /* [n,H] STAT; delta in the backward only */
+  wn_tensor kept;       /* [n,H,v] STAT, and lse with it, from the caller: o unrounded, made by the forward and taken by
+                           the backward; data NULL: not kept */
 } wn_attention;
 
 /* up and k, from the latents. */
@@ -63,8 +65,8 @@ WN_MUST_USE wn_status wn_attention_keys(wn_call *c, wn_attention *a, const wn_ml
  * selection (may be NULL; sparse only). up and k must be there in the dense and masked forms. */
 WN_MUST_USE wn_status wn_attention_forward(wn_call *c, wn_attention *a, wn_tensor *p, const wn_mla *m,
                                            const wn_tensor *selection);
-/* o, lse and delta again, and with them dq[n,H,nope+rope] =, dkv[n,latent+rope] =, kv_b's gradient +=, p = (may be
- * NULL). d_o[n,H,v]. */
+/* o and delta, lse too where it is not kept, and with them dq[n,H,nope+rope] =, dkv[n,latent+rope] =, kv_b's gradient
+ * +=, p = (may be NULL). d_o[n,H,v]. */
 WN_MUST_USE wn_status wn_attention_backward(wn_call *c, wn_attention *a, wn_tensor *dq, wn_tensor *dkv, wn_tensor *p,
                                             const wn_tensor *d_o, const wn_mla *m, const wn_tensor *selection);
 

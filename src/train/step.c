@@ -34,7 +34,7 @@ void wn_step_sums_free(wn_step_sums *sums) {
 typedef struct work {
   wn_run *run;
   int64_t step;
-  bool with_stats;
+  bool with_stats, keeps_attention;
   wn_pass pass;
   int32_t n_micro, sample_rows;        /* sampled rows a sequence */
   wn_batch *batches;                   /* [n_micro] */
@@ -302,8 +302,8 @@ static wn_status layer_major(work *w) {
   return NULL;
 }
 
-/* ---- stage 2 and pre-training: sequences outside; a layer's input and middle residual are kept, the rest is
- * recomputed ---- */
+/* ---- stage 2 and pre-training: sequences outside; a layer's input, middle residual, choices and, where the job says
+ * so, attention's result are kept, the rest is recomputed ---- */
 
 typedef struct kept {
   wn_tensor h, mid;
@@ -323,7 +323,11 @@ static wn_status keep_layer(work *w, int32_t layer, int32_t m, kept *k) {
   if (w->pass.selection != WN_SELECT_DENSE)
     WN_TRY(wn_device_tensor(device, &k->replay.selection, device->stash, "selection replay", WN_INDEX, 2, n,
                             w->pass.topk, 0, 0));
-  return NULL;
+  if (!w->keeps_attention) return NULL;
+  WN_TRY(wn_device_tensor(device, &k->replay.o, device->stash, "attention outputs", WN_STAT, 3, n,
+                          config->num_attention_heads, config->v_head_dim, 0));
+  return wn_device_tensor(device, &k->replay.lse, device->stash, "attention log-sums", WN_STAT, 2, n,
+                          config->num_attention_heads, 0, 0);
 }
 
 static wn_status forward(work *w, int32_t m, kept *layers_kept) {
@@ -447,6 +451,8 @@ static wn_status prepare(work *w) {
       .seed = job->training.seed,
   };
   if (w->pass.topk > job->data.seq_len) w->pass.topk = job->data.seq_len;
+  w->keeps_attention =
+      job->training.keep_attention && wn_model_keeps_attention(run->model, &w->pass, job->data.seq_len);
   return allocate_measures(w);
 }
 

@@ -358,6 +358,43 @@ static void the_router_bias_moves_by_exactly_its_speed(void **state) {
 
 /* ---- the hand-over ---- */
 
+static int64_t stash_bytes(void **state, const char *run, const char *name) {
+  char path[WN_PATH_BYTES];
+  OK(wn_path(path, "%s/%s/memory.txt", (const char *)*state, run));
+  tiny_file file = tiny_read(path);
+  const char *at = strstr(file.text, name);
+  int64_t bytes = at ? strtoll(at + strlen(name), NULL, 10) : 0;
+  free(file.text);
+  return bytes;
+}
+
+/* A backward that takes attention's output from the forward makes the bits of one that computes it again; and it was
+ * kept indeed, but not in the absorbed form. */
+static void kept_attention_changes_nothing(void **state) {
+  wn_temp_path base = wn_temp(state, "base"), warm = tiny_step(state, "warm", 6);
+  const struct {
+    const char *stage, *init, *options;
+    bool keeps;
+  } jobs[] = {{"pretrain", base.text, "", true},
+              {"adapt", warm.text, "data.seq_len=14", true}, /* short: masked */
+              {"adapt", warm.text, "", false}};
+  wn_model_config config = tiny_config();
+  assert_int_equal(wn_model_attention_form(&config, 1, 14, TINY_TOPK), WN_FORM_MASKED);
+  assert_int_equal(wn_model_attention_form(&config, 1, TINY_SEQ_LEN, TINY_TOPK), WN_FORM_ABSORBED);
+  for (size_t j = 0; j < sizeof jobs / sizeof *jobs; j++) {
+    char run[2][32], with[160];
+    for (int kept = 0; kept < 2; kept++) {
+      snprintf(run[kept], sizeof run[kept], "kept-%zu-%d", j, kept);
+      snprintf(with, sizeof with, "%s training.keep_attention=%s", jobs[j].options, kept ? "true" : "false");
+      train(state, jobs[j].stage, jobs[j].init, run[kept], with);
+    }
+    tiny_expect_same_tree(tiny_step(state, run[0], 6).text, tiny_step(state, run[1], 6).text);
+    tiny_expect_same_tables(state, run[0], run[1]);
+    assert_int_equal(stash_bytes(state, run[0], "attention outputs"), 0);
+    assert_int_equal(stash_bytes(state, run[1], "attention outputs") > 0, jobs[j].keeps);
+  }
+}
+
 static void adapt_carries_the_indexers_moments(void **state) {
   wn_state s = {0};
   wn_stage stage;
@@ -502,6 +539,7 @@ int main(void) {
       cmocka_unit_test(nor_memory_for_it),
       cmocka_unit_test(norms_and_biases_do_not_decay),
       cmocka_unit_test(the_router_bias_moves_by_exactly_its_speed),
+      cmocka_unit_test(kept_attention_changes_nothing),
       cmocka_unit_test(adapt_carries_the_indexers_moments),
       cmocka_unit_test(moments_arrive_to_the_bit),
       cmocka_unit_test(eval_runs_all_selections),

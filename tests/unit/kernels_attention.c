@@ -58,6 +58,17 @@ static wn_tensor random_selection(const bench *b, const wn_rows *rows, int64_t k
   return s;
 }
 
+/* o and delta as attention_delta makes them, from the same o before rounding: every bit. */
+static void check_delta(const bench *b, const wn_tensor *o, const wn_tensor *delta, const wn_tensor *d_o) {
+  wn_tensor own_o = plain_input(b->device, WN_ACT, 9, 9, 3, o->dim[0], o->dim[1], o->dim[2]);
+  wn_tensor own_delta = output(b, WN_STAT, 2, o->dim[0], o->dim[1], 0);
+  OK(b->device->ops->attention_delta(b->device, &own_delta, &own_o, o, d_o));
+  for (int64_t i = 0; i < wn_tensor_count(o); i++)
+    if (wn_test_get(&own_o, i) != wn_test_get(o, i)) fail_msg("o differs at %lld", (long long)i);
+  for (int64_t i = 0; i < wn_tensor_count(delta); i++)
+    if (wn_test_get(&own_delta, i) != wn_test_get(delta, i)) fail_msg("delta differs at %lld", (long long)i);
+}
+
 static void check_dense(const bench *b, const shape *c) {
   wn_arena *arena = b->device->weights;
   const wn_ops *ops = b->device->ops;
@@ -78,6 +89,7 @@ static void check_dense(const bench *b, const shape *c) {
   wn_test_close("o", &o, &want.o, tolerance, tolerance);
   wn_test_close("lse", &lse, &want.lse, b->tolerance, b->tolerance);
   wn_test_close("delta", &delta, &want.delta, 4 * tolerance, tolerance);
+  check_delta(b, &o, &delta, &d_o);
   wn_tensor dq = plain_input(b->device, WN_ACT, 6, 9, 3, c->n, c->n_heads, c->dq);
   wn_tensor dk = plain_input(b->device, WN_ACT, 7, 0, 3, c->m, c->n_heads, c->dq);
   wn_tensor dv = plain_input(b->device, WN_ACT, 8, 0, 3, c->m, c->n_heads, c->dv);
