@@ -105,10 +105,12 @@ wn_status WN_CPU(dequantise)(wn_device *device, wn_tensor *w, const wn_tensor *c
     for (int64_t at = 0; at < cols; at += WN_F8_BLOCK) {
       int64_t n = wn_cpu_min(WN_F8_BLOCK, cols - at);
       wn_f8_dequantise(wide, codes->data, scale->data, cols, row * cols + at, n);
-      if (w->dtype == WN_BF16)
-        for (int64_t i = 0; i < n; i++) narrow[at + i] = wn_bf16_from_f32(wide[i]);
-      else
-        for (int64_t i = 0; i < n; i++) to[at + i] = (wn_real)wn_f32_from_bf16(wn_bf16_from_f32(wide[i]));
+      if (w->dtype == WN_BF16) {
+        wn_bf16s_from_f32(narrow + at, wide, n);
+      } else {
+        wn_f32s_round_to_bf16(wide, n);
+        for (int64_t i = 0; i < n; i++) to[at + i] = (wn_real)wide[i];
+      }
     }
   }
   return NULL;

@@ -27,6 +27,9 @@ static inline int64_t wn_f8_blocks(int64_t n) {
  * on to BF16; the caller does. */
 void wn_f8_dequantise(float *out, const uint8_t *codes, const float *scales, int64_t n_cols, int64_t first,
                       int64_t count);
+/* The same where `codes` begins with that of element `first`. */
+void wn_f8_dequantise_from(float *out, const uint8_t *codes, const float *scales, int64_t n_cols, int64_t first,
+                           int64_t count);
 
 /* One block of rows x cols, each at most 128, with row strides in elements: its scale by wn_f8_scale, its codes
  * E4M3(x / scale). x finite. */

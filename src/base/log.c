@@ -43,6 +43,10 @@ wn_status wn_log_open_file(wn_log *log, const char *path) {
   return NULL;
 }
 
+bool wn_log_terminal(const wn_log *log) {
+  return log && log->terminal;
+}
+
 typedef enum kind { INFO, WARN, PROGRESS, ERROR_LINE } kind;
 
 enum { PLAIN_PROGRESS_S = 5 }; /* off a terminal, progress lines come at most this often */

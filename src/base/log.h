@@ -19,7 +19,8 @@ void wn_log_free(wn_log *log);
 /* Appends everything from now on to `path` as well (plain, dated). WN_E_IO. */
 WN_MUST_USE wn_status wn_log_open_file(wn_log *log, const char *path);
 
-/* `log` may be NULL everywhere: then nothing is said. */
+/* `log` may be NULL everywhere below: then nothing is said. */
+bool wn_log_terminal(const wn_log *log); /* a progress line is redrawn in place */
 void wn_info(wn_log *log, const char *format, ...) WN_PRINTF(2, 3);
 void wn_warn(wn_log *log, const char *format, ...) WN_PRINTF(2, 3);
 /* The progress line; on a terminal it replaces the previous one. */

@@ -60,7 +60,6 @@ float wn_f32_from_f16(uint16_t x);
 void wn_f32s_from_bf16(float *out, const void *from, int64_t n);
 void wn_f32s_from_f16(float *out, const void *from, int64_t n);
 void wn_bf16s_from_f32(uint16_t *out, const float *from, int64_t n);
-/* Each to the nearest value that BF16 has, in place. False when one is NaN or infinite then. */
-bool wn_f32s_round_to_bf16(float *x, int64_t n);
+void wn_f32s_round_to_bf16(float *x, int64_t n); /* each to the nearest value that BF16 has, in place */
 
 #endif

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "io/files.h"
 #include "io/json.h"
@@ -71,10 +72,21 @@ static wn_status load_index(json_t **out, const char *index_path) {
   return NULL;
 }
 
+/* Shards stay open, and thousands may be more than a process gets without asking. That the system says no shows as an
+ * error of opening. */
+static void allow_open_files(int32_t n) {
+  struct rlimit limit;
+  rlim_t wanted = (rlim_t)n + 256;
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = limit.rlim_max < wanted ? limit.rlim_max : wanted;
+  (void)setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 static wn_status open_shards(wn_hf_dir *dir, const char *const *names, int32_t n) {
   char path[WN_PATH_BYTES];
   dir->shards = calloc((size_t)n + 1, sizeof(wn_safetensors *));
   if (!dir->shards) return WN_FAIL(WN_E_MEMORY, "out of memory opening %s", dir->path);
+  allow_open_files(n);
   for (int32_t i = 0; i < n; i++) {
     WN_TRY(wn_path(path, "%s/%s", dir->path, names[i]));
     if (!wn_path_exists(path))

@@ -7,7 +7,7 @@
 
 #define MOST_SCALE (0x1.fep127f / 448) /* the largest BF16 by the largest code */
 
-enum { CHUNK = 8192 }; /* elements that go through a buffer of floats where the result is of another type */
+enum { CHUNK = 1 << 14 }; /* elements that are on their way at a time: few enough for a core's cache */
 
 /* ---- finding ---- */
 
@@ -56,15 +56,34 @@ wn_status wn_hf_weight_find(wn_hf_weight *out, const wn_hf_dir *dir, const char 
 
 /* ---- reading ---- */
 
+/* Elements first .. first + count - 1 of an F32, BF16 or F16 tensor, as floats. */
+static wn_status read_plain(float *out, const wn_st_entry *entry, int64_t first, int64_t count) {
+  uint16_t raw[CHUNK];
+  if (entry->dtype == WN_F32) return wn_st_read(out, entry, 4 * (uint64_t)first, 4 * (uint64_t)count);
+  for (int64_t done = 0, n; done < count; done += n) {
+    n = count - done < CHUNK ? count - done : CHUNK;
+    WN_TRY(wn_st_read(raw, entry, 2 * (uint64_t)(first + done), 2 * (uint64_t)n));
+    if (entry->dtype == WN_BF16)
+      wn_f32s_from_bf16(out + done, raw, n);
+    else
+      wn_f32s_from_f16(out + done, raw, n);
+  }
+  return NULL;
+}
+
+static wn_status read_powers(float *out, const wn_st_entry *entry, int64_t first, int64_t count) {
+  uint8_t raw[CHUNK];
+  for (int64_t done = 0, n; done < count; done += n) {
+    n = count - done < CHUNK ? count - done : CHUNK;
+    WN_TRY(wn_st_read(raw, entry, (uint64_t)(first + done), (uint64_t)n));
+    for (int64_t i = 0; i < n; i++) out[done + i] = wn_f32_from_e8m0(raw[i]);
+  }
+  return NULL;
+}
+
 wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t first, int64_t count) {
   const wn_st_entry *scale = weight->scale;
-  const char *from = (const char *)scale->data + first * wn_dtype_bytes(scale->dtype);
-  if (scale->dtype == WN_F8_E8M0)
-    for (int64_t i = 0; i < count; i++) out[i] = wn_f32_from_e8m0((uint8_t)from[i]);
-  else if (scale->dtype == WN_BF16)
-    wn_f32s_from_bf16(out, from, count);
-  else
-    memcpy(out, from, (size_t)count * sizeof *out);
+  WN_TRY(scale->dtype == WN_F8_E8M0 ? read_powers(out, scale, first, count) : read_plain(out, scale, first, count));
   for (int64_t i = 0; i < count; i++)
     if (!(out[i] > 0 && out[i] <= MOST_SCALE))
       return WN_FAIL(WN_E_INPUT, "tensor %s: scale [%lld, %lld] is %g; scales lie above 0 and below 7.6e35",
@@ -73,45 +92,34 @@ wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t firs
   return NULL;
 }
 
-/* `scales` begin with the block row that holds element `first_row * 128 * columns`. */
-typedef struct source {
-  const wn_st_entry *entry;
-  float *scales;     /* NULL: not FP8 */
-  int64_t block_row; /* of the first of `scales` */
-} source;
-
 static wn_status holds_nan(const wn_st_entry *entry) {
   return WN_FAIL(WN_E_INPUT, "tensor %s holds NaN", entry->name);
 }
 
 static wn_status read_codes(uint8_t *out, const wn_st_entry *entry, int64_t first, int64_t count) {
-  const uint8_t *from = (const uint8_t *)entry->data + first;
+  WN_TRY(wn_st_read(out, entry, (uint64_t)first, (uint64_t)count));
   int bad = 0;
 #pragma omp simd reduction(| : bad)
-  for (int64_t i = 0; i < count; i++) {
-    out[i] = from[i];
-    bad |= (from[i] & 0x7f) == 0x7f;
-  }
+  for (int64_t i = 0; i < count; i++) bad |= (out[i] & 0x7f) == 0x7f;
   return bad ? holds_nan(entry) : NULL;
 }
 
+typedef struct source {
+  const wn_st_entry *entry;
+  float *scales;     /* NULL: not FP8; else from a row of blocks on */
+  int64_t block_row; /* that one */
+} source;
+
 static wn_status read_floats(float *out, const source *in, int64_t first, int64_t count) {
   const wn_st_entry *entry = in->entry;
-  const char *from = (const char *)entry->data + first * wn_dtype_bytes(entry->dtype);
-  if (entry->dtype == WN_F32) {
-    memcpy(out, from, (size_t)count * sizeof *out);
-  } else if (entry->dtype == WN_BF16) {
-    wn_f32s_from_bf16(out, from, count);
-  } else if (entry->dtype == WN_F16) {
-    wn_f32s_from_f16(out, from, count);
-  } else {
-    int64_t skipped = in->block_row * WN_F8_BLOCK * entry->dim[1];
-    for (int64_t done = 0, n; done < count; done += n) { /* while it is in the cache */
-      n = count - done < CHUNK ? count - done : CHUNK;
-      wn_f8_dequantise(out + done, (const uint8_t *)entry->data + skipped, in->scales, entry->dim[1],
-                       first + done - skipped, n);
-      if (!wn_f32s_round_to_bf16(out + done, n)) return holds_nan(entry);
-    }
+  uint8_t raw[CHUNK];
+  if (!in->scales) return read_plain(out, entry, first, count);
+  int64_t skipped = in->block_row * WN_F8_BLOCK * entry->dim[1];
+  for (int64_t done = 0, n; done < count; done += n) { /* while it is in the cache */
+    n = count - done < CHUNK ? count - done : CHUNK;
+    WN_TRY(read_codes(raw, entry, first + done, n));
+    wn_f8_dequantise_from(out + done, raw, in->scales, entry->dim[1], first + done - skipped, n);
+    wn_f32s_round_to_bf16(out + done, n);
   }
   return NULL;
 }
@@ -119,10 +127,7 @@ static wn_status read_floats(float *out, const source *in, int64_t first, int64_
 static wn_status read_as(void *out, wn_dtype dtype, const source *in, int64_t first, int64_t count) {
   float buffer[CHUNK];
   if (dtype == WN_F32) return read_floats(out, in, first, count);
-  if (dtype == WN_BF16 && in->entry->dtype == WN_BF16) {
-    memcpy(out, (const char *)in->entry->data + 2 * first, 2 * (size_t)count);
-    return NULL;
-  }
+  if (dtype == in->entry->dtype) return wn_st_read(out, in->entry, 2 * (uint64_t)first, 2 * (uint64_t)count);
   for (int64_t done = 0, n; done < count; done += n) {
     n = count - done < CHUNK ? count - done : CHUNK;
     WN_TRY(read_floats(buffer, in, first + done, n));

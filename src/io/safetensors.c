@@ -18,6 +18,7 @@ enum { LENGTH_BYTES = 8, MOST_HEADER_BYTES = 100000000 };
 
 struct wn_safetensors {
   char *path;
+  int fd;
   const unsigned char *map;
   uint64_t map_bytes;
   json_t *metadata; /* NULL: none */
@@ -171,6 +172,7 @@ static wn_status read_entries(wn_safetensors *file, json_t *header, uint64_t dat
       goto done;
     }
     entry->data = file->map + data_begin + at;
+    entry->file = file;
     at += entry->bytes;
     file->entries[i] = *entry;
     file->by_name[i] = &file->entries[i];
@@ -188,28 +190,19 @@ done:
 }
 
 static wn_status map_file(wn_safetensors *file) {
-  wn_status status = NULL;
   struct stat info;
-  int fd = open(file->path, O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", file->path, strerror(errno));
-  if (fstat(fd, &info) != 0) {
-    status = WN_FAIL(WN_E_IO, "cannot read %s: %s", file->path, strerror(errno));
-  } else if (!S_ISREG(info.st_mode)) {
-    status = WN_FAIL(WN_E_INPUT, "%s is not a regular file", file->path);
-  } else if (info.st_size < LENGTH_BYTES) {
-    status =
-        WN_FAIL(WN_E_INPUT, "%s: %lld bytes are too few for a safetensors file", file->path, (long long)info.st_size);
-  } else {
-    void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
-    if (map == MAP_FAILED) {
-      status = WN_FAIL(WN_E_IO, "cannot map %s: %s", file->path, strerror(errno));
-    } else {
-      file->map = map;
-      file->map_bytes = (uint64_t)info.st_size;
-    }
-  }
-  close(fd);
-  return status;
+  file->fd = open(file->path, O_RDONLY | O_CLOEXEC);
+  if (file->fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", file->path, strerror(errno));
+  if (fstat(file->fd, &info) != 0) return WN_FAIL(WN_E_IO, "cannot read %s: %s", file->path, strerror(errno));
+  if (!S_ISREG(info.st_mode)) return WN_FAIL(WN_E_INPUT, "%s is not a regular file", file->path);
+  if (info.st_size < LENGTH_BYTES)
+    return WN_FAIL(WN_E_INPUT, "%s: %lld bytes are too few for a safetensors file", file->path,
+                   (long long)info.st_size);
+  void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file->fd, 0);
+  if (map == MAP_FAILED) return WN_FAIL(WN_E_IO, "cannot map %s: %s", file->path, strerror(errno));
+  file->map = map;
+  file->map_bytes = (uint64_t)info.st_size;
+  return NULL;
 }
 
 static wn_status read_header(wn_safetensors *file) {
@@ -241,7 +234,7 @@ wn_status wn_safetensors_open(wn_safetensors **out, const char *path) {
   wn_status status = NULL;
   *out = NULL;
   wn_safetensors *file = calloc(1, sizeof *file);
-  if (file) file->path = strdup(path);
+  if (file) *file = (wn_safetensors){.path = strdup(path), .fd = -1};
   if (!file || !file->path) {
     status = WN_FAIL(WN_E_MEMORY, "out of memory opening %s", path);
     goto fail;
@@ -258,6 +251,7 @@ fail:
 void wn_safetensors_close(wn_safetensors *file) {
   if (!file) return;
   if (file->map) munmap((void *)(uintptr_t)file->map, file->map_bytes);
+  if (file->fd >= 0) close(file->fd);
   json_decref(file->metadata);
   free(file->names);
   free(file->entries);
@@ -285,6 +279,22 @@ static int name_against(const void *name, const void *entry) {
 const wn_st_entry *wn_safetensors_find(const wn_safetensors *file, const char *name) {
   wn_st_entry **found = bsearch(name, file->by_name, (size_t)file->n, sizeof *found, name_against);
   return found ? *found : NULL;
+}
+
+wn_status wn_st_read(void *out, const wn_st_entry *entry, uint64_t first, uint64_t count) {
+  const wn_safetensors *file = entry->file;
+  uint64_t begin = (uint64_t)((const unsigned char *)entry->data - file->map) + first;
+  WN_ASSERT(first <= entry->bytes && count <= entry->bytes - first, "%s: bytes %" PRIu64 " + %" PRIu64 " of %" PRIu64,
+            entry->name, first, count, entry->bytes);
+  for (uint64_t done = 0; done < count;) {
+    ssize_t n = pread(file->fd, (char *)out + done, count - done, (off_t)(begin + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return WN_FAIL(WN_E_IO, "%s: cannot read tensor %s: %s", file->path, entry->name, strerror(errno));
+    if (n == 0)
+      return WN_FAIL(WN_E_IO, "%s: became shorter while it was read; tensor %s is cut off", file->path, entry->name);
+    done += (uint64_t)n;
+  }
+  return NULL;
 }
 
 const char *wn_safetensors_metadata(const wn_safetensors *file, const char *key) {

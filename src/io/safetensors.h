@@ -15,6 +15,7 @@ typedef struct wn_st_entry {
   int64_t dim[WN_MAX_RANK]; /* a scalar has rank 0 */
   const void *data;         /* mapped, little-endian, dense; may be unaligned (wn_hf_read copes) */
   uint64_t bytes;
+  const wn_safetensors *file;
 } wn_st_entry;
 
 /* WN_E_IO, or WN_E_INPUT naming file and what lies: header length beyond the file or above 100 MB, bad JSON, unknown
@@ -26,7 +27,10 @@ const char *wn_safetensors_path(const wn_safetensors *file);
 int64_t wn_safetensors_count(const wn_safetensors *file);
 const wn_st_entry *wn_safetensors_at(const wn_safetensors *file, int64_t i);          /* in file order */
 const wn_st_entry *wn_safetensors_find(const wn_safetensors *file, const char *name); /* NULL: absent */
-const char *wn_safetensors_metadata(const wn_safetensors *file, const char *key);     /* NULL: absent */
+/* Copies bytes first .. first + count - 1 of the tensor, by read calls: several times as fast as having the kernel map
+ * the pages in, and nothing stays mapped. WN_E_IO, also where the file has become shorter since it was opened. */
+WN_MUST_USE wn_status wn_st_read(void *out, const wn_st_entry *entry, uint64_t first, uint64_t count);
+const char *wn_safetensors_metadata(const wn_safetensors *file, const char *key); /* NULL: absent */
 
 /* Layout of a file to be written, from shapes alone: every rank computes the same one, so pieces can be written in
  * place by whoever owns them. Offsets are absolute. Tensors stand in the order given (widest dtype first keeps them

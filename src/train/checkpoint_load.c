@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "train/checkpoint_dirs.h"
-#include "train/checkpoint_parts.h"
+#include "train/reads.h"
 
 /* ---- whole or not ---- */
 
@@ -79,7 +79,7 @@ typedef struct load {
   wn_part *parts;
   wn_hf_dir *dir;
   wn_optimizer_files optimizer;
-  float *buffer;
+  wn_reads reads;
 } load;
 
 static wn_status open_all(load *l, const wn_checkpoint_plan *plan, const char *path) {
@@ -87,8 +87,6 @@ static wn_status open_all(load *l, const wn_checkpoint_plan *plan, const char *p
   l->params = wn_store_params(plan->store, &l->n_params);
   WN_TRY(wn_names_create(&l->names, l->params, l->n_params));
   WN_TRY(wn_parts_create(&l->parts, plan->store, l->n_params));
-  l->buffer = malloc(WN_COPY_ELEMENTS * sizeof *l->buffer);
-  if (!l->buffer) return WN_FAIL(WN_E_MEMORY, "out of memory loading %s", path);
   WN_TRY(wn_hf_dir_open(&l->dir, path));
   return wn_optimizer_open(&l->optimizer, path);
 }
@@ -98,26 +96,28 @@ static void close_all(load *l) {
   wn_hf_dir_close(l->dir);
   wn_names_free(&l->names);
   free(l->parts);
-  free(l->buffer);
+  wn_reads_free(&l->reads);
 }
 
-static wn_status read_field(load *l, int32_t p, wn_field field) {
-  const wn_hf_weight stored = {.entry = wn_optimizer_find(&l->optimizer, &l->params[p], field)};
-  WN_TRY(wn_optimizer_check(stored.entry, &l->params[p], field, wn_hf_dir_path(l->dir)));
-  return wn_part_read(l->plan->model->device, &l->parts[p], field, &stored, l->buffer);
+static wn_status want_field(load *l, int32_t p, wn_field field) {
+  wn_read read = {.param = p, .field = field, .from.entry = wn_optimizer_find(&l->optimizer, &l->params[p], field)};
+  WN_TRY(wn_optimizer_check(read.from.entry, &l->params[p], field, wn_hf_dir_path(l->dir)));
+  return wn_reads_add(&l->reads, read);
 }
 
 /* What trains continues from its FP32 master: its own where the model file is rounded, else the model file. */
-static wn_status read_param(load *l, int32_t p) {
+static wn_status want_param(load *l, int32_t p) {
   const wn_param *param = &l->params[p];
-  wn_hf_weight weight;
-  WN_TRY(wn_hf_weight_find(&weight, l->dir, param->hf_name));
-  if (!wn_kind_trains(param->kind))
-    return wn_weight_read(l->plan->model->device, l->plan->store, l->parts, p, &weight, l->buffer);
-  WN_TRY(read_field(l, p, WN_FIELD_M));
-  WN_TRY(read_field(l, p, WN_FIELD_V));
-  if (weight.entry->dtype != WN_F32) return read_field(l, p, WN_FIELD_MASTER);
-  return wn_part_read(l->plan->model->device, &l->parts[p], WN_FIELD_WEIGHT, &weight, l->buffer);
+  wn_read weight = {.param = p, .field = WN_FIELD_WEIGHT};
+  WN_TRY(wn_hf_weight_find(&weight.from, l->dir, param->hf_name));
+  if (!wn_kind_trains(param->kind)) return wn_reads_add(&l->reads, weight);
+  WN_TRY(want_field(l, p, WN_FIELD_M));
+  WN_TRY(want_field(l, p, WN_FIELD_V));
+  return weight.from.entry->dtype != WN_F32 ? want_field(l, p, WN_FIELD_MASTER) : wn_reads_add(&l->reads, weight);
+}
+
+static wn_status read_wanted(load *l, const char *what) {
+  return wn_reads_run(&l->reads, l->plan->model->device, l->plan->store, l->parts, l->plan->log, what);
 }
 
 static wn_status load_local(load *l, const wn_checkpoint_plan *plan, const char *path, wn_state *state) {
@@ -134,7 +134,8 @@ static wn_status load_local(load *l, const wn_checkpoint_plan *plan, const char 
                         "%s was written by %s; it cannot be continued by %s", path, wn_stage_name(stage),
                         wn_stage_name(plan->stage));
   WN_TRY(wn_dir_check(l->dir, &l->names, rules, &indexer_absent, &passed_over));
-  for (int32_t p = 0; p < l->n_params; p++) WN_TRY(read_param(l, p));
+  for (int32_t p = 0; p < l->n_params; p++) WN_TRY(want_param(l, p));
+  WN_TRY(read_wanted(l, "reading the checkpoint"));
   *state = read;
   return NULL;
 }
@@ -177,10 +178,11 @@ static wn_status carry_local(load *l, const wn_checkpoint_plan *plan, const char
   WN_TRY(verify_optimizer(l, dir));
   for (int32_t p = 0; p < l->n_params; p++) {
     if (l->params[p].kind != WN_INDEXER) continue;
-    WN_TRY(read_field(l, p, WN_FIELD_M));
-    WN_TRY(read_field(l, p, WN_FIELD_V));
+    WN_TRY(want_field(l, p, WN_FIELD_M));
+    WN_TRY(want_field(l, p, WN_FIELD_V));
     *carried = true;
   }
+  if (*carried) WN_TRY(read_wanted(l, "reading the indexer's moments"));
   if (*carried) state->adam_indexer = theirs.adam_indexer;
   return NULL;
 }

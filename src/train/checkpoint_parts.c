@@ -56,64 +56,6 @@ static int64_t chunk_at(const wn_part *part, int64_t done) {
   return left < WN_COPY_ELEMENTS ? left : WN_COPY_ELEMENTS;
 }
 
-/* Elements that one thread converts at a time. */
-enum { SLICE_ELEMENTS = 1 << 16 };
-
-/* Slices go to the threads; of several errors the one nearest the beginning is returned, whichever thread was first. */
-static wn_status read_slices(void *out, wn_dtype dtype, const wn_hf_weight *weight, int64_t first, int64_t count,
-                             int threads) {
-  wn_status status = NULL;
-  int64_t n_slices = (count + SLICE_ELEMENTS - 1) / SLICE_ELEMENTS, failed = n_slices;
-#pragma omp parallel for num_threads(threads) schedule(static) if (n_slices > 1)
-  for (int64_t s = 0; s < n_slices; s++) {
-    int64_t from = s * SLICE_ELEMENTS, left = count - from;
-    wn_status mine = wn_hf_read((char *)out + from * wn_dtype_bytes(dtype), dtype, weight, first + from,
-                                left < SLICE_ELEMENTS ? left : SLICE_ELEMENTS);
-    if (!mine) continue;
-#pragma omp critical
-    {
-      wn_status_free(s < failed ? status : mine);
-      status = s < failed ? mine : status;
-      failed = s < failed ? s : failed;
-    }
-  }
-  return status;
-}
-
-wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_hf_weight *weight,
-                       float *buffer) {
-  if (!part->piece) return NULL;
-  const wn_tensor *flat = wn_field_of(part->piece, field);
-  bool here = device->kind == WN_CPU; /* the piece is this process's memory: no way round by the buffer */
-  for (int64_t done = 0, n; done < part->count; done += n) {
-    n = here ? part->count : chunk_at(part, done);
-    wn_tensor place = wn_tensor_slice(*flat, 0, part->offset + done, n);
-    WN_TRY(read_slices(here ? place.data : buffer, place.dtype, weight, part->first + done, n, device->threads));
-    if (!here) WN_TRY(device->ops->upload(device, &place, buffer));
-  }
-  return NULL;
-}
-
-wn_status wn_weight_read(wn_device *device, wn_store *store, const wn_part *parts, int32_t p,
-                         const wn_hf_weight *weight, float *buffer) {
-  int32_t n;
-  const wn_param *param = &wn_store_params(store, &n)[p];
-  if (param->fp8) {
-    wn_tensor scales = wn_store_scales(store, p);
-    int64_t count = wn_tensor_count(&scales);
-    if (!weight->scale)
-      return WN_FAIL(WN_E_INPUT, "tensor %s is %s, and was FP8 when this run started", param->hf_name,
-                     wn_dtype_name(weight->entry->dtype));
-    float *host = malloc((size_t)count * sizeof *host);
-    if (!host) return WN_FAIL(WN_E_MEMORY, "out of memory for the scales of %s", param->hf_name);
-    wn_status status = wn_hf_read_scales(host, weight, 0, count);
-    if (!status) status = device->ops->upload(device, &scales, host);
-    free(host);
-    WN_TRY(status);
-  }
-  return wn_part_read(device, &parts[p], WN_FIELD_WEIGHT, weight, buffer);
-}
-
 wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd,
                         const char *path, uint64_t tensor_offset, float *buffer, uint16_t *scratch) {
   WN_ASSERT(dtype == WN_F32 || dtype == WN_BF16, "file dtype %s", wn_dtype_name(dtype));

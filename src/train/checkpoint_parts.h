@@ -23,15 +23,8 @@ enum { WN_COPY_ELEMENTS = 1 << 18 };
 WN_MUST_USE wn_status wn_floats_upload(wn_device *device, wn_tensor *place, float *values);
 WN_MUST_USE wn_status wn_floats_download(wn_device *device, void *values, const wn_tensor *place);
 
-/* The part of `field` that this rank holds, and of the file nothing else, read from a weight of the parameter's shape
- * by the device's threads. `buffer` has WN_COPY_ELEMENTS floats. */
-WN_MUST_USE wn_status wn_part_read(wn_device *device, const wn_part *part, wn_field field, const wn_hf_weight *weight,
-                                   float *buffer);
-/* The weight of parameter p that this rank holds; of one that the store keeps as FP8, all its scales too. */
-WN_MUST_USE wn_status wn_weight_read(wn_device *device, wn_store *store, const wn_part *parts, int32_t p,
-                                     const wn_hf_weight *weight, float *buffer);
-/* The part of `field`, written into an open file as `dtype` (F32 or BF16) at tensor_offset + first * width. `scratch`:
- * as many uint16. */
+/* The part of `field` that this rank holds, written into an open file as `dtype` (F32 or BF16) at tensor_offset + first
+ * * width. `scratch`: as many uint16. */
 WN_MUST_USE wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, wn_dtype dtype, int fd,
                                     const char *path, uint64_t tensor_offset, float *buffer, uint16_t *scratch);
 

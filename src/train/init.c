@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "train/reads.h"
 #include "train/rewrite.h"
 
 typedef struct init {
@@ -69,6 +70,24 @@ static wn_status verify_weights(const wn_hf_dir *dir, int32_t rank, int32_t size
   return status;
 }
 
+/* What the directory has is read; the rest is made from it, or drawn. */
+static wn_status read_weights(init *in, wn_reads *reads, bool *rewritten) {
+  wn_device *device = in->plan->model->device;
+  for (int32_t p = 0; p < in->n_params; p++) {
+    wn_read read = {.param = p, .field = WN_FIELD_WEIGHT};
+    WN_TRY(wn_hf_weight_find(&read.from, in->dir, in->params[p].hf_name));
+    if (read.from.entry) {
+      WN_TRY(wn_reads_add(reads, read));
+    } else if (wn_rewrite_makes(in->dir, &in->params[p])) {
+      WN_TRY(wn_rewrite_make(device, &in->parts[p], &in->params[p], in->dir, in->buffer));
+      *rewritten = true;
+    } else {
+      WN_TRY(draw(in, p));
+    }
+  }
+  return wn_reads_run(reads, device, in->plan->store, in->parts, in->plan->log, "reading weights");
+}
+
 static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char *dir, bool allow_new_indexer) {
   bool indexer_absent, rewritten = false;
   int64_t passed_over;
@@ -77,17 +96,10 @@ static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char
   WN_TRY(wn_source_open(&in->dir, dir, &plan->model->config));
   WN_TRY(wn_dir_check(in->dir, &in->names, rules, &indexer_absent, &passed_over));
   WN_TRY(verify_weights(in->dir, wn_world_rank(plan->world), wn_world_size(plan->world)));
-  for (int32_t p = 0; p < in->n_params; p++) {
-    wn_hf_weight weight;
-    WN_TRY(wn_hf_weight_find(&weight, in->dir, in->params[p].hf_name));
-    if (weight.entry)
-      WN_TRY(wn_weight_read(plan->model->device, plan->store, in->parts, p, &weight, in->buffer));
-    else if (wn_rewrite_makes(in->dir, &in->params[p])) {
-      WN_TRY(wn_rewrite_make(plan->model->device, &in->parts[p], &in->params[p], in->dir, in->buffer));
-      rewritten = true;
-    } else
-      WN_TRY(draw(in, p));
-  }
+  wn_reads reads = {0};
+  wn_status status = read_weights(in, &reads, &rewritten);
+  wn_reads_free(&reads);
+  WN_TRY(status);
   if (wn_world_rank(plan->world) != 0) return NULL;
   if (passed_over)
     wn_info(plan->log,

@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include "io/files.h"
 #include "io/hf_dir.h"
@@ -99,6 +101,59 @@ static void shards(void **state) {
   wn_hf_dir_close(dir);
 }
 
+/* More shards than a process may usually have files open. */
+static void very_many_shards(void **state) {
+  (void)state;
+  enum { SHARDS = 1100 };
+  struct rlimit limit;
+  char *map = malloc(SHARDS * 64), name[16], file[32];
+  size_t used = 0;
+  assert_non_null(map);
+  assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  if (limit.rlim_max < SHARDS + 256) {
+    print_message("skipped: no more than %llu files may be open here\n", (unsigned long long)limit.rlim_max);
+    skip();
+  }
+  limit.rlim_cur = 64;
+  assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+  for (int i = 0; i < SHARDS; i++) {
+    snprintf(name, sizeof name, "t%d", i);
+    snprintf(file, sizeof file, "%04d.safetensors", i);
+    write_shard(file, (const char *const[]){name}, 1);
+    used += (size_t)snprintf(map + used, 64, "%s\"%s\":\"%s\"", i ? "," : "{", name, file);
+  }
+  snprintf(map + used, 2, "}");
+  char *text = malloc(used + 64), path[WN_PATH_BYTES];
+  assert_non_null(text);
+  snprintf(text, used + 64, "{\"weight_map\": %s}", map);
+  OK(wn_path(path, "%s/model.safetensors.index.json", root));
+  OK(wn_write_file_atomic(path, text, strlen(text)));
+  wn_hf_dir *dir;
+  OK(wn_hf_dir_open(&dir, root));
+  float value;
+  const wn_hf_weight last = {.entry = wn_hf_dir_find(dir, "t1099", NULL)};
+  OK(wn_hf_read(&value, WN_F32, &last, 0, 1));
+  assert_true(value == 10);
+  wn_hf_dir_close(dir);
+  free(map);
+  free(text);
+}
+
+/* A file that is cut while it is open is an error and not a signal. */
+static void a_file_that_shrinks(void **state) {
+  (void)state;
+  char path[WN_PATH_BYTES];
+  wn_hf_dir *dir;
+  float value;
+  write_shard("model.safetensors", ab, 2);
+  OK(wn_hf_dir_open(&dir, root));
+  OK(wn_path(path, "%s/model.safetensors", root));
+  assert_int_equal(truncate(path, 100), 0);
+  const wn_hf_weight b = {.entry = wn_hf_dir_find(dir, "b", NULL)};
+  REFUSED(wn_hf_read(&value, WN_F32, &b, 0, 1), WN_E_IO, "became shorter while it was read; tensor b is cut off");
+  wn_hf_dir_close(dir);
+}
+
 static void directories_without_weights(void **state) {
   (void)state;
   refuse("holds no weights");
@@ -183,6 +238,8 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       TEST(a_single_file),
       TEST(shards),
+      TEST(very_many_shards),
+      TEST(a_file_that_shrinks),
       TEST(directories_without_weights),
       TEST(an_index_that_is_none),
       TEST(names_that_lead_out),
