@@ -169,7 +169,7 @@ bench: deps
 
 # each target for FUZZ_RUNS inputs, on FUZZ_JOBS processes
 fuzz: deps
-	@sh configs/deps.sh clang
+	@FUZZ_CC=$(FUZZ_CC) sh tests/fuzz/probe.sh || sh configs/deps.sh clang libclang-rt-dev
 	@$(MAKE) --no-print-directory $(FUZZ_TARGETS:%=$(BUILD)/fuzz/%)
 	@BUILD=$(BUILD) FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_JOBS=$(FUZZ_JOBS) sh tests/fuzz/run.sh $(FUZZ_TARGETS)
 

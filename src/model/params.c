@@ -9,6 +9,8 @@
 #include "base/hash.h"
 #include "base/rng.h"
 
+enum { MOST_PARAMS = 1 << 22 }; /* 1 GB of table, sixty times V3.1's: a config.json beyond that lies */
+
 static const char *const slot_names[WN_N_SLOTS] = {
     [WN_P_EMBED] = "model.embed_tokens.weight",
     [WN_P_INPUT_NORM] = "input_layernorm.weight",
@@ -154,8 +156,8 @@ wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *conf
   size_t n = 0;
   for (int32_t layer = -1; layer <= layers; layer++)
     for (int32_t slot = 0; slot < WN_N_SLOTS; slot++) n += (size_t)slot_count(config, layer, slot);
-  if (n > INT32_MAX / 4)
-    return WN_FAIL(WN_E_CONFIG, "%zu parameters in the model, at most %d are possible", n, INT32_MAX / 4);
+  if (n > MOST_PARAMS)
+    return WN_FAIL(WN_E_CONFIG, "%zu parameters in the model, at most %d are possible", n, MOST_PARAMS);
   wn_param_table table = {.params = calloc(n, sizeof *table.params),
                           .first = calloc((size_t)layers + 3, sizeof *table.first)};
   if (!table.params || !table.first) {

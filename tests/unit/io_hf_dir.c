@@ -59,6 +59,33 @@ static void index_of(const char *weight_map) {
 
 static const char *const ab[] = {"a", "b"}, *const cd[] = {"d", "c"}, *const b_only[] = {"b"};
 
+/* Other names in memory: found by them, and the shard no longer counts as what the directory says. */
+static void renamed(void **state) {
+  (void)state;
+  wn_hf_dir *dir;
+  int64_t n = -1;
+  write_shard("a.safetensors", ab, 2);
+  write_shard("b.safetensors", cd, 2);
+  index_of("{\"a\": \"a.safetensors\", \"b\": \"a.safetensors\", \"c\": \"b.safetensors\", \"d\": \"b.safetensors\"}");
+  OK(wn_hf_dir_open(&dir, root));
+  assert_false(wn_hf_dir_renamed(dir, 0) || wn_hf_dir_renamed(dir, 1));
+  OK(wn_hf_dir_rename(dir, "c", "x.y", &n));
+  assert_int_equal(n, 1);
+  int32_t shard = -1;
+  const wn_st_entry *entry = wn_hf_dir_find(dir, "x.y", &shard);
+  assert_non_null(entry);
+  assert_string_equal(entry->name, "x.y");
+  assert_int_equal(shard, 1);
+  assert_true(*(const float *)entry->data == 11);
+  assert_null(wn_hf_dir_find(dir, "c", NULL));
+  assert_non_null(wn_hf_dir_find(dir, "d", NULL));
+  assert_true(!wn_hf_dir_renamed(dir, 0) && wn_hf_dir_renamed(dir, 1));
+  wn_hf_dir_close(dir);
+  OK(wn_hf_dir_open(&dir, root));
+  REFUSED(wn_hf_dir_rename(dir, "c", "a", &n), WN_E_INPUT, "tensor a stands in two shards");
+  wn_hf_dir_close(dir);
+}
+
 static void a_single_file(void **state) {
   (void)state;
   write_shard("model.safetensors", ab, 2);
@@ -237,6 +264,7 @@ int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
       TEST(a_single_file),
+      TEST(renamed),
       TEST(shards),
       TEST(very_many_shards),
       TEST(a_file_that_shrinks),

@@ -73,6 +73,16 @@ static void counts_of_the_released_models(void **state) {
   wn_param_table_free(&sparse);
 }
 
+/* A configuration that would be all of the memory before a single weight is looked at. */
+static void too_many(void **state) {
+  (void)state;
+  wn_model_config c = v31();
+  wn_param_table table;
+  c.num_hidden_layers = 100;
+  c.n_routed_experts = 1 << 14;
+  REFUSED(wn_param_table_create(&table, &c, both), WN_E_CONFIG, "at most 4194304 are possible");
+}
+
 /* Moonlight's queries come from x itself. */
 static void queries_without_a_latent(void **state) {
   (void)state;
@@ -273,6 +283,7 @@ int main(void) {
       cmocka_unit_test(counts_of_the_released_models),
       cmocka_unit_test(names_and_shapes),
       cmocka_unit_test(queries_without_a_latent),
+      cmocka_unit_test(too_many),
       cmocka_unit_test(counts_of_relatives),
       cmocka_unit_test(experts_in_parts),
       cmocka_unit_test(order_and_bind),
