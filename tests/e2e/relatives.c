@@ -132,6 +132,37 @@ static void the_sparse_stage_follows(void **state) {
   wn_hf_dir_close(b);
 }
 
+/* GLM-4.7-Flash's heads, eps and theta under its own model_type: V3.2 from the warm-up on, to what another name would
+ * have given byte for byte. */
+static void another_name_is_v3(void **state) {
+  wn_model_config config = tiny_config(), read;
+  config.n_group = 1;
+  config.qk_nope_head_dim = 192;
+  config.qk_rope_head_dim = 64;
+  config.v_head_dim = 256;
+  config.rms_norm_eps = 1e-5;
+  config.rope_theta = 1e6;
+  wn_temp_path glm = wn_temp(state, "glm"), v3 = wn_temp(state, "same-as-v3"), path = wn_temp(state, "glm/config.json");
+  tiny_model(glm.text, &config, 5, 2, NULL);
+  tiny_model(v3.text, &config, 5, 2, NULL);
+  tiny_file file = tiny_read(path.text);
+  char *at = strstr(file.text, "\"deepseek_v3\""), text[8192];
+  assert_non_null(at);
+  snprintf(text, sizeof text, "%.*s\"glm4_moe_lite\"%s", (int)(at - file.text), file.text,
+           at + strlen("\"deepseek_v3\""));
+  free(file.text);
+  tiny_write(path.text, text);
+  const char *const names[] = {"glm", "same-as-v3"};
+  for (int i = 0; i < 2; i++) {
+    char warm[64];
+    snprintf(warm, sizeof warm, "%s-warm", names[i]);
+    train(state, 1, "warmup", wn_temp(state, names[i]).text, warm, "training.steps=2 dsa.index_head_dim=64");
+  }
+  OK(wn_model_config_load(&read, tiny_step(state, "glm-warm", 2).text));
+  assert_true(read.has_indexer && read.q_lora_rank == config.q_lora_rank);
+  tiny_expect_same_tree(tiny_step(state, "glm-warm", 2).text, tiny_step(state, "same-as-v3-warm", 2).text);
+}
+
 static void a_norm_of_zero(const wn_param_table *table, float **values) {
   for (int32_t i = 0; i < table->n; i++)
     if (table->params[i].slot == WN_P_INPUT_NORM && table->params[i].layer == 1) values[i][5] = 0;
@@ -152,7 +183,8 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(the_dense_model_trains_as_it_is), cmocka_unit_test(the_warm_up_rewrites),
       cmocka_unit_test(resumed_without_its_base),        cmocka_unit_test(hidden_states_stay_near),
-      cmocka_unit_test(the_sparse_stage_follows),        cmocka_unit_test(a_norm_of_zero_is_refused),
+      cmocka_unit_test(the_sparse_stage_follows),        cmocka_unit_test(another_name_is_v3),
+      cmocka_unit_test(a_norm_of_zero_is_refused),
   };
   return cmocka_run_group_tests(tests, set_up, wn_temp_teardown);
 }
