@@ -152,7 +152,7 @@ static wn_status run(conversion *c) {
   WN_TRY(wn_convert_source_open(&c->source, job->in, c->log));
   WN_TRY(check_form(c));
   WN_TRY(wn_output_list_create(&c->list, &c->source, job));
-  WN_TRY(wn_tile_rooms_create(&c->rooms, job->threads));
+  WN_TRY(wn_tile_rooms_create(&c->rooms, c->source.dir, job->threads));
   WN_TRY(wn_output_place_open(&c->place, job, c->source.dir, c->log));
   for (int64_t f = 0; f < c->list.n_files; f++) c->total_bytes += c->list.files[f].bytes;
   for (int64_t f = 0; f < c->list.n_files; f++) WN_TRY(make_file(c, f));

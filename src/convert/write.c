@@ -4,13 +4,12 @@
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "base/float8.h"
 #include "io/files.h"
 
 enum { TILE_ROWS = WN_F8_BLOCK, TILE_COLS = 64 * WN_F8_BLOCK, TILE = TILE_ROWS * TILE_COLS };
+enum { LET_GO_BYTES = 8 << 20 };
 
 typedef struct room {
   float values[TILE];
@@ -19,12 +18,14 @@ typedef struct room {
 } room;
 
 struct wn_tile_rooms {
+  const wn_hf_dir *source;
   room **room;
   int32_t n;
 };
 
-wn_status wn_tile_rooms_create(wn_tile_rooms **out, int32_t threads) {
+wn_status wn_tile_rooms_create(wn_tile_rooms **out, const wn_hf_dir *source, int32_t threads) {
   wn_tile_rooms *rooms = calloc(1, sizeof *rooms);
+  if (rooms) rooms->source = source;
   bool enough = rooms && (rooms->room = calloc((size_t)threads, sizeof(room *)));
   for (int32_t i = 0; enough && i < threads; i++) {
     enough = (rooms->room[i] = malloc(sizeof(room))) != NULL;
@@ -48,7 +49,8 @@ void wn_tile_rooms_free(wn_tile_rooms *rooms) {
 typedef struct work {
   const wn_output *output;
   const wn_st_entry *entry; /* the stored tensor: the weight or its scales */
-  int64_t stored_cols, first_row, first_col, rows, cols;
+  int32_t shard;            /* that it lies in */
+  int64_t read_bytes, stored_cols, first_row, first_col, rows, cols;
   int fd;
   const char *path;
   uint64_t offset, scale_offset;
@@ -84,12 +86,13 @@ static void copy_bytes(char *out, const work *w, tile t) {
     memcpy(out + r * t.cols * width, from + r * w->stored_cols * width, (size_t)(t.cols * width));
 }
 
-/* The pages of a tile are not wanted again: without this the whole source would stay in this process's memory. */
-static void let_go(const work *w, tile t) {
-  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), width = (uintptr_t)wn_dtype_bytes(w->entry->dtype);
-  uintptr_t base = (uintptr_t)w->entry->data + (uintptr_t)((w->first_row + t.row) * w->stored_cols) * width;
-  uintptr_t from = base / page * page, to = base + (uintptr_t)(t.rows * w->stored_cols) * width;
-  (void)madvise((void *)from, to - from, MADV_DONTNEED); /* advice: that it fails costs memory, not truth */
+/* Pages that were read are not wanted again: without this the whole source would stay in this process's memory. All of
+ * a shard at a time, since the kernel maps more around a page that is touched than was asked for. */
+static void let_go(const wn_hf_dir *source, work *w, tile t) {
+  int64_t bytes = t.rows * t.cols * wn_dtype_bytes(w->entry->dtype), total;
+#pragma omp atomic capture
+  total = w->read_bytes += bytes;
+  if (total / LET_GO_BYTES != (total - bytes) / LET_GO_BYTES) wn_hf_dir_let_go(source, w->shard);
 }
 
 /* ---- making ---- */
@@ -167,6 +170,7 @@ wn_status wn_output_write(const wn_output *output, int fd, const char *path, uin
                           wn_tile_rooms *rooms) {
   work w = {.output = output, .fd = fd, .path = path, .offset = offset, .scale_offset = scale_offset};
   w.entry = of_scales(&w) ? output->weight->from.scale : output->weight->from.entry;
+  wn_hf_dir_find(rooms->source, w.entry->name, &w.shard);
   bool matrix = output->rank == 2;
   w.stored_cols = w.entry->dim[matrix];
   w.first_row = matrix ? output->first[0] : 0;
@@ -188,12 +192,13 @@ wn_status wn_output_write(const wn_output *output, int fd, const char *path, uin
     if (stopped) continue;
     wn_status one = make_tile(&w, t, mine);
     if (!one) one = write_tile(&w, t, mine);
-    let_go(&w, t);
+    let_go(rooms->source, &w, t);
     if (!one) continue;
 #pragma omp atomic write
     stop = true;
 #pragma omp critical
     WN_KEEP_FIRST(status, one);
   }
+  wn_hf_dir_let_go(rooms->source, w.shard);
   return status;
 }

@@ -216,6 +216,12 @@ void wn_hf_dir_close(wn_hf_dir *dir) {
   free(dir);
 }
 
+void wn_hf_dir_let_go(const wn_hf_dir *dir, int32_t shard) {
+  WN_ASSERT(shard >= 0 && shard < dir->n_shards, "%s has %d shards, asked for %d", dir->path, (int)dir->n_shards,
+            (int)shard);
+  wn_safetensors_let_go(dir->shards[shard]);
+}
+
 const char *wn_hf_dir_path(const wn_hf_dir *dir) {
   return dir->path;
 }

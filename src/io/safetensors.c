@@ -260,6 +260,11 @@ void wn_safetensors_close(wn_safetensors *file) {
   free(file);
 }
 
+void wn_safetensors_let_go(const wn_safetensors *file) {
+  /* advice: where it is not taken, memory is lost and no truth */
+  (void)madvise((void *)(uintptr_t)file->map, file->map_bytes, MADV_DONTNEED);
+}
+
 const char *wn_safetensors_path(const wn_safetensors *file) {
   return file->path;
 }
