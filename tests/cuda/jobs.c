@@ -44,8 +44,8 @@ static void stages_agree_with_the_cpu(void **state) {
   needs_a_gpu();
   /* With so large an eps an update is in proportion to its gradient: Adam's own first steps have the size of lr
    * whatever the gradient, and so turn the rounding of a gradient near zero into a step the other way. */
-  static const char steady[] = "optimizer.eps=1 optimizer.lr=0.1";
-  static const char calm[] = "optimizer.eps=1 optimizer.lr=0.1 optimizer.indexer_lr=0.1 dsa.index_head_dim=32";
+  static const char steady[] = "optimizer.eps=1 optimizer.lr=0.01";
+  static const char calm[] = "optimizer.eps=1 optimizer.lr=0.01 optimizer.indexer_lr=0.1 dsa.index_head_dim=32";
   for (int gpu = 0; gpu < 2; gpu++) {
     const char *device = gpu ? "cuda" : "cpu";
     run_job(state, "pretrain", device, trained, gpu ? "pre-gpu" : "pre-cpu", 6, steady);
