@@ -7,7 +7,7 @@
 
 #define MOST_SCALE (0x1.fep127f / 448) /* the largest BF16 by the largest code */
 
-enum { CHUNK = 1 << 14 }; /* elements that are on their way at a time: few enough for a core's cache */
+enum { CHUNK = 1 << 16 }; /* elements that are on their way at a time: few enough for a core's cache */
 
 /* ---- finding ---- */
 
