@@ -257,22 +257,40 @@ void wn_checkpoint_layout_free(wn_checkpoint_layout *layout) {
 
 /* ---- the index ---- */
 
-static wn_status add_to_index(wn_hf_index *index, const wn_checkpoint_file *file, const wn_hf_dir *source) {
+static wn_status add_written(wn_hf_index *index, const wn_checkpoint_file *file) {
   for (int64_t t = 0; t < file->n; t++)
     WN_TRY(wn_hf_index_add(index, file->tensors[t].name, tensor_bytes(&file->tensors[t]), file->name));
-  for (int64_t t = 0; file->source_shard >= 0 && t < wn_hf_dir_count(source); t++) {
+  return NULL;
+}
+
+/* linked[shard]: the file that is a link to it, or NULL. */
+static wn_status add_linked(wn_hf_index *index, const wn_checkpoint_file *const *linked, const wn_hf_dir *source) {
+  for (int64_t t = 0; t < wn_hf_dir_count(source); t++) {
     int32_t shard;
     const wn_st_entry *entry = wn_hf_dir_at(source, t, &shard);
-    if (shard == file->source_shard) WN_TRY(wn_hf_index_add(index, entry->name, (int64_t)entry->bytes, file->name));
+    if (linked[shard]) WN_TRY(wn_hf_index_add(index, entry->name, (int64_t)entry->bytes, linked[shard]->name));
   }
   return NULL;
 }
 
+static wn_status add_all(wn_hf_index *index, const wn_checkpoint_layout *layout, const wn_hf_dir *source) {
+  size_t n_shards = source ? (size_t)wn_hf_dir_shards(source) : 0;
+  const wn_checkpoint_file **linked = calloc(n_shards + 1, sizeof(const wn_checkpoint_file *));
+  wn_status status = linked ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the index of %zu shards", n_shards);
+  for (int32_t i = 0; !status && i < layout->n_model; i++) {
+    const wn_checkpoint_file *file = &layout->files[i];
+    if (file->source_shard >= 0) linked[file->source_shard] = file;
+    status = add_written(index, file);
+  }
+  if (!status && source) status = add_linked(index, linked, source);
+  free(linked);
+  return status;
+}
+
 wn_status wn_checkpoint_write_index(const wn_checkpoint_layout *layout, const wn_hf_dir *source, const char *dir) {
   wn_hf_index *index;
-  wn_status status = NULL;
   WN_TRY(wn_hf_index_create(&index));
-  for (int32_t i = 0; !status && i < layout->n_model; i++) status = add_to_index(index, &layout->files[i], source);
+  wn_status status = add_all(index, layout, source);
   if (!status) status = wn_hf_index_write(index, dir);
   wn_hf_index_free(index);
   return status;

@@ -87,7 +87,7 @@ static void fp8_runs_resume(void **state) {
   tiny_expect_same_tables(state, "whole", "halves");
 }
 
-/* The release's whole list, in as many shards: a step of each stage on one rank and on two. */
+/* The release's whole list, in as many shards: a step of each stage on one rank and on two, and out again as V3.2. */
 static void the_whole_list_of_tensors(void **state) {
   const char *dir = *state;
   wn_model_config config = fp8_v31_config();
@@ -100,10 +100,14 @@ static void the_whole_list_of_tensors(void **state) {
         "adapt %s/job.yaml init=%s/v31-warm-%d/checkpoints/step-000001 run_dir=%s/v31-adapt-%d training.steps=1", dir,
         dir, ranks, dir, ranks);
   }
-  wn_hf_dir *warm;
+  wn_winnow_ends(0, 1, "convert %s %s/v32 --to fp8", tiny_step(state, "v31-warm-2", 1).text, dir);
+  wn_hf_dir *warm, *exported;
   OK(wn_hf_dir_open(&warm, tiny_step(state, "v31-warm-2", 1).text));
+  OK(wn_hf_dir_open(&exported, wn_temp(state, "v32").text));
   assert_int_equal(wn_hf_dir_count(warm), V31_TENSORS + 61 * 5);
+  assert_int_equal(wn_hf_dir_count(exported), V31_TENSORS + 61 * 7); /* wq_b and wk have scales */
   wn_hf_dir_close(warm);
+  wn_hf_dir_close(exported);
 }
 
 int main(void) {

@@ -133,6 +133,20 @@ static inline void fp8_write_shards(const char *dir, const fp8_list *list, int32
   assert_int_equal(fclose(index), 0);
 }
 
+/* config.json, which says how many layers of multi-token prediction there are. */
+static inline void fp8_write_config(const char *dir, const wn_model_config *config, bool fp8, bool mtp) {
+  static const char key[] = "\"num_nextn_predict_layers\": ";
+  char path[WN_PATH_BYTES];
+  OK(fp8 ? wn_model_config_save_fp8(config, dir, NULL, "ue8m0") : wn_model_config_save(config, dir, NULL, "bfloat16"));
+  OK(wn_path(path, "%s/config.json", dir));
+  tiny_file file = tiny_read(path);
+  char *at = strstr(file.text, key);
+  assert_non_null(at);
+  at[strlen(key)] = (char)('0' + mtp);
+  wn_temp_write(path, file.text, file.bytes);
+  free(file.text);
+}
+
 /* fp8 false: the same weights, dequantised to BF16. Returns the number of tensors. */
 static inline int64_t fp8_model(const char *dir, const wn_model_config *config, uint64_t seed, int32_t shards, bool fp8,
                                 bool mtp) {
@@ -148,7 +162,7 @@ static inline int64_t fp8_model(const char *dir, const wn_model_config *config, 
   for (int32_t i = 0; i < table.n; i++) fp8_add_param(&list, &table.params[i], seed * 100000 + (uint64_t)i, fp8);
   if (mtp) fp8_add_mtp(&list, config);
   fp8_write_shards(dir, &list, shards);
-  OK(wn_model_config_save(config, dir, NULL, "bfloat16"));
+  fp8_write_config(dir, config, fp8, mtp);
   for (int64_t i = 0; i < list.n; i++) free(list.data[i]);
   free(list.spec);
   free(list.data);
