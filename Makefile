@@ -24,7 +24,9 @@ ifneq ($(NVCC),)
 NCCL ?= $(firstword $(wildcard $(CUDA_HOME)/include/nccl.h /usr/include/nccl.h))
 NVTX ?= $(wildcard $(CUDA_HOME)/include/nvtx3/nvToolsExt.h)
 CPPFLAGS += -isystem $(CUDA_HOME)/include
-LDLIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt -lstdc++ $(if $(NCCL),-lnccl)
+# calls that a dry device does not make (kernels/cuda/dry.cu)
+DRY_CALLS = __cudaLaunchKernel cudaLaunchKernelExC cudaMemcpyAsync cudaMemsetAsync cudaMemset2DAsync cudaEventRecord
+LDLIBS += $(DRY_CALLS:%=-Wl,--wrap=%) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt -lstdc++ $(if $(NCCL),-lnccl)
 endif
 
 # in link order: a module may use those to its right

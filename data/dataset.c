@@ -183,6 +183,34 @@ failed:
   return status;
 }
 
+static wn_status map_blank(mapped *out, int64_t bytes) {
+  void *data = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) return WN_FAIL(WN_E_MEMORY, "out of memory for a blank dataset of %" PRId64 " bytes", bytes);
+  *out = (mapped){.data = data, .bytes = bytes, .present = true};
+  return NULL;
+}
+
+wn_status wn_dataset_create_blank(wn_dataset **out, int64_t tokens) {
+  enum { OFFSETS_BYTES = 8, DOCUMENT_INDEX_BYTES = 16 };
+  wn_status status = NULL;
+  wn_dataset *d = calloc(1, sizeof *d);
+  WN_ASSERT(tokens > 1, "a dataset of %" PRId64 " tokens", tokens);
+  if (!d) return WN_FAIL(WN_E_MEMORY, "out of memory for a blank dataset");
+  d->code = WN_TOKEN_U8;
+  d->token_bytes = d->sequences = d->documents = 1;
+  d->tokens = tokens;
+  WN_TRY_GOTO(status, failed, map_blank(&d->bin, tokens));
+  WN_TRY_GOTO(status, failed, map_blank(&d->idx, OFFSETS_BYTES + DOCUMENT_INDEX_BYTES));
+  d->offsets = d->idx.data; /* the one sequence begins at byte 0 */
+  d->document_index = d->offsets + OFFSETS_BYTES;
+  ((uint8_t *)(size_t)d->document_index)[8] = 1; /* {0, 1} */
+  *out = d;
+  return NULL;
+failed:
+  wn_dataset_close(d);
+  return status;
+}
+
 void wn_dataset_close(wn_dataset *d) {
   if (!d) return;
   unmap_file(&d->idx);

@@ -17,6 +17,8 @@ typedef struct wn_dataset wn_dataset;
  * of both files against the counts, sequences one after another without holes, order of the document index, header of
  * the marks. WN_E_INPUT naming file and place; WN_E_IO. The files must not change while they are open. */
 WN_MUST_USE wn_status wn_dataset_open(wn_dataset **out, const char *prefix);
+/* One document of so many tokens (at least 2), all of id 0, without files: for planning. */
+WN_MUST_USE wn_status wn_dataset_create_blank(wn_dataset **out, int64_t tokens);
 void wn_dataset_close(wn_dataset *dataset); /* NULL is fine */
 const char *wn_dataset_prefix(const wn_dataset *dataset);
 const char *wn_dataset_dtype(const wn_dataset *dataset); /* "uint16" */

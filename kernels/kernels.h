@@ -14,7 +14,9 @@
  * - Results do not depend on the number of threads, and repeat bit for bit: work is cut by fixed chunks, sums run in
  *   a fixed order.
  * - Softmax, log-sum-exp, KL, router, norms, indexer weights and all reductions are in STAT precision or better.
- * - Gradients are sums over rows; no operation divides by a count. */
+ * - Gradients are sums over rows; no operation divides by a count.
+ * - On a dry device (device->dry) operations check and allocate as ever and do nothing else: they read and write no
+ *   operand. What goes to the host is 0; experts get equal shares of the rows. */
 #ifndef WN_KERNELS_H
 #define WN_KERNELS_H
 
@@ -73,6 +75,11 @@ typedef struct wn_router_params {
   int32_t rows_per_sequence; /* for the sequence-wise balance loss: rows come as whole sequences of this length */
   double balance_coeff;      /* alpha of the balance loss; 0: none. Backward scales its gradient by it */
 } wn_router_params;
+
+/* moe_permute's offsets where nobody chose: equal shares. */
+static inline void wn_even_offsets(int64_t *offset, int64_t pairs, int32_t n_experts) {
+  for (int32_t e = 0; e <= n_experts; e++) offset[e] = pairs * e / n_experts;
+}
 
 /* ---- attention ----------------------------------------------------------------------------------------------- */
 

@@ -7,5 +7,6 @@
 wn_recipe wn_stage_pretrain(void);
 wn_recipe wn_stage_warmup(void);
 wn_recipe wn_stage_adapt(void);
+wn_recipe wn_recipe_of(wn_stage stage);
 
 #endif

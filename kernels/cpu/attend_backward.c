@@ -162,6 +162,7 @@ wn_status WN_CPU(attend_backward)(wn_device *device, const wn_attend *attend, wn
                 wn_arena_alloc(device->scratch, &p_of_head, "attention probabilities",
                                (size_t)(n_heads * n * p->dim[1]) * sizeof(wn_real)));
   g.p_of_head = p_of_head;
+  if (device->dry) goto done;
 #pragma omp parallel num_threads(device->threads)
   {
     workspace w;

@@ -138,6 +138,7 @@ wn_status WN_CPU(attend)(wn_device *device, const wn_attend *attend, wn_tensor *
   void *memory;
   WN_TRY_GOTO(status, done,
               wn_arena_alloc(device->scratch, &memory, "attention tiles", count.used * (size_t)device->threads));
+  if (device->dry) goto done;
 #pragma omp parallel num_threads(device->threads)
   {
     workspace w;
@@ -162,6 +163,7 @@ wn_status WN_CPU(attention_delta)(wn_device *device, wn_tensor *delta, wn_tensor
   WN_EXPECT(o, WN_REAL_DTYPE, 3, n, heads, width);
   WN_EXPECT(unrounded, WN_REAL_DTYPE, 3, n, heads, width);
   WN_EXPECT(d_o, WN_REAL_DTYPE, 3, n, heads, width);
+  if (device->dry) return NULL;
 #pragma omp parallel for num_threads(device->threads) schedule(static)
   for (int64_t row = 0; row < n; row++)
     for (int64_t h = 0; h < heads; h++) {

@@ -183,6 +183,7 @@ wn_status WN_CPU(attention_sparse)(wn_device *device, wn_tensor *o, wn_tensor *l
   void *memory;
   WN_TRY_GOTO(status, done,
               wn_arena_alloc(device->scratch, &memory, "sparse attention rows", count.used * (size_t)device->threads));
+  if (device->dry) goto done;
 #pragma omp parallel num_threads(device->threads)
   {
     workspace w;
@@ -227,6 +228,7 @@ wn_status WN_CPU(attention_sparse_backward)(wn_device *device, wn_tensor *dq, wn
               wn_arena_alloc(device->scratch, &memory, "sparse attention rows", count.used * (size_t)device->threads));
   wn_partials partials = {0};
   if (dq) WN_TRY_GOTO(status, done, wn_partials_create(device, &partials, n_groups, rows->n_keys, in.width));
+  if (device->dry) goto done;
 #pragma omp parallel num_threads(device->threads)
   {
     workspace w;

@@ -10,6 +10,7 @@
 typedef struct wn_cpu_settings {
   int32_t threads;
   size_t weights_bytes, stash_bytes, scratch_bytes;
+  bool dry; /* base/device.h; capacities are then without limit */
 } wn_cpu_settings;
 
 WN_MUST_USE wn_status wn_cpu_create_f32(wn_device **out, wn_cpu_settings settings);

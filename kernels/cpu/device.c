@@ -10,6 +10,8 @@
 
 /* Part of the arithmetic (sums over chunks), so it follows nothing at run time. */
 enum { CHUNK_ROWS = 256 };
+/* Real memory, of which little is touched. */
+static const size_t dry_host_bytes = (size_t)1 << 40;
 
 static size_t capacity(size_t wanted) {
   static const size_t unknown_machine_bytes = (size_t)64 << 30;
@@ -27,16 +29,21 @@ static void free_device(wn_device *device) {
   free(device);
 }
 
+static wn_status make_arena(wn_arena **out, const char *name, size_t wanted, bool dry) {
+  return dry ? wn_arena_create_counting(out, name, 0) : wn_arena_create(out, name, capacity(wanted));
+}
+
 static wn_status create(wn_device **out, wn_cpu_settings settings) {
   WN_ASSERT(settings.threads >= 0, "threads %d", settings.threads);
   wn_status status = NULL;
   wn_device *device = calloc(1, sizeof *device);
   if (!device) return WN_FAIL(WN_E_MEMORY, "no memory for the device (%zu bytes)", sizeof *device);
-  WN_TRY_GOTO(status, fail, wn_arena_create(&device->weights, "weights", capacity(settings.weights_bytes)));
-  WN_TRY_GOTO(status, fail, wn_arena_create(&device->stash, "stash", capacity(settings.stash_bytes)));
-  WN_TRY_GOTO(status, fail, wn_arena_create(&device->scratch, "scratch", capacity(settings.scratch_bytes)));
-  WN_TRY_GOTO(status, fail, wn_arena_create(&device->host, "host", capacity(0)));
+  WN_TRY_GOTO(status, fail, make_arena(&device->weights, "weights", settings.weights_bytes, settings.dry));
+  WN_TRY_GOTO(status, fail, make_arena(&device->stash, "stash", settings.stash_bytes, settings.dry));
+  WN_TRY_GOTO(status, fail, make_arena(&device->scratch, "scratch", settings.scratch_bytes, settings.dry));
+  WN_TRY_GOTO(status, fail, wn_arena_create(&device->host, "host", settings.dry ? dry_host_bytes : capacity(0)));
   device->kind = WN_CPU;
+  device->dry = settings.dry;
   device->ops = &WN_CPU(ops);
   for (int32_t role = 0; role < WN_N_ROLES; role++) device->dtype_of[role] = WN_REAL_DTYPE;
   device->dtype_of[WN_INDEX] = WN_I32;

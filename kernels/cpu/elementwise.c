@@ -27,10 +27,10 @@ static void rotate(wn_real *x, const wn_real *cosine, const wn_real *sine, int64
 }
 
 wn_status WN_CPU(rope)(wn_device *device, wn_tensor *x, const int32_t *position, const wn_rope_params *params) {
-  (void)device;
   int64_t n = x->dim[0], heads = x->dim[1], half = x->dim[2] / 2;
   WN_EXPECT(x, WN_REAL_DTYPE, 3, n, heads, 2 * half);
   double sign = params->inverse ? -1 : 1;
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     wn_real cosine[ANGLE_BLOCK], sine[ANGLE_BLOCK];
@@ -59,10 +59,10 @@ static void expect_like(const wn_tensor *y, const wn_tensor *x) {
 }
 
 wn_status WN_CPU(add)(wn_device *device, wn_tensor *y, const wn_tensor *a, const wn_tensor *b) {
-  (void)device;
   expect_like(y, a);
   expect_like(y, b);
   wn_cpu_pieces pieces = wn_cpu_pieces_of(y);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < pieces.count; i++) {
     wn_cpu_piece p = wn_cpu_piece_at(&pieces, i);
@@ -75,10 +75,10 @@ wn_status WN_CPU(add)(wn_device *device, wn_tensor *y, const wn_tensor *a, const
 }
 
 wn_status WN_CPU(scale)(wn_device *device, wn_tensor *y, const wn_tensor *x, double factor) {
-  (void)device;
   expect_like(y, x);
   wn_cpu_pieces pieces = wn_cpu_pieces_of(y);
   wn_real by = (wn_real)factor;
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < pieces.count; i++) {
     wn_cpu_piece p = wn_cpu_piece_at(&pieces, i);
@@ -91,10 +91,10 @@ wn_status WN_CPU(scale)(wn_device *device, wn_tensor *y, const wn_tensor *x, dou
 }
 
 wn_status WN_CPU(sum_heads)(wn_device *device, wn_tensor *y, const wn_tensor *x, const wn_accumulate *params) {
-  (void)device;
   int64_t n = x->dim[0], heads = x->dim[1], width = x->dim[2];
   WN_EXPECT(y, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(x, WN_REAL_DTYPE, 3, n, heads, width);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     wn_real *yi = wn_cpu_row(y, i);
@@ -109,10 +109,10 @@ wn_status WN_CPU(sum_heads)(wn_device *device, wn_tensor *y, const wn_tensor *x,
 }
 
 wn_status WN_CPU(broadcast_heads)(wn_device *device, wn_tensor *y, const wn_tensor *x) {
-  (void)device;
   int64_t n = y->dim[0], heads = y->dim[1], width = y->dim[2];
   WN_EXPECT(y, WN_REAL_DTYPE, 3, n, heads, width);
   WN_EXPECT(x, WN_REAL_DTYPE, 2, n, width);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     const wn_real *xi = wn_cpu_row(x, i);
@@ -126,10 +126,10 @@ wn_status WN_CPU(broadcast_heads)(wn_device *device, wn_tensor *y, const wn_tens
 }
 
 wn_status WN_CPU(swiglu)(wn_device *device, wn_tensor *y, const wn_tensor *gate, const wn_tensor *up) {
-  (void)device;
   expect_like(y, gate);
   expect_like(y, up);
   wn_cpu_pieces pieces = wn_cpu_pieces_of(y);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < pieces.count; i++) {
     wn_cpu_piece p = wn_cpu_piece_at(&pieces, i);
@@ -143,12 +143,12 @@ wn_status WN_CPU(swiglu)(wn_device *device, wn_tensor *y, const wn_tensor *gate,
 
 wn_status WN_CPU(swiglu_backward)(wn_device *device, wn_tensor *dgate, wn_tensor *dup, const wn_tensor *dy,
                                   const wn_tensor *gate, const wn_tensor *up) {
-  (void)device;
   expect_like(dgate, dy);
   expect_like(dup, dy);
   expect_like(gate, dy);
   expect_like(up, dy);
   wn_cpu_pieces pieces = wn_cpu_pieces_of(dy);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < pieces.count; i++) {
     wn_cpu_piece p = wn_cpu_piece_at(&pieces, i);

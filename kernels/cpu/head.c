@@ -16,11 +16,11 @@ static void expect_in_vocabulary(int32_t token, int64_t vocabulary) {
 }
 
 wn_status WN_CPU(embedding)(wn_device *device, wn_tensor *h, const wn_tensor *tokens, const wn_tensor *w) {
-  (void)device;
   int64_t n = tokens->dim[0], vocabulary = w->dim[0], width = w->dim[1];
   WN_EXPECT(h, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(tokens, WN_I32, 1, n);
   WN_EXPECT(w, WN_REAL_DTYPE, 2, vocabulary, width);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     int32_t token = token_at(tokens, i);
@@ -32,12 +32,12 @@ wn_status WN_CPU(embedding)(wn_device *device, wn_tensor *h, const wn_tensor *to
 
 /* A token's row belongs to one share, which adds its occurrences in row order. */
 wn_status WN_CPU(embedding_backward)(wn_device *device, wn_tensor *dw, const wn_tensor *dh, const wn_tensor *tokens) {
-  (void)device;
   enum { SHARES = 64 };
   int64_t n = tokens->dim[0], vocabulary = dw->dim[0], width = dw->dim[1];
   WN_EXPECT(dw, WN_REAL_DTYPE, 2, vocabulary, width);
   WN_EXPECT(dh, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(tokens, WN_I32, 1, n);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(dynamic)
   for (int32_t share = 0; share < SHARES; share++) {
     for (int64_t i = 0; i < n; i++) {
@@ -150,7 +150,7 @@ wn_status WN_CPU(head_loss)(wn_device *device, wn_tensor *logp, wn_tensor *dh, w
     WN_EXPECT(dw, WN_REAL_DTYPE, 2, vocabulary, width);
     WN_EXPECT(weight, WN_REAL_DTYPE, 1, n);
   }
-  for (int64_t i = 0; i < n; i++) {
+  for (int64_t i = 0; i < n && !device->dry; i++) {
     int32_t token = token_at(target, i);
     if (token != -1) expect_in_vocabulary(token, vocabulary);
   }
@@ -158,6 +158,7 @@ wn_status WN_CPU(head_loss)(wn_device *device, wn_tensor *logp, wn_tensor *dh, w
   size_t mark = wn_arena_mark(device->scratch);
   void *logits;
   WN_TRY(wn_arena_alloc(device->scratch, &logits, "logits", (size_t)(chunk * vocabulary) * sizeof(wn_real)));
+  if (device->dry) return wn_cpu_release(device, mark);
   for (int64_t from = 0; from < n; from += chunk)
     loss_chunk(logits, from, wn_cpu_min(chunk, n - from), logp, dh, dw, h, w, target, weight);
   wn_arena_release(device->scratch, mark);

@@ -17,8 +17,8 @@ void WN_CPU(expect_indexer)(const wn_tensor *q, const wn_tensor *k, const wn_ten
 }
 
 wn_status wn_index_keys_pack(wn_device *device, wn_index_keys *out, const wn_tensor *k, const wn_rows *rows) {
-  int32_t low = INT32_MAX, high = -1;
-  for (int32_t i = 0; i < rows->n_rows; i++) {
+  int32_t low = device->dry ? 0 : INT32_MAX, high = device->dry ? rows->n_keys - 1 : -1; /* unread: the most */
+  for (int32_t i = 0; i < rows->n_rows && !device->dry; i++) {
     if (rows->first_key[i] > rows->last_key[i]) continue;
     low = wn_min_i32(low, rows->first_key[i]);
     high = wn_max_i32(high, rows->last_key[i]);
@@ -32,13 +32,14 @@ wn_status wn_index_keys_pack(wn_device *device, wn_index_keys *out, const wn_ten
   WN_TRY(wn_arena_alloc(device->scratch, &memory, "packed indexer keys",
                         (size_t)n_panels * (size_t)(WN_PANEL * width) * sizeof(wn_real)));
   wn_real *panel = memory;
+  *out = (wn_index_keys){.panel = panel, .first = first, .n_panels = n_panels, .width = width};
+  if (device->dry) return NULL;
 #pragma omp parallel for num_threads(device->threads) schedule(static) if (n_panels > 4)
   for (int32_t p = 0; p < n_panels; p++) {
     int64_t key = first + (int64_t)p * WN_PANEL;
     wn_transpose(panel + p * WN_PANEL * width, WN_PANEL, wn_row(k, key), k->stride[0],
                  wn_cpu_min(WN_PANEL, k->dim[0] - key), width);
   }
-  *out = (wn_index_keys){.panel = panel, .first = first, .n_panels = n_panels, .width = width};
   return NULL;
 }
 

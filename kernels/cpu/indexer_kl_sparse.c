@@ -168,6 +168,7 @@ wn_status WN_CPU(indexer_kl_sparse)(wn_device *device, wn_tensor *kl, wn_tensor 
               wn_arena_alloc(device->scratch, &memory, "indexer rows", count.used * (size_t)device->threads));
   wn_partials partials = {0};
   if (dq) WN_TRY_GOTO(status, done, wn_partials_create(device, &partials, n_groups, rows->n_keys, in.width));
+  if (device->dry) goto done;
 #pragma omp parallel num_threads(device->threads)
   {
     workspace work;

@@ -20,6 +20,7 @@ wn_status WN_CPU(indexer_scores)(wn_device *device, wn_tensor *scores, const wn_
   WN_TRY_GOTO(
       status, done,
       wn_arena_alloc(device->scratch, &memory, "indexer scores", (size_t)(device->threads * width) * sizeof(wn_real)));
+  if (device->dry) goto done;
 #pragma omp parallel for num_threads(device->threads) schedule(dynamic, ROWS)
   for (int32_t i = 0; i < rows->n_rows; i++) {
     wn_real *score = (wn_real *)memory + omp_get_thread_num() * width, *out = wn_row(scores, i);
@@ -52,6 +53,7 @@ wn_status WN_CPU(indexer_select)(wn_device *device, wn_tensor *selection, const 
               wn_arena_alloc(device->scratch, &key_memory, "indexer score keys",
                              (size_t)(device->threads * width) * sizeof(wn_score_key)));
   int32_t n = rows->n_rows;
+  if (device->dry) goto done;
 #pragma omp parallel for num_threads(device->threads) schedule(dynamic, ROWS)
   for (int32_t at = 0; at < n; at++) {
     int32_t i = n - 1 - at; /* the last rows see most keys: they go first */

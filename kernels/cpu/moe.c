@@ -10,13 +10,16 @@ static int32_t *slot_at(const wn_tensor *slot, int64_t pair) {
 
 wn_status WN_CPU(moe_permute)(wn_device *device, wn_tensor *xp, wn_tensor *slot, int64_t *offset, const wn_tensor *x,
                               const wn_tensor *index, int32_t n_experts) {
-  (void)device;
   int64_t n = index->dim[0], choices = index->dim[1], width = x->dim[1];
   WN_EXPECT(xp, WN_REAL_DTYPE, 2, n * choices, width);
   WN_EXPECT(slot, WN_I32, 1, n * choices);
   WN_EXPECT(x, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(index, WN_I32, 2, n, choices);
   WN_ASSERT(n * choices <= INT32_MAX, "%lld pairs do not fit a slot number", (long long)(n * choices));
+  if (device->dry) {
+    wn_even_offsets(offset, n * choices, n_experts);
+    return NULL;
+  }
   memset(offset, 0, ((size_t)n_experts + 1) * sizeof *offset);
   for (int64_t i = 0; i < n; i++)
     for (int64_t k = 0; k < choices; k++) {
@@ -38,11 +41,11 @@ wn_status WN_CPU(moe_permute)(wn_device *device, wn_tensor *xp, wn_tensor *slot,
 }
 
 wn_status WN_CPU(moe_permute_backward)(wn_device *device, wn_tensor *dx, const wn_tensor *dxp, const wn_tensor *slot) {
-  (void)device;
   int64_t n = dx->dim[0], width = dx->dim[1], choices = n ? slot->dim[0] / n : 0;
   WN_EXPECT(dx, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(dxp, WN_REAL_DTYPE, 2, n * choices, width);
   WN_EXPECT(slot, WN_I32, 1, n * choices);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     wn_real *sum = wn_cpu_row(dx, i);
@@ -57,12 +60,12 @@ wn_status WN_CPU(moe_permute_backward)(wn_device *device, wn_tensor *dx, const w
 
 wn_status WN_CPU(moe_combine)(wn_device *device, wn_tensor *y, const wn_tensor *yp, const wn_tensor *slot,
                               const wn_tensor *weight) {
-  (void)device;
   int64_t n = y->dim[0], width = y->dim[1], choices = weight->dim[1];
   WN_EXPECT(y, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(yp, WN_REAL_DTYPE, 2, n * choices, width);
   WN_EXPECT(slot, WN_I32, 1, n * choices);
   WN_EXPECT(weight, WN_REAL_DTYPE, 2, n, choices);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     wn_real *sum = wn_cpu_row(y, i);
@@ -78,7 +81,6 @@ wn_status WN_CPU(moe_combine)(wn_device *device, wn_tensor *y, const wn_tensor *
 
 wn_status WN_CPU(moe_combine_backward)(wn_device *device, wn_tensor *dyp, wn_tensor *dweight, const wn_tensor *dy,
                                        const wn_tensor *yp, const wn_tensor *slot, const wn_tensor *weight) {
-  (void)device;
   int64_t n = dy->dim[0], width = dy->dim[1], choices = weight->dim[1];
   WN_EXPECT(dyp, WN_REAL_DTYPE, 2, n * choices, width);
   WN_EXPECT(dweight, WN_REAL_DTYPE, 2, n, choices);
@@ -86,6 +88,7 @@ wn_status WN_CPU(moe_combine_backward)(wn_device *device, wn_tensor *dyp, wn_ten
   WN_EXPECT(yp, WN_REAL_DTYPE, 2, n * choices, width);
   WN_EXPECT(slot, WN_I32, 1, n * choices);
   WN_EXPECT(weight, WN_REAL_DTYPE, 2, n, choices);
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     const wn_real *d = wn_cpu_row(dy, i);

@@ -9,13 +9,13 @@ enum { ROW_BLOCK = 64 };
 
 wn_status WN_CPU(rms_norm)(wn_device *device, wn_tensor *y, wn_tensor *r, const wn_tensor *x, const wn_tensor *w,
                            const wn_norm_params *params) {
-  (void)device;
   int64_t n = x->dim[0], width = x->dim[1];
   WN_EXPECT(y, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(r, WN_REAL_DTYPE, 1, n);
   WN_EXPECT(x, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(w, WN_REAL_DTYPE, 1, width);
   const wn_real *weight = w->data;
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     const wn_real *xi = wn_cpu_row(x, i);
@@ -72,6 +72,7 @@ wn_status WN_CPU(rms_norm_backward)(wn_device *device, wn_tensor *dx, wn_tensor 
   }
   wn_real *partial = memory;
   const wn_real *weight = w->data;
+  if (device->dry) return wn_cpu_release(device, mark);
 #pragma omp parallel for schedule(static)
   for (int64_t b = 0; b < blocks; b++) {
     wn_real *sum = partial ? partial + b * width : NULL;
@@ -90,7 +91,6 @@ wn_status WN_CPU(rms_norm_backward)(wn_device *device, wn_tensor *dx, wn_tensor 
 
 wn_status WN_CPU(layer_norm)(wn_device *device, wn_tensor *y, wn_tensor *stat, const wn_tensor *x, const wn_tensor *w,
                              const wn_tensor *b, const wn_norm_params *params) {
-  (void)device;
   int64_t n = x->dim[0], width = x->dim[1];
   WN_EXPECT(y, WN_REAL_DTYPE, 2, n, width);
   WN_EXPECT(stat, WN_REAL_DTYPE, 2, n, 2);
@@ -98,6 +98,7 @@ wn_status WN_CPU(layer_norm)(wn_device *device, wn_tensor *y, wn_tensor *stat, c
   WN_EXPECT(w, WN_REAL_DTYPE, 1, width);
   WN_EXPECT(b, WN_REAL_DTYPE, 1, width);
   const wn_real *weight = w->data, *bias = b->data;
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++) {
     const wn_real *xi = wn_cpu_row(x, i);
@@ -150,6 +151,7 @@ wn_status WN_CPU(layer_norm_backward)(wn_device *device, wn_tensor *dx, wn_tenso
       wn_arena_alloc(device->scratch, &memory, "norm weight gradient", (size_t)(2 * blocks * width) * sizeof(wn_real)));
   wn_real *partial_w = memory, *partial_b = partial_w + blocks * width;
   const wn_real *weight = w->data;
+  if (device->dry) return wn_cpu_release(device, mark);
 #pragma omp parallel for schedule(static)
   for (int64_t k = 0; k < blocks; k++) {
     wn_real *sum_w = partial_w + k * width, *sum_b = partial_b + k * width;

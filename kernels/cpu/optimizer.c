@@ -47,7 +47,6 @@ static void adamw_narrow(wn_real *w, uint16_t *m, uint16_t *v, const wn_real *gr
  * A non-finite gradient would stay in m and v for ever: the trainer looks before it calls. */
 wn_status WN_CPU(adamw)(wn_device *device, wn_tensor *master, wn_tensor *m, wn_tensor *v, wn_tensor *weight,
                         const wn_tensor *grad, const wn_adamw_params *params) {
-  (void)device;
   int64_t n = master->dim[0];
   expect_flat(master, n);
   bool narrow = m->dtype == WN_BF16;
@@ -68,6 +67,7 @@ wn_status WN_CPU(adamw)(wn_device *device, wn_tensor *master, wn_tensor *m, wn_t
       .keep = (wn_real)(1 - params->lr * params->weight_decay),
       .grad_scale = (wn_real)params->grad_scale,
   };
+  if (device->dry) return NULL;
   wn_cpu_pieces pieces = wn_cpu_pieces_of(master);
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < pieces.count; i++) {
@@ -105,6 +105,9 @@ static wn_status tensor_squares(wn_device *device, double *sum, int64_t *non_fin
   void *memory;
   WN_TRY(wn_arena_alloc(device->scratch, &memory, "sums of squares",
                         (size_t)pieces.count * (sizeof(double) + sizeof(int64_t))));
+  *sum = 0;
+  *non_finite = 0;
+  if (device->dry) return wn_cpu_release(device, mark);
   double *part = memory;
   int64_t *bad = (int64_t *)(part + pieces.count);
 #pragma omp parallel for schedule(static)
@@ -112,8 +115,6 @@ static wn_status tensor_squares(wn_device *device, double *sum, int64_t *non_fin
     wn_cpu_piece p = wn_cpu_piece_at(&pieces, i);
     part[i] = piece_squares(wn_cpu_row(x, p.row) + p.from, p.count, &bad[i]);
   }
-  *sum = 0;
-  *non_finite = 0;
   for (int64_t i = 0; i < pieces.count; i++) {
     *sum += part[i];
     *non_finite += bad[i];

@@ -61,35 +61,35 @@ static wn_cpu_gemm backward_weight_of(const wn_tensor *dw, const wn_tensor *dy, 
 
 wn_status WN_CPU(linear)(wn_device *device, wn_tensor *y, const wn_tensor *x, const wn_tensor *w,
                          const wn_accumulate *params) {
-  (void)device;
   wn_cpu_gemm g = forward_of(y, x, w, params->accumulate);
+  if (device->dry) return NULL;
   WN_CPU(gemm)(&g);
   return NULL;
 }
 
 wn_status WN_CPU(linear_backward_input)(wn_device *device, wn_tensor *dx, const wn_tensor *dy, const wn_tensor *w,
                                         const wn_accumulate *params) {
-  (void)device;
   wn_cpu_gemm g = backward_input_of(dx, dy, w, params->accumulate);
+  if (device->dry) return NULL;
   WN_CPU(gemm)(&g);
   return NULL;
 }
 
 wn_status WN_CPU(linear_backward_weight)(wn_device *device, wn_tensor *dw, const wn_tensor *dy, const wn_tensor *x) {
-  (void)device;
   wn_cpu_gemm g = backward_weight_of(dw, dy, x);
+  if (device->dry) return NULL;
   WN_CPU(gemm)(&g);
   return NULL;
 }
 
 wn_status WN_CPU(per_head_linear)(wn_device *device, wn_tensor *y, const wn_tensor *x, const wn_tensor *w,
                                   const wn_per_head_params *params) {
-  (void)device;
   int64_t n = x->dim[0], heads = w->dim[0], rows = w->dim[1], cols = w->dim[2];
   int64_t inputs = params->transpose ? cols : rows, outputs = params->transpose ? rows : cols;
   WN_EXPECT(y, WN_REAL_DTYPE, 3, n, heads, outputs);
   WN_EXPECT(x, WN_REAL_DTYPE, 3, n, heads, inputs);
   WN_EXPECT(w, WN_REAL_DTYPE, 3, heads, rows, cols);
+  if (device->dry) return NULL;
 #pragma omp parallel
   for (int64_t h = 0; h < heads; h++) {
     wn_cpu_gemm g = {.c = (wn_real *)y->data + h * y->stride[1],
@@ -110,11 +110,11 @@ wn_status WN_CPU(per_head_linear)(wn_device *device, wn_tensor *y, const wn_tens
 
 wn_status WN_CPU(per_head_linear_backward_weight)(wn_device *device, wn_tensor *dw, const wn_tensor *a,
                                                   const wn_tensor *b) {
-  (void)device;
   int64_t n = a->dim[0], heads = a->dim[1], rows = a->dim[2], cols = b->dim[2];
   WN_EXPECT(dw, WN_REAL_DTYPE, 3, heads, rows, cols);
   WN_EXPECT(a, WN_REAL_DTYPE, 3, n, heads, rows);
   WN_EXPECT(b, WN_REAL_DTYPE, 3, n, heads, cols);
+  if (device->dry) return NULL;
 #pragma omp parallel
   for (int64_t h = 0; h < heads; h++) {
     wn_cpu_gemm g = {.c = (wn_real *)dw->data + h * dw->stride[0],
@@ -140,7 +140,7 @@ static wn_tensor expert_rows(const wn_tensor *t, const int64_t *offset, int32_t 
 
 wn_status WN_CPU(grouped_linear)(wn_device *device, wn_tensor *y, const wn_tensor *x, const wn_tensor *w,
                                  int32_t n_experts, const int64_t *offset, const wn_accumulate *params) {
-  (void)device;
+  if (device->dry) return NULL;
 #pragma omp parallel
   for (int32_t e = 0; e < n_experts; e++) {
     wn_tensor ye = expert_rows(y, offset, e), xe = expert_rows(x, offset, e);
@@ -153,7 +153,7 @@ wn_status WN_CPU(grouped_linear)(wn_device *device, wn_tensor *y, const wn_tenso
 wn_status WN_CPU(grouped_linear_backward_input)(wn_device *device, wn_tensor *dx, const wn_tensor *dy,
                                                 const wn_tensor *w, int32_t n_experts, const int64_t *offset,
                                                 const wn_accumulate *params) {
-  (void)device;
+  if (device->dry) return NULL;
 #pragma omp parallel
   for (int32_t e = 0; e < n_experts; e++) {
     wn_tensor dxe = expert_rows(dx, offset, e), dye = expert_rows(dy, offset, e);
@@ -165,7 +165,7 @@ wn_status WN_CPU(grouped_linear_backward_input)(wn_device *device, wn_tensor *dx
 
 wn_status WN_CPU(grouped_linear_backward_weight)(wn_device *device, wn_tensor *dw, const wn_tensor *dy,
                                                  const wn_tensor *x, int32_t n_experts, const int64_t *offset) {
-  (void)device;
+  if (device->dry) return NULL;
 #pragma omp parallel
   for (int32_t e = 0; e < n_experts; e++) {
     wn_tensor dye = expert_rows(dy, offset, e), xe = expert_rows(x, offset, e);

@@ -114,6 +114,8 @@ static wn_status balance_value(wn_device *device, double *value, const wn_tensor
   expect_whole_sequences(n, rows);
   void *memory;
   WN_TRY(wn_arena_alloc(device->scratch, &memory, "balance loss", (size_t)(n + n_experts) * sizeof(double)));
+  *value = 0;
+  if (device->dry) return NULL;
   double *part = memory, *f = part + n;
   for (int64_t from = 0; from < n; from += rows) {
     sequence_frequency(f, index, n_experts, from, rows);
@@ -125,7 +127,6 @@ static wn_status balance_value(wn_device *device, double *value, const wn_tensor
       part[i] = sum / row_sum(s, n_experts) / (double)rows;
     }
   }
-  *value = 0;
   for (int64_t i = 0; i < n; i++) *value += part[i];
   return NULL;
 }
@@ -138,6 +139,7 @@ static wn_status route(wn_device *device, wn_tensor *scores, wn_tensor *index, w
   size_t stride = (reals + flags + sizeof(wn_real) - 1) / sizeof(wn_real) * sizeof(wn_real);
   void *memory;
   WN_TRY(wn_arena_alloc(device->scratch, &memory, "router choices", (size_t)blocks * stride));
+  if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t b = 0; b < blocks; b++) {
     char *own = (char *)memory + (size_t)b * stride;
@@ -175,17 +177,17 @@ wn_status WN_CPU(router)(wn_device *device, wn_tensor *scores, wn_tensor *index,
                         .a_stride = x->stride[0],
                         .b_stride = w->stride[0],
                         .transpose_b = true};
-  WN_CPU(gemm)(&logits);
+  if (!device->dry) WN_CPU(gemm)(&logits);
   wn_status status = NULL;
   size_t mark = wn_arena_mark(device->scratch);
   WN_TRY_GOTO(status, done, route(device, scores, index, weight, bias, params));
-  for (int64_t i = 0; i < n; i++)
+  for (int64_t i = 0; i < n && !device->dry; i++)
     for (int64_t k = 0; k < n_choices; k++) ++*count_at(load, wn_cpu_index_row(index, i)[k]);
   if (balance) {
     WN_EXPECT(balance, WN_REAL_DTYPE, 1, 1);
     double value = 0;
     WN_TRY_GOTO(status, done, balance_value(device, &value, scores, index, params->rows_per_sequence));
-    *wn_cpu_at(balance, 0) += (wn_real)value;
+    if (!device->dry) *wn_cpu_at(balance, 0) += (wn_real)value;
   }
 done:
   wn_arena_release(device->scratch, mark);
@@ -231,6 +233,7 @@ wn_status WN_CPU(router_backward)(wn_device *device, wn_tensor *dx, wn_tensor *d
   void *memory;
   WN_TRY(wn_arena_alloc(device->scratch, &memory, "router gradient",
                         (size_t)n_experts * sizeof(double) + (size_t)(n * n_experts) * sizeof(wn_real)));
+  if (device->dry) return wn_cpu_release(device, mark);
   double *f = memory;
   wn_real *dz = (wn_real *)(f + n_experts);
   for (int64_t from = 0; from < n; from += rows) {

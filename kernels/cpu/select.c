@@ -23,6 +23,7 @@ wn_status WN_CPU(select_best)(wn_device *device, wn_tensor *selection, const wn_
   void *memory;
   WN_TRY_GOTO(status, done,
               wn_arena_alloc(device->scratch, &memory, "dense rows", count.used * (size_t)device->threads));
+  if (device->dry) goto done;
 #pragma omp parallel num_threads(device->threads)
   {
     wn_target_work work;
@@ -81,6 +82,7 @@ wn_status WN_CPU(select_pattern)(wn_device *device, wn_tensor *selection, const 
   void *memory;
   WN_TRY_GOTO(status, done,
               wn_arena_alloc(device->scratch, &memory, "random picks", (size_t)(device->threads * n_keys)));
+  if (device->dry) goto done;
 #pragma omp parallel for num_threads(device->threads) schedule(static)
   for (int32_t i = 0; i < rows->n_rows; i++) {
     uint8_t *picked = (uint8_t *)memory + omp_get_thread_num() * n_keys;

@@ -53,6 +53,12 @@ static inline wn_real *wn_cpu_at(const wn_tensor *t, int64_t i) {
   return (wn_real *)t->data + i * t->stride[0];
 }
 
+/* The end of an operation that only allocates (device->dry). */
+static inline wn_status wn_cpu_release(wn_device *device, size_t mark) {
+  wn_arena_release(device->scratch, mark);
+  return NULL;
+}
+
 static inline int64_t wn_cpu_min(int64_t a, int64_t b) {
   return a < b ? a : b;
 }

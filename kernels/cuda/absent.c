@@ -14,6 +14,12 @@ wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings) {
   return WN_FAIL_HINT(WN_E_DEVICE, "install the CUDA Toolkit and build again, or use device: cpu", "%s", why_absent);
 }
 
+wn_status wn_cuda_create_dry(wn_device **out, int32_t multiprocessors, int32_t threads) {
+  (void)out, (void)multiprocessors, (void)threads;
+  return WN_FAIL_HINT(WN_E_DEVICE, "install the CUDA Toolkit and build again, or plan for device: cpu", "%s",
+                      why_absent);
+}
+
 void wn_cuda_free(wn_device *device) {
   WN_ASSERT(!device, "a CUDA device in a build without CUDA");
 }

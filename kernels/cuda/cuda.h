@@ -19,6 +19,9 @@ int32_t wn_cuda_count(const char **why);
 /* ACT is BF16, the other roles F32. WN_E_DEVICE, naming the GPU: none there, too old (compute capability below 9.0),
  * driver too old; WN_E_MEMORY: too full. */
 WN_MUST_USE wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings);
+/* A dry device (base/device.h) of the shapes of a Hopper GPU with so many multiprocessors. Needs no GPU, but a build
+ * with the CUDA half (else WN_E_DEVICE). */
+WN_MUST_USE wn_status wn_cuda_create_dry(wn_device **out, int32_t multiprocessors, int32_t threads);
 void wn_cuda_free(wn_device *device); /* NULL is fine */
 
 /* "NVIDIA H200, 132 multiprocessors, 139.8 GiB" */

@@ -13,13 +13,21 @@ extern "C" {
 #include "base/time.h"
 }
 
-enum { LEAST_MAJOR = 9, CHUNK_ROWS = 4096, HEAD_TILE = 64, BLAS_WORKSPACE_BYTES = 64 << 20 };
+enum {
+  LEAST_MAJOR = 9,
+  CHUNK_ROWS = 4096,
+  HEAD_TILE = 64,
+  BLAS_WORKSPACE_BYTES = 64 << 20,
+  HOPPER_SHARED_BYTES = 227 << 10
+};
 /* The host is at most 128 operations ahead; most are one or two launches, few more than ten. */
 enum { PACES = 8, OPERATIONS_A_PACE = 16 };
 static const size_t page_bytes = (size_t)32 << 20;
 
 wn_status wn_cuda_check(cudaError_t error, const char *call, const char *file, int line) {
   if (error == cudaSuccess) return NULL;
+  /* a device is not opened in a process without a GPU, unless a dry one, for which nothing has to be done */
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) return NULL;
   return wn_fail_at(file, line, error == cudaErrorMemoryAllocation ? WN_E_MEMORY : WN_E_DEVICE, NULL,
                     "the GPU failed: %s: %s", call, cudaGetErrorString(error));
 }
@@ -167,6 +175,10 @@ static wn_status check_gpu(wn_cuda *c, int32_t ordinal) {
   return NULL;
 }
 
+static wn_status make_host_arena(wn_device *device) {
+  return wn_arena_create(&device->host, "host", (size_t)1 << 38);
+}
+
 static wn_status make_arenas(whole_device *d, wn_cuda_settings settings) {
   wn_cuda *c = &d->cuda;
   wn_memory pages = {d, page_bytes, reserve_pages, commit_pages, release_pages};
@@ -176,7 +188,11 @@ static wn_status make_arenas(whole_device *d, wn_cuda_settings settings) {
   WN_TRY(wn_arena_create_in(&c->device.stash, "stash", settings.stash_bytes ? settings.stash_bytes : all, &pages));
   WN_TRY(
       wn_arena_create_in(&c->device.scratch, "scratch", settings.scratch_bytes ? settings.scratch_bytes : all, &pages));
-  return wn_arena_create(&c->device.host, "host", (size_t)1 << 38);
+  return make_host_arena(&c->device);
+}
+
+static wn_status allocate_workspace(wn_device *device, void **out) {
+  return wn_arena_alloc(device->weights, out, "cuBLAS workspace", BLAS_WORKSPACE_BYTES);
 }
 
 static wn_status start(whole_device *d, wn_cuda_settings settings) {
@@ -195,7 +211,7 @@ static wn_status start(whole_device *d, wn_cuda_settings settings) {
   for (int i = 0; i < PACES; i++) WN_CUDA_TRY(cudaEventCreateWithFlags(&d->pace[i], cudaEventDisableTiming));
   WN_TRY(make_arenas(d, settings));
   void *workspace;
-  WN_TRY(wn_arena_alloc(c->device.weights, &workspace, "cuBLAS workspace", BLAS_WORKSPACE_BYTES));
+  WN_TRY(allocate_workspace(&c->device, &workspace));
   WN_CUBLAS_TRY(cublasCreate(&c->blas));
   WN_CUBLAS_TRY(cublasSetStream(c->blas, c->compute));
   /* one queue and a workspace of our own: cuBLAS then repeats bit for bit */
@@ -204,9 +220,9 @@ static wn_status start(whole_device *d, wn_cuda_settings settings) {
   return NULL;
 }
 
-wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings) {
+static whole_device *describe(int32_t threads) {
   whole_device *d = (whole_device *)calloc(1, sizeof *d);
-  if (!d) return WN_FAIL(WN_E_MEMORY, "no memory for the device (%zu bytes)", sizeof *d);
+  if (!d) return NULL;
   wn_device *device = &d->cuda.device;
   device->kind = WN_CUDA;
   device->ops = &wn_cuda_ops;
@@ -215,19 +231,51 @@ wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings) {
   device->dtype_of[WN_INDEX] = WN_I32;
   device->chunk_rows = CHUNK_ROWS;
   device->head_tile = HEAD_TILE;
-  device->threads = settings.threads > 0 ? settings.threads : 1;
+  device->threads = threads > 0 ? threads : 1;
+  return d;
+}
+
+wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings) {
+  whole_device *d = describe(settings.threads);
+  if (!d) return WN_FAIL(WN_E_MEMORY, "no memory for the device (%zu bytes)", sizeof *d);
   wn_status status = start(d, settings);
   if (status) {
-    wn_cuda_free(device);
+    wn_cuda_free(&d->cuda.device);
     return status;
   }
-  *out = device;
+  *out = &d->cuda.device;
+  return NULL;
+}
+
+static wn_status start_dry(wn_device *device) {
+  void *workspace;
+  WN_TRY(wn_arena_create_counting(&device->weights, "weights", page_bytes));
+  WN_TRY(wn_arena_create_counting(&device->stash, "stash", page_bytes));
+  WN_TRY(wn_arena_create_counting(&device->scratch, "scratch", page_bytes));
+  WN_TRY(make_host_arena(device));
+  return allocate_workspace(device, &workspace);
+}
+
+wn_status wn_cuda_create_dry(wn_device **out, int32_t multiprocessors, int32_t threads) {
+  whole_device *d = describe(threads);
+  if (!d) return WN_FAIL(WN_E_MEMORY, "no memory for the device (%zu bytes)", sizeof *d);
+  d->cuda.device.dry = true;
+  d->cuda.n_sms = multiprocessors;
+  d->cuda.block_shared_bytes = HOPPER_SHARED_BYTES;
+  d->cuda.compute = wn_cuda_dry_queue();
+  wn_status status = start_dry(&d->cuda.device);
+  if (status) {
+    wn_cuda_free(&d->cuda.device);
+    return status;
+  }
+  *out = &d->cuda.device;
   return NULL;
 }
 
 void wn_cuda_free(wn_device *device) {
   if (!device) return;
   wn_cuda *c = wn_cuda_of(device);
+  if (device->dry) c->compute = NULL;
   if (c->compute) cudaStreamSynchronize(c->compute);
   if (c->comm) cudaStreamSynchronize(c->comm);
   if (c->blas) cublasDestroy(c->blas);
@@ -266,6 +314,7 @@ wn_status wn_cuda_await(wn_device *device, cudaEvent_t event) {
   enum { SPINS = 2000, NAP_NS = 20000, NAPS_A_LOOK = 50 };
   wn_cuda *c = wn_cuda_of(device);
   double start = wn_time_s();
+  if (device->dry) return NULL;
   for (int64_t i = 0;; i++) {
     cudaError_t state = cudaEventQuery(event);
     if (state == cudaSuccess) return NULL;

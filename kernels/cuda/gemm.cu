@@ -29,6 +29,7 @@ extern "C" wn_status wn_cuda_product(wn_device *device, const wn_product *p) {
   const int ldb = p->transpose_b ? leading(p->b_stride, n, k) : leading(p->b_stride, k, n);
   const int ldc = leading(p->c_stride, m, n);
   cublasHandle_t blas = wn_cuda_of(device)->blas;
+  if (device->dry) return NULL;
   if (p->batch == 0)
     WN_CUBLAS_TRY(cublasGemmEx(blas, op_b, op_a, n, m, k, &alpha, p->b, CUDA_R_16BF, ldb, p->a, CUDA_R_16BF, lda, &beta,
                                p->c, c_type, ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));

@@ -309,7 +309,10 @@ wn_status wn_cuda_moe_permute(wn_device *device, wn_tensor *xp, wn_tensor *slot,
     copy_kernel<1><<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), c->compute>>>(to, from, at, (int32_t)n_choices);
   WN_CUDA_LAUNCHED("moe_permute");
   WN_TRY(wn_cuda_await(device, c->staged[staged])); /* the offsets only; places and copies go on */
-  memcpy(offset, c->pinned[staged], ((size_t)n_experts + 1) * sizeof *offset);
+  if (device->dry)
+    wn_even_offsets(offset, pairs, n_experts);
+  else
+    memcpy(offset, c->pinned[staged], ((size_t)n_experts + 1) * sizeof *offset);
   wn_arena_release(device->scratch, mark);
   return NULL;
 }

@@ -45,6 +45,9 @@ static inline cudaStream_t wn_cuda_stream(wn_device *device) {
   return wn_cuda_of(device)->compute;
 }
 
+/* What a dry device has for a queue (dry.cu). */
+extern "C" cudaStream_t wn_cuda_dry_queue(void);
+
 /* NULL, or WN_E_DEVICE (WN_E_MEMORY where that is what CUDA says): "the GPU failed: CALL: <CUDA's own words>". */
 extern "C" WN_MUST_USE wn_status wn_cuda_check(cudaError_t error, const char *call, const char *file, int line);
 extern "C" WN_MUST_USE wn_status wn_cublas_check(cublasStatus_t error, const char *call, const char *file, int line);

@@ -5,11 +5,11 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { MAX_NAMES = 512, MAX_LIVE = 65536 };
+enum { MAX_NAMES = 512, MAX_LIVE = 65536, COUNTING_LOG2 = 44 };
 
 typedef struct tag {
-  const char *name;
-  size_t live_bytes, peak_bytes;
+  wn_arena_use use;
+  size_t live_bytes, described_bytes; /* of the allocation that the use describes */
 } tag;
 
 typedef struct live {
@@ -21,20 +21,22 @@ struct wn_arena {
   const char *name;
   char *base;
   size_t capacity, used, peak;
-  size_t committed; /* bytes from the front that can be used; only with pages of another kind */
-  wn_memory memory; /* reserve NULL: this process's own */
+  size_t committed;          /* bytes from the front that can be used; only with pages of another kind */
+  wn_memory memory;          /* reserve NULL: this process's own */
+  size_t counted_page_bytes; /* not 0: nothing is behind the addresses */
   int32_t n_tags, n_live;
   tag tags[MAX_NAMES];
   live lives[MAX_LIVE]; /* what is allocated now, in order of offset */
 };
 
-static wn_status reserve_own(void **base, const char *name, size_t bytes) {
-  *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+static wn_status reserve_own(void **base, const char *name, size_t bytes, int protection) {
+  *base = mmap(NULL, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (*base != MAP_FAILED) return NULL;
   return WN_FAIL(WN_E_MEMORY, "cannot reserve %zu bytes of address space for the %s arena", bytes, name);
 }
 
-static wn_status create(wn_arena **out, const char *name, size_t capacity_bytes, const wn_memory *memory) {
+static wn_status create(wn_arena **out, const char *name, size_t capacity_bytes, const wn_memory *memory,
+                        int protection) {
   wn_arena *arena = calloc(1, sizeof *arena);
   if (!arena) return WN_FAIL(WN_E_MEMORY, "out of memory for the %s arena's table", name);
   size_t unit = memory ? memory->page_bytes : WN_ARENA_ALIGN;
@@ -44,8 +46,8 @@ static wn_status create(wn_arena **out, const char *name, size_t capacity_bytes,
   arena->capacity = capacity_bytes;
   if (memory) arena->memory = *memory;
   void *base = NULL;
-  wn_status status =
-      memory ? memory->reserve(memory->context, &base, capacity_bytes) : reserve_own(&base, name, capacity_bytes);
+  wn_status status = memory ? memory->reserve(memory->context, &base, capacity_bytes)
+                            : reserve_own(&base, name, capacity_bytes, protection);
   if (status) {
     free(arena);
     return status;
@@ -56,13 +58,19 @@ static wn_status create(wn_arena **out, const char *name, size_t capacity_bytes,
 }
 
 wn_status wn_arena_create(wn_arena **out, const char *name, size_t capacity_bytes) {
-  return create(out, name, capacity_bytes, NULL);
+  return create(out, name, capacity_bytes, NULL, PROT_READ | PROT_WRITE);
+}
+
+wn_status wn_arena_create_counting(wn_arena **out, const char *name, size_t page_bytes) {
+  WN_TRY(create(out, name, (size_t)1 << COUNTING_LOG2, NULL, PROT_NONE));
+  (*out)->counted_page_bytes = page_bytes ? page_bytes : 1;
+  return NULL;
 }
 
 wn_status wn_arena_create_in(wn_arena **out, const char *name, size_t capacity_bytes, const wn_memory *memory) {
   WN_ASSERT(memory->page_bytes % WN_ARENA_ALIGN == 0 && memory->page_bytes > 0, "pages of %zu bytes",
             memory->page_bytes);
-  return create(out, name, capacity_bytes, memory);
+  return create(out, name, capacity_bytes, memory, 0);
 }
 
 void wn_arena_free(wn_arena *arena) {
@@ -86,10 +94,15 @@ static wn_status commit(wn_arena *arena, size_t bytes) {
 
 static int32_t tag_of(wn_arena *arena, const char *name) {
   for (int32_t i = 0; i < arena->n_tags; i++)
-    if (arena->tags[i].name == name || strcmp(arena->tags[i].name, name) == 0) return i;
+    if (arena->tags[i].use.name == name || strcmp(arena->tags[i].use.name, name) == 0) return i;
   WN_ASSERT(arena->n_tags < MAX_NAMES, "more than %d names in the %s arena", MAX_NAMES, arena->name);
-  arena->tags[arena->n_tags].name = name;
+  arena->tags[arena->n_tags].use.name = name;
   return arena->n_tags++;
+}
+
+static void note_peak(wn_arena *arena) {
+  arena->peak = arena->used;
+  for (int32_t i = 0; i < arena->n_tags; i++) arena->tags[i].use.at_peak_bytes = arena->tags[i].live_bytes;
 }
 
 wn_status wn_arena_alloc(wn_arena *arena, void **out, const char *name, size_t bytes) {
@@ -104,11 +117,23 @@ wn_status wn_arena_alloc(wn_arena *arena, void **out, const char *name, size_t b
   arena->lives[arena->n_live++] = (live){arena->used, index};
   *out = arena->base + arena->used;
   arena->used += padded;
-  if (arena->used > arena->peak) arena->peak = arena->used;
   tag *t = &arena->tags[index];
   t->live_bytes += padded;
-  if (t->live_bytes > t->peak_bytes) t->peak_bytes = t->live_bytes;
+  if (t->live_bytes > t->use.peak_bytes) t->use.peak_bytes = t->live_bytes;
+  if (arena->used > arena->peak) note_peak(arena);
   return NULL;
+}
+
+void wn_arena_describe(wn_arena *arena, int32_t dtype, int32_t rank, const int64_t *dim) {
+  WN_ASSERT(arena->n_live > 0 && rank > 0 && rank <= 4, "rank %d in the %s arena", rank, arena->name);
+  const live *l = &arena->lives[arena->n_live - 1];
+  tag *t = &arena->tags[l->tag];
+  size_t bytes = arena->used - l->offset;
+  if (bytes <= t->described_bytes) return;
+  t->described_bytes = bytes;
+  t->use.dtype = dtype;
+  t->use.rank = rank;
+  memcpy(t->use.dim, dim, (size_t)rank * sizeof *dim);
 }
 
 size_t wn_arena_mark(const wn_arena *arena) {
@@ -132,13 +157,32 @@ size_t wn_arena_peak_bytes(const wn_arena *arena) {
   return arena->peak;
 }
 
+size_t wn_arena_held_bytes(const wn_arena *arena) {
+  size_t page = arena->counted_page_bytes;
+  if (page) return (arena->peak + page - 1) / page * page;
+  return arena->memory.reserve ? arena->committed : arena->peak;
+}
+
+const char *wn_arena_name(const wn_arena *arena) {
+  return arena->name;
+}
+
+int32_t wn_arena_uses(const wn_arena *arena) {
+  return arena->n_tags;
+}
+
+wn_arena_use wn_arena_use_at(const wn_arena *arena, int32_t i) {
+  WN_ASSERT(i >= 0 && i < arena->n_tags, "name %d of %d in the %s arena", i, arena->n_tags, arena->name);
+  return arena->tags[i].use;
+}
+
 void wn_arena_reset_peak(wn_arena *arena) {
-  arena->peak = arena->used;
-  for (int32_t i = 0; i < arena->n_tags; i++) arena->tags[i].peak_bytes = arena->tags[i].live_bytes;
+  for (int32_t i = 0; i < arena->n_tags; i++) arena->tags[i].use.peak_bytes = arena->tags[i].live_bytes;
+  note_peak(arena);
 }
 
 void wn_arena_print(const wn_arena *arena, FILE *out) {
   for (int32_t i = 0; i < arena->n_tags; i++)
-    fprintf(out, "%-10s %-28s %14zu bytes\n", arena->name, arena->tags[i].name, arena->tags[i].peak_bytes);
+    fprintf(out, "%-10s %-28s %14zu bytes\n", arena->name, arena->tags[i].use.name, arena->tags[i].use.peak_bytes);
   fprintf(out, "%-10s %-28s %14zu bytes\n", arena->name, "(peak)", arena->peak);
 }

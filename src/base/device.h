@@ -33,6 +33,7 @@ typedef struct wn_device {
   int32_t chunk_rows;            /* rows whose widest temporaries (absorbed queries, logits) exist at once */
   int32_t head_tile;             /* heads that absorbed attention computes at least, however few the model has */
   int32_t threads;               /* CPU threads; no result depends on it */
+  bool dry; /* operations allocate and do nothing else; all arenas but host's only count (train/plan.h) */
 } wn_device;
 
 /* A tensor of the role's dtype from an arena of the device. Not zeroed. */

@@ -98,6 +98,7 @@ wn_status wn_tensor_alloc(wn_tensor *out, wn_arena *arena, const char *name, wn_
                           int64_t d1, int64_t d2, int64_t d3) {
   wn_tensor t = wn_tensor_of(NULL, dtype, rank, d0, d1, d2, d3);
   WN_TRY(wn_arena_alloc(arena, &t.data, name, (size_t)wn_tensor_bytes(&t)));
+  wn_arena_describe(arena, (int32_t)dtype, rank, t.dim);
   *out = t;
   return NULL;
 }

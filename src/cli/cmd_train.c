@@ -1,16 +1,28 @@
 #include "cli/commands.h"
 #include "cli/flags.h"
 #include "stages/stages.h"
-#include "train/trainer.h"
+#include "train/plan.h"
 
-static wn_recipe recipe_of(wn_stage stage) {
-  switch (stage) {
-  case WN_STAGE_WARMUP: return wn_stage_warmup();
-  case WN_STAGE_ADAPT: return wn_stage_adapt();
-  case WN_STAGE_PRETRAIN:
-  case WN_N_STAGES: break;
+/* The planner's figure for as many ranks as there are, on what this machine would run the job on. */
+static wn_status show_memory(wn_recipe recipe, const wn_job *job, wn_world *world, wn_log *log) {
+  static const double giga = 1e9;
+  wn_plan *plan;
+  wn_machine machine;
+  if (wn_world_rank(world) != 0) return NULL;
+  WN_TRY(wn_machine_here(&machine, job));
+  wn_status status = wn_plan_create(&plan, recipe, job, wn_world_size(world), &machine, 0);
+  if (wn_status_code(status) == WN_E_DEVICE) {
+    wn_warn(log, "its memory is not known: %s", wn_status_text(status));
+    wn_status_free(status);
+    return NULL;
   }
-  return wn_stage_pretrain();
+  WN_TRY(status);
+  const wn_device *device = plan->run->device;
+  wn_info(log, "memory of a rank: %.3f GB, of which weights %.3f, stash %.3f, scratch %.3f (`winnow plan` says what)",
+          plan->total_bytes / giga, (double)wn_arena_held_bytes(device->weights) / giga,
+          (double)wn_arena_held_bytes(device->stash) / giga, (double)wn_arena_held_bytes(device->scratch) / giga);
+  wn_plan_free(plan);
+  return NULL;
 }
 
 wn_status wn_cmd_train(wn_stage stage, int argc, char **argv, wn_world *world, wn_log *log) {
@@ -41,8 +53,9 @@ wn_status wn_cmd_train(wn_stage stage, int argc, char **argv, wn_world *world, w
   wn_job_source *source = NULL;
   WN_TRY(wn_job_load(&job, &source, stage, argv[1], (const char *const *)(argv + 2), n - 1));
   wn_world_set_timeout(world, job.parallelism.timeout_s);
-  wn_status status =
-      check ? wn_run_check(recipe_of(stage), &job, world, log) : wn_train(recipe_of(stage), &job, source, world, log);
+  wn_recipe recipe = wn_recipe_of(stage);
+  wn_status status = check ? wn_run_check(recipe, &job, world, log) : wn_train(recipe, &job, source, world, log);
+  if (check && !status) status = show_memory(recipe, &job, world, log);
   wn_job_source_free(source);
   if (check && !status) wn_info(log, "%s: the job is valid", argv[1]);
   return status;

@@ -11,6 +11,7 @@ WN_MUST_USE wn_status wn_cmd_eval(int argc, char **argv, wn_world *world, wn_log
 WN_MUST_USE wn_status wn_cmd_forward(int argc, char **argv, wn_world *world, wn_log *log);
 WN_MUST_USE wn_status wn_cmd_bench(int argc, char **argv, wn_world *world, wn_log *log);
 WN_MUST_USE wn_status wn_cmd_report(int argc, char **argv, wn_log *log);
+WN_MUST_USE wn_status wn_cmd_plan(int argc, char **argv);
 WN_MUST_USE wn_status wn_cmd_inspect(int argc, char **argv);
 WN_MUST_USE wn_status wn_cmd_options(int argc, char **argv, wn_log *log);
 WN_MUST_USE wn_status wn_cmd_convert(int argc, char **argv, wn_world *world, wn_log *log);

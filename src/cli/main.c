@@ -15,6 +15,7 @@ static const char usage[] =
     "  eval     MODEL_DIR --data PREFIX    held-out loss under dense and sparse selections\n"
     "  forward  MODEL_DIR --tokens ...     every intermediate tensor of one sequence, to compare with other programs\n"
     "  convert  IN_DIR OUT_DIR --to FORM   a model directory as V3.2, V3, BF16, FP8, or the demo's shards\n"
+    "  plan     JOB.yaml --ranks N         memory, time, traffic and disk of a job, without running it\n"
     "  data     pack | tokenize | detokenize | train-tokenizer | inspect | verify\n"
     "  bench    [OPERATION | layer]        times of the device's operations, or of a whole layer\n"
     "  inspect  PATH [--json]              what a model, checkpoint, shard, dataset or run directory is\n"
@@ -34,6 +35,7 @@ static wn_status dispatch(int argc, char **argv, wn_world *world, wn_log *log) {
   if (strcmp(name, "convert") == 0) return wn_cmd_convert(argc, argv, world, log);
   if (strcmp(name, "bench") == 0) return wn_cmd_bench(argc, argv, world, log);
   if (strcmp(name, "data") == 0) return wn_cmd_data(argc, argv, log);
+  if (strcmp(name, "plan") == 0) return wn_cmd_plan(argc, argv);
   if (strcmp(name, "inspect") == 0) return wn_cmd_inspect(argc, argv);
   if (strcmp(name, "report") == 0) return wn_cmd_report(argc, argv, log);
   if (strcmp(name, "verify") == 0) return wn_cmd_verify(argc, argv, log);

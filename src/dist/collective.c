@@ -13,7 +13,9 @@ static wn_status gather_begin(wn_group *group, wn_request **out, const char *ope
   char *own = bytes == 0 ? all : (char *)all + (size_t)group->rank * bytes;
   *out = NULL;
   if (bytes > 0 && own != piece) memcpy(own, piece, bytes);
-  if (group->size == 1) return NULL;
+  if (group->world->dry)
+    for (int32_t r = 1; bytes > 0 && r < group->size; r++) memcpy((char *)all + (size_t)r * bytes, all, bytes);
+  if (group->size == 1 || group->world->dry) return NULL;
   wn_request *request;
   WN_TRY(wn_exchange_begin(&request, group, operation, 2 * (size_t)(group->size - 1), bytes));
   for (int32_t k = 1; k < group->size;
@@ -44,7 +46,7 @@ wn_status wn_world_barrier(wn_world *world) {
 
 wn_status wn_group_broadcast(wn_group *group, void *data, size_t bytes, int32_t root) {
   WN_ASSERT(root >= 0 && root < group->size, "broadcast from rank %d of %d", root, group->size);
-  if (group->size == 1) return NULL;
+  if (group->size == 1 || group->world->dry) return NULL;
   wn_request *request;
   WN_TRY(wn_exchange_begin(&request, group, "broadcast", (size_t)group->size, bytes));
   if (group->rank != root) {
@@ -116,6 +118,7 @@ static void add_pairwise(void *piece, char *contributions, int32_t size, size_t 
 wn_status wn_group_reduce_scatter(wn_group *group, void *piece, const void *full, size_t n, int32_t element_bytes,
                                   void *scratch) {
   WN_ASSERT(element_bytes == 4 || element_bytes == 8, "reduce-scatter of %d-byte elements", element_bytes);
+  WN_ASSERT(!group->world->dry, "sums of ranks that do not exist");
   if (group->size == 1) {
     add(piece, full, 0, n, element_bytes);
     return NULL;

@@ -7,6 +7,7 @@
 #include "base/device.h"
 #include "dist/world.h"
 
+/* On a dry device nothing travels, but memory is taken and bytes are counted. */
 typedef struct wn_comm wn_comm;
 typedef struct wn_transfer wn_transfer; /* a collective under way */
 
@@ -23,6 +24,11 @@ WN_MUST_USE wn_status wn_comm_gather(wn_comm *comm, wn_group *group, wn_transfer
  */
 WN_MUST_USE wn_status wn_comm_reduce_scatter(wn_comm *comm, wn_group *group, wn_transfer **out, wn_tensor *piece,
                                              wn_tensor *full);
+/* Bytes so far: weights that came from other ranks, contributions to sums that went to them. */
+typedef struct wn_traffic {
+  int64_t gathered_bytes, summed_bytes;
+} wn_traffic;
+wn_traffic wn_comm_traffic(const wn_comm *comm);
 WN_MUST_USE wn_status wn_comm_finish(wn_comm *comm, wn_transfer *transfer); /* frees it; NULL is fine */
 
 /* Seconds that a GPU's operations waited for transfers since the last call; all work so far must be done (a download

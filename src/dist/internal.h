@@ -18,6 +18,7 @@ struct wn_group {
 struct wn_world {
   int32_t rank, size, timeout_s;
   bool mpi;    /* initialised by us, to be finalised by us */
+  bool dry;    /* the other ranks do not exist */
   bool broken; /* a collective failed or timed out: no other can be trusted, and MPI cannot be finalised */
   double wait_s;
   int32_t n_groups;

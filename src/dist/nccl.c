@@ -154,17 +154,8 @@ static wn_status join(wn_nccl *n, int32_t g) {
   return taken_up(n, n->comms[g], "joining the GPUs", result);
 }
 
-static wn_status start(wn_nccl *n, int64_t largest_reduced) {
-  void *received;
-  WN_TRY(cuda_ok(cudaEventCreateWithFlags(&n->begun, cudaEventDisableTiming), "making an event"));
-  WN_TRY(wn_arena_alloc(n->device->weights, &received, "gradients of other ranks",
-                        (size_t)largest_reduced * sizeof *n->received));
-  n->received = received;
-  return NULL;
-}
-
 wn_status wn_nccl_create(wn_nccl **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
-                         int64_t largest_reduced) {
+                         float *received) {
   WN_ASSERT(n_groups <= WN_MAX_GROUPS, "%d groups", n_groups);
   wn_nccl *n = calloc(1, sizeof *n);
   wn_status status = wn_world_agree(world, n ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the collectives"));
@@ -178,8 +169,10 @@ wn_status wn_nccl_create(wn_nccl **out, wn_device *device, wn_world *world, wn_g
   n->comm = wn_cuda_comm_queue(device);
   n->n_groups = n_groups;
   n->last = &n->under_way;
+  n->received = received;
   for (int32_t g = 0; g < n_groups; g++) n->groups[g] = groups[g];
-  status = wn_world_agree(world, start(n, largest_reduced));
+  status =
+      wn_world_agree(world, cuda_ok(cudaEventCreateWithFlags(&n->begun, cudaEventDisableTiming), "making an event"));
   for (int32_t g = 0; g < n_groups && !status; g++) status = join(n, g);
   if (status) {
     wn_nccl_free(n);

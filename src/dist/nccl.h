@@ -7,11 +7,11 @@
 
 typedef struct wn_nccl wn_nccl;
 
-/* As wn_comm_create. While the host waits for the device, it also watches NCCL: after the world's timeout, after an
- * error of NCCL's, or when a rank that is waited for has ended, the wait ends with WN_E_WORLD naming rank and
- * operation. */
+/* As wn_comm_create; received: memory of the device for the contributions of all ranks to the largest sum. While the
+ * host waits for the device, it also watches NCCL: after the world's timeout, after an error of NCCL's, or when a rank
+ * that is waited for has ended, the wait ends with WN_E_WORLD naming rank and operation. */
 WN_MUST_USE wn_status wn_nccl_create(wn_nccl **out, wn_device *device, wn_world *world, wn_group *const *groups,
-                                     int32_t n_groups, int64_t largest_reduced);
+                                     int32_t n_groups, float *received);
 void wn_nccl_free(wn_nccl *nccl); /* NULL is fine */
 WN_MUST_USE wn_status wn_nccl_gather(wn_nccl *nccl, wn_group *group, wn_transfer **out, void *all, const void *piece,
                                      size_t bytes);

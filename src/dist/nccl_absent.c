@@ -2,8 +2,8 @@
 #include "dist/nccl.h"
 
 wn_status wn_nccl_create(wn_nccl **out, wn_device *device, wn_world *world, wn_group *const *groups, int32_t n_groups,
-                         int64_t largest_reduced) {
-  (void)out, (void)device, (void)groups, (void)n_groups, (void)largest_reduced;
+                         float *received) {
+  (void)out, (void)device, (void)groups, (void)n_groups, (void)received;
   return WN_FAIL_HINT(WN_E_WORLD, "install NCCL and build again, or run on one GPU",
                       "%d GPUs are asked for, but this build has no NCCL", wn_world_size(world));
 }

@@ -162,6 +162,10 @@ wn_status wn_store_take_wait_s(wn_store *store, double *seconds) {
   return wn_comm_take_wait_s(store->comm, seconds);
 }
 
+wn_traffic wn_store_traffic(const wn_store *store) {
+  return wn_comm_traffic(store->comm);
+}
+
 wn_group *wn_store_group(const wn_store *store, int32_t group) {
   WN_ASSERT(group >= 0 && group < store->n_groups, "group %d of %d", group, store->n_groups);
   return store->groups[group];

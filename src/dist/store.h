@@ -77,6 +77,8 @@ void wn_store_free(wn_store *store);
 WN_MUST_USE wn_status wn_store_publish(wn_store *store);
 /* After the last reduce of a step, before the pieces' gradients are used. */
 WN_MUST_USE wn_status wn_store_settle(wn_store *store);
+/* As wn_comm_traffic. */
+wn_traffic wn_store_traffic(const wn_store *store);
 /* As wn_comm_take_wait_s. */
 WN_MUST_USE wn_status wn_store_take_wait_s(wn_store *store, double *seconds);
 

@@ -49,6 +49,11 @@ static wn_status start_mpi(wn_world *world, int32_t launched) {
   return NULL;
 }
 
+static void start_groups(wn_world *world) {
+  world->groups[0] = (wn_group){.world = world, .size = world->size, .rank = world->rank, .step = 1};
+  world->n_groups = 1;
+}
+
 wn_status wn_world_create(wn_world **out, int32_t timeout_s) {
   WN_ASSERT(timeout_s > 0, "timeout of %d s", timeout_s);
   wn_world *world = calloc(1, sizeof *world);
@@ -62,8 +67,19 @@ wn_status wn_world_create(wn_world **out, int32_t timeout_s) {
     wn_world_free(world);
     return status;
   }
-  world->groups[0] = (wn_group){.world = world, .size = world->size, .rank = world->rank, .step = 1};
-  world->n_groups = 1;
+  start_groups(world);
+  *out = world;
+  return NULL;
+}
+
+wn_status wn_world_create_dry(wn_world **out, int32_t size) {
+  WN_ASSERT(size > 0, "a world of %d", size);
+  wn_world *world = calloc(1, sizeof *world);
+  if (!world) return WN_FAIL(WN_E_MEMORY, "out of memory for the world");
+  world->size = size;
+  world->timeout_s = 1;
+  world->dry = true;
+  start_groups(world);
   *out = world;
   return NULL;
 }

@@ -21,6 +21,9 @@ typedef struct wn_request wn_request; /* a collective under way */
  * once, and buffers of the failed one must not be reused (MPI may still own them). What is left to do is to report and
  * to exit with a code other than 0. */
 WN_MUST_USE wn_status wn_world_create(wn_world **out, int32_t timeout_s);
+/* A world of `size` of which this process is rank 0 and the other ranks do not exist: every collective answers at once,
+ * as if they had given what this one gives. For planning. */
+WN_MUST_USE wn_status wn_world_create_dry(wn_world **out, int32_t size);
 /* Waits for all ranks and finalises MPI, unless the world is broken. Ranks still inside a collective learn that this
  * one has ended. */
 void wn_world_free(wn_world *world);

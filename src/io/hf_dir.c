@@ -222,6 +222,16 @@ void wn_hf_dir_let_go(const wn_hf_dir *dir, int32_t shard) {
   wn_safetensors_let_go(dir->shards[shard]);
 }
 
+bool wn_hf_dir_has_weights(const char *path) {
+  static const char *const names[] = {SINGLE_NAME, INDEX_NAME};
+  char file[WN_PATH_BYTES];
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    int length = snprintf(file, sizeof file, "%s/%s", path, names[i]);
+    if (length > 0 && length < (int)sizeof file && wn_path_exists(file)) return true;
+  }
+  return false;
+}
+
 const char *wn_hf_dir_path(const wn_hf_dir *dir) {
   return dir->path;
 }

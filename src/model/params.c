@@ -205,6 +205,29 @@ int64_t wn_name_layer(const char *name) {
   return *end == '.' ? (int64_t)layer : -1;
 }
 
+bool wn_slot_released_fp8(wn_slot slot) {
+  switch (slot) {
+  case WN_P_Q:
+  case WN_P_Q_A:
+  case WN_P_Q_B:
+  case WN_P_KV_A:
+  case WN_P_KV_B:
+  case WN_P_O:
+  case WN_P_MLP_GATE:
+  case WN_P_MLP_UP:
+  case WN_P_MLP_DOWN:
+  case WN_P_SHARED_GATE:
+  case WN_P_SHARED_UP:
+  case WN_P_SHARED_DOWN:
+  case WN_P_EXPERT_GATE:
+  case WN_P_EXPERT_UP:
+  case WN_P_EXPERT_DOWN:
+  case WN_P_INDEX_Q_B:
+  case WN_P_INDEX_K: return true;
+  default: return false;
+  }
+}
+
 void wn_layer_bind(wn_layer_tensors *out, const wn_param_table *table, int32_t layer, wn_tensor *by_param) {
   *out = (wn_layer_tensors){0};
   for (int32_t i = table->first[layer + 1]; i < table->first[layer + 2]; i++) {

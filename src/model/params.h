@@ -59,6 +59,9 @@ typedef struct wn_param_settings {
 WN_MUST_USE wn_status wn_param_table_create(wn_param_table *out, const wn_model_config *config,
                                             wn_param_settings settings);
 void wn_param_table_free(wn_param_table *table);
+/* Whether DeepSeek's FP8 releases have this weight in FP8: matrices, but embedding, head, router and the indexer's
+ * head weights. */
+bool wn_slot_released_fp8(wn_slot slot);
 
 /* The number in a name that begins with "model.layers.N."; -1: it does not. */
 int64_t wn_name_layer(const char *name);

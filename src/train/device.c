@@ -3,6 +3,8 @@
 #include <omp.h>
 #include <sys/resource.h>
 
+#include "base/rng.h"
+#include "base/time.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cuda/cuda.h"
 
@@ -56,6 +58,37 @@ void wn_close_device(wn_device *device) {
     wn_cuda_free(device);
   else
     wn_cpu_free_f32(device);
+}
+
+wn_status wn_device_product_rate(wn_device *device, int64_t n, double *flops_a_s) {
+  enum { REPEATS = 10 }; /* the best counts */
+  size_t mark = wn_arena_mark(device->scratch), host_mark = wn_arena_mark(device->host);
+  wn_tensor a, b, c, values, ends[1];
+  WN_TRY(wn_device_tensor(device, &a, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
+  WN_TRY(wn_device_tensor(device, &b, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
+  WN_TRY(wn_device_tensor(device, &c, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
+  WN_TRY(wn_device_tensor(device, &values, device->scratch, "rate probe", WN_STAT, 2, n, n, 0, 0));
+  void *host, *seen;
+  WN_TRY(wn_arena_alloc(device->host, &host, "rate probe", (size_t)(n * n) * sizeof(float)));
+  WN_TRY(wn_arena_alloc(device->host, &seen, "rate probe", (size_t)wn_dtype_bytes(c.dtype)));
+  for (int64_t i = 0; i < n * n && !device->dry; i++)
+    ((float *)host)[i] = (float)wn_rng_normal(1, WN_RNG_TEST, (uint64_t)i);
+  WN_TRY(device->ops->upload(device, &values, host));
+  WN_TRY(device->ops->cast(device, &a, &values));
+  WN_TRY(device->ops->cast(device, &b, &values));
+  ends[0] = wn_tensor_slice(wn_tensor_slice(c, 0, 0, 1), 1, 0, 1);
+  double best = 1e30;
+  for (int r = 0; r < REPEATS; r++) {
+    double start = wn_time_s();
+    WN_TRY(device->ops->linear(device, &c, &a, &b, &(wn_accumulate){false}));
+    WN_TRY(device->ops->download(device, seen, &ends[0])); /* waits for the product */
+    double seconds = wn_time_s() - start;
+    if (seconds < best) best = seconds;
+  }
+  wn_arena_release(device->scratch, mark);
+  wn_arena_release(device->host, host_mark);
+  *flops_a_s = 2.0 * (double)n * (double)n * (double)n / best;
+  return NULL;
 }
 
 wn_status wn_device_peak_gib(wn_device *device, double *gib) {

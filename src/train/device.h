@@ -14,6 +14,8 @@ bool wn_chooses_gpu(wn_job_device choice);
 WN_MUST_USE wn_status wn_open_device(wn_device **out, wn_job_device choice, int32_t threads, wn_world *world,
                                      wn_log *log);
 void wn_close_device(wn_device *device); /* NULL is fine */
+/* FLOP/s of an n^3 product in ACT on this device, the best of some. */
+WN_MUST_USE wn_status wn_device_product_rate(wn_device *device, int64_t n, double *flops_a_s);
 /* GiB in use at most so far: of the GPU as its driver counts them, or of this process. */
 WN_MUST_USE wn_status wn_device_peak_gib(wn_device *device, double *gib);
 

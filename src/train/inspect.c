@@ -243,22 +243,20 @@ static wn_status describe_checkpoint(facts *f, const char *dir, bool quick) {
 
 static wn_status describe_directory(facts *f, const char *dir, bool quick) {
   wn_model_config config;
-  bool configured, indexed, single, state, manifest;
+  bool configured, state, manifest, weighted = wn_hf_dir_has_weights(dir);
   WN_TRY(has(dir, "config.json", &configured));
-  WN_TRY(has(dir, WN_INDEX_NAME, &indexed));
-  WN_TRY(has(dir, "model.safetensors", &single));
   WN_TRY(has(dir, WN_STATE_NAME, &state));
   WN_TRY(has(dir, WN_MANIFEST_NAME, &manifest));
-  if (!configured && !indexed && !single)
+  if (!configured && !weighted)
     return WN_FAIL_HINT(WN_E_INPUT,
                         "a model directory has a config.json, a run directory a config.resolved.yaml or checkpoints",
                         "%s holds no model and no run", dir);
-  put_text(f, "kind", state || manifest ? "checkpoint" : indexed || single ? "model directory" : "model configuration");
+  put_text(f, "kind", state || manifest ? "checkpoint" : weighted ? "model directory" : "model configuration");
   if (configured) {
     WN_TRY(wn_model_config_load(&config, dir));
     WN_TRY(describe_model(f, &config, dir));
   }
-  if (indexed || single) WN_TRY(describe_tensors(f, dir, configured ? &config : NULL));
+  if (weighted) WN_TRY(describe_tensors(f, dir, configured ? &config : NULL));
   return state || manifest ? describe_checkpoint(f, dir, quick) : NULL;
 }
 

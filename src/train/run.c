@@ -7,11 +7,12 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include "io/json.h"
 #include "train/checkpoint_dirs.h"
-#include "train/rewrite.h"
 #include "train/device.h"
+#include "train/rewrite.h"
 
-enum { SHARD_BYTES_LOG2 = 32 };
+enum { SHARD_BYTES_LOG2 = 32, MOST_CONFIG_BYTES = 1 << 20 };
 
 /* ---- what model the job means ---- */
 
@@ -220,6 +221,20 @@ static wn_status load_weights(wn_run *run, bool init_indexer_trained) {
   return NULL;
 }
 
+/* Of weights that are not there yet config.json says what they are stored as. */
+static wn_status keep_fp8_as_configured(wn_param_table *table, const char *dir) {
+  char path[WN_PATH_BYTES];
+  json_t *root;
+  WN_TRY(wn_path(path, "%s/config.json", dir));
+  WN_TRY(wn_json_load(&root, path, MOST_CONFIG_BYTES, WN_E_CONFIG));
+  const json_t *method = json_object_get(json_object_get(root, "quantization_config"), "quant_method");
+  bool fp8 = json_is_string(method) && strcmp(json_string_value(method), "fp8") == 0;
+  json_decref(root);
+  for (int32_t i = 0; fp8 && i < table->n; i++)
+    table->params[i].fp8 = table->params[i].kind == WN_FROZEN && wn_slot_released_fp8((wn_slot)table->params[i].slot);
+  return NULL;
+}
+
 /* A frozen base that lies in FP8 is kept in FP8. Its newest checkpoint says, which rank 0 names, else init. */
 static wn_status keep_fp8(wn_run *run) {
   char checkpoints[WN_PATH_BYTES], dir[WN_PATH_BYTES] = "";
@@ -233,12 +248,51 @@ static wn_status keep_fp8(wn_run *run) {
   WN_TRY(wn_world_agree(run->world, status));
   WN_TRY(wn_group_broadcast(wn_world_all(run->world), dir, sizeof dir, 0));
   if (!dir[0]) return NULL;
+  if (run->device->dry && !wn_hf_dir_has_weights(dir)) return keep_fp8_as_configured(&run->model->table, dir);
   status = wn_source_open(&weights, dir, &run->model->config);
   if (!status) {
     wn_params_keep_fp8(run->model->table.params, run->model->table.n, weights);
     wn_hf_dir_close(weights);
   }
   return wn_world_agree(run->world, status);
+}
+
+/* Model and store, on the device that is there. */
+static wn_status hold(wn_run *run, const wn_model_config *config) {
+  wn_group *all = wn_world_all(run->world);
+  if (run->job.optimizer.moments == WN_MOMENTS_BF16) run->device->dtype_of[WN_MOMENT] = WN_BF16;
+  WN_TRY(wn_model_create(&run->model, run->device, config, param_settings(&run->recipe, &run->job)));
+  WN_TRY(keep_fp8(run));
+  const wn_param_table *table = &run->model->table;
+  WN_TRY(wn_store_create(&run->store, run->device, run->world, &all, 1, table->params, table->n));
+  run->by_param = calloc((size_t)table->n, sizeof *run->by_param);
+  run->grads_by_param = calloc((size_t)table->n, sizeof *run->grads_by_param);
+  return run->by_param && run->grads_by_param ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the run's tables");
+}
+
+wn_status wn_run_create_dry(wn_run **out, wn_recipe recipe, const wn_job *job, wn_world *world, wn_device *device) {
+  wn_status status = NULL;
+  bool indexer_trained;
+  wn_model_config config;
+  wn_run *run = calloc(1, sizeof *run);
+  if (!run) {
+    wn_close_device(device);
+    return WN_FAIL(WN_E_MEMORY, "out of memory for the run");
+  }
+  *run = (wn_run){.world = world, .recipe = recipe, .job = *job, .device = device, .lock_fd = -1};
+  WN_ASSERT(device->dry, "a run without weights on a device that is not dry");
+  WN_TRY_GOTO(status, fail, check_world(job, world));
+  WN_TRY_GOTO(status, fail, resolve_model(&config, &recipe, job));
+  WN_TRY_GOTO(status, fail, check_stage(&recipe, job, &indexer_trained));
+  WN_TRY_GOTO(status, fail, wn_dataset_create_blank(&run->train, (int64_t)job->data.seq_len + 1));
+  if (job->data.valid[0])
+    WN_TRY_GOTO(status, fail, wn_dataset_create_blank(&run->valid, (int64_t)job->data.seq_len + 1));
+  WN_TRY_GOTO(status, fail, hold(run, &config));
+  *out = run;
+  return NULL;
+fail:
+  wn_run_free(run);
+  return status;
 }
 
 wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world,
@@ -257,18 +311,7 @@ wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_jo
     WN_TRY_GOTO(status, fail, open_data(&run->valid, job->data.valid, "data.valid", &config, job->data.seq_len));
   WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? prepare_run_dir(run) : NULL));
   WN_TRY_GOTO(status, fail, wn_open_device(&run->device, job->device, job->threads, world, log));
-  if (job->optimizer.moments == WN_MOMENTS_BF16) run->device->dtype_of[WN_MOMENT] = WN_BF16;
-  WN_TRY_GOTO(status, fail, wn_model_create(&run->model, run->device, &config, param_settings(&recipe, job)));
-  WN_TRY_GOTO(status, fail, keep_fp8(run));
-  wn_group *all = wn_world_all(world);
-  WN_TRY_GOTO(status, fail,
-              wn_store_create(&run->store, run->device, world, &all, 1, run->model->table.params, run->model->table.n));
-  run->by_param = calloc((size_t)run->model->table.n, sizeof *run->by_param);
-  run->grads_by_param = calloc((size_t)run->model->table.n, sizeof *run->grads_by_param);
-  if (!run->by_param || !run->grads_by_param) {
-    status = WN_FAIL(WN_E_MEMORY, "out of memory for the run's tables");
-    goto fail;
-  }
+  WN_TRY_GOTO(status, fail, hold(run, &config));
   WN_TRY_GOTO(status, fail, wn_world_agree(world, load_weights(run, indexer_trained)));
   WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? save_resolved(run) : NULL));
   *out = run;
@@ -291,13 +334,6 @@ void wn_run_free(wn_run *run) {
   free(run);
 }
 
-/* Bytes a rank holds for one parameter element: master, and where it trains two moments and a gradient, all FP32 but
- * for moments that may be BF16; on a GPU a BF16 copy of what trains, and of what is frozen that copy alone. */
-static int64_t element_bytes(const wn_param *p, bool gpu, wn_moments moments) {
-  if (wn_kind_trains(p->kind)) return (gpu ? 18 : 16) - (moments == WN_MOMENTS_BF16 ? 4 : 0);
-  return gpu && p->kind == WN_FROZEN && p->role == WN_ACT ? 2 : 4;
-}
-
 /* A dataset may be made after the job that names it: one that is absent is said, not refused. */
 static wn_status check_data(const char *prefix, const char *key, const wn_model_config *config, int32_t seq_len,
                             wn_log *log) {
@@ -315,30 +351,11 @@ static wn_status check_data(const char *prefix, const char *key, const wn_model_
 }
 
 wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_log *log) {
-  static const char *const kinds[WN_N_KINDS] = {"base, trained", "indexer, trained", "frozen", "buffers"};
   wn_model_config config;
   bool indexer_trained;
-  wn_param_table table = {0};
-  int64_t elements[WN_N_KINDS] = {0}, bytes[WN_N_KINDS] = {0}, total = 0, ranks = wn_world_size(world);
-  bool gpu = wn_chooses_gpu(job->device);
   WN_TRY(check_world(job, world));
   WN_TRY(resolve_model(&config, &recipe, job));
   if (job->init[0]) WN_TRY(check_stage(&recipe, job, &indexer_trained));
   WN_TRY(check_data(job->data.train, "data.train", &config, job->data.seq_len, log));
-  WN_TRY(check_data(job->data.valid, "data.valid", &config, job->data.seq_len, log));
-  WN_TRY(wn_param_table_create(&table, &config, param_settings(&recipe, job)));
-  for (int32_t i = 0; i < table.n; i++) {
-    const wn_param *p = &table.params[i];
-    elements[p->kind] += wn_param_elements(p);
-    bytes[p->kind] += wn_param_elements(p) * element_bytes(p, gpu, job->optimizer.moments) / ranks;
-  }
-  wn_param_table_free(&table);
-  for (int32_t k = 0; k < WN_N_KINDS; k++) {
-    if (!elements[k]) continue;
-    total += bytes[k];
-    wn_info(log, "%-17s %15lld parameters %12.3f GB a rank", kinds[k], (long long)elements[k], (double)bytes[k] * 1e-9);
-  }
-  wn_info(log, "state on %lld rank%s, %s: %.3f GB a rank", (long long)ranks, ranks == 1 ? "" : "s", gpu ? "GPU" : "CPU",
-          (double)total * 1e-9);
-  return NULL;
+  return check_data(job->data.valid, "data.valid", &config, job->data.seq_len, log);
 }

@@ -26,9 +26,13 @@ typedef struct wn_run {
 /* Everything that can be found wrong without training is found here, each in one sentence. Collective. */
 WN_MUST_USE wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source,
                                     wn_world *world, wn_log *log);
+/* The same on a dry device (base/device.h) and a dry world: no weights, no files, blank data. Of `init` only
+ * config.json has to be there. Takes the device, whatever comes of it. For planning. */
+WN_MUST_USE wn_status wn_run_create_dry(wn_run **out, wn_recipe recipe, const wn_job *job, wn_world *world,
+                                        wn_device *device);
 void wn_run_free(wn_run *run);
-/* What wn_run_create would refuse, without weights or memory: model configuration, indexer, divisibility, datasets;
- * prints parameters and bytes a rank by kind. For --check. */
+/* What wn_run_create would refuse, without weights or memory: model configuration, indexer, divisibility, datasets. For
+ * --check. */
 WN_MUST_USE wn_status wn_run_check(wn_recipe recipe, const wn_job *job, wn_world *world, wn_log *log);
 wn_checkpoint_plan wn_run_checkpoint_plan(const wn_run *run);
 

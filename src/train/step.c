@@ -69,11 +69,12 @@ static wn_tensor row_of(wn_tensor t, int64_t row) {
 /* Host copy of a STAT or INDEX tensor as doubles; in the host arena, above the caller's mark. */
 static wn_status read_doubles(wn_device *device, double **out, const wn_tensor *t) {
   int64_t n = wn_tensor_count(t);
-  wn_status status = NULL;
+  void *values;
   wn_tensor raw;
-  *out = host_array(device, "host copies", n * (int64_t)sizeof **out, &status);
-  WN_TRY(status);
+  WN_TRY(wn_arena_alloc(device->host, &values, "host copies", (size_t)n * sizeof **out));
+  *out = values;
   WN_TRY(wn_tensor_alloc(&raw, device->host, "host copies", t->dtype, 1, n, 0, 0, 0));
+  if (device->dry) return NULL; /* nothing was measured: only the room counts */
   WN_TRY(device->ops->download(device, raw.data, t));
   for (int64_t i = 0; i < n; i++) {
     if (t->dtype == WN_F32)
@@ -212,6 +213,7 @@ static wn_status read_measures(work *w) {
   if (w->stats.data) WN_TRY(read_doubles(device, &stats, &w->stats));
   if (w->balance.data) WN_TRY(read_doubles(device, &balance, &w->balance));
   if (w->load.data) WN_TRY(read_doubles(device, &load, &w->load));
+  if (device->dry) return NULL;
   for (int32_t m = 0; m < w->n_micro; m++) {
     int64_t n = w->batches[m].n_rows;
     if (logp) add_by_sequence(w, m, logp + m * n, w->sequence_logp, 1);
@@ -397,7 +399,9 @@ static wn_status backward(work *w, int32_t m, kept *layers_kept, wn_tensor *dh) 
 static wn_status sequence_major(work *w) {
   wn_device *device = w->run->device;
   int32_t layers = w->run->model->config.num_hidden_layers;
-  for (int32_t m = 0; m < w->n_micro; m++) {
+  /* each micro-batch asks for the same memory and moves the same bytes: a rehearsal needs one */
+  int32_t n_micro = device->dry ? 1 : w->n_micro;
+  for (int32_t m = 0; m < n_micro; m++) {
     size_t mark = wn_arena_mark(device->stash), host_mark = wn_arena_mark(device->host);
     wn_status status = NULL;
     wn_tensor dh;

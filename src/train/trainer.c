@@ -7,7 +7,6 @@
 #include <string.h>
 
 #include "base/range.h"
-#include "base/rng.h"
 #include "base/time.h"
 #include "model/flops.h"
 #include "train/device.h"
@@ -30,48 +29,19 @@ typedef struct trainer {
   double peak_flops; /* what mfu_pct is a share of, all ranks */
   double started_s;
   int64_t started_step, last_saved;
+  bool evaluated;
 } trainer;
 
 /* ---- measurements ---- */
 
-/* FLOP/s of an N^3 product on this rank: what mfu_pct is a share of on a CPU, and what stands beside it in the log on a
- * GPU, whose share is of the published rate. */
-static wn_status product_rate(wn_device *device, int64_t n, double *flops_a_s) {
-  enum { REPEATS = 10 }; /* the best counts */
-  size_t mark = wn_arena_mark(device->scratch), host_mark = wn_arena_mark(device->host);
-  wn_tensor a, b, c, values, ends[1];
-  WN_TRY(wn_device_tensor(device, &a, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
-  WN_TRY(wn_device_tensor(device, &b, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
-  WN_TRY(wn_device_tensor(device, &c, device->scratch, "rate probe", WN_ACT, 2, n, n, 0, 0));
-  WN_TRY(wn_device_tensor(device, &values, device->scratch, "rate probe", WN_STAT, 2, n, n, 0, 0));
-  void *host, *seen;
-  WN_TRY(wn_arena_alloc(device->host, &host, "rate probe", (size_t)(n * n) * sizeof(float)));
-  WN_TRY(wn_arena_alloc(device->host, &seen, "rate probe", (size_t)wn_dtype_bytes(c.dtype)));
-  for (int64_t i = 0; i < n * n; i++) ((float *)host)[i] = (float)wn_rng_normal(1, WN_RNG_TEST, (uint64_t)i);
-  WN_TRY(device->ops->upload(device, &values, host));
-  WN_TRY(device->ops->cast(device, &a, &values));
-  WN_TRY(device->ops->cast(device, &b, &values));
-  ends[0] = wn_tensor_slice(wn_tensor_slice(c, 0, 0, 1), 1, 0, 1);
-  double best = 1e30;
-  for (int r = 0; r < REPEATS; r++) {
-    double start = wn_time_s();
-    WN_TRY(device->ops->linear(device, &c, &a, &b, &(wn_accumulate){false}));
-    WN_TRY(device->ops->download(device, seen, &ends[0])); /* waits for the product */
-    double seconds = wn_time_s() - start;
-    if (seconds < best) best = seconds;
-  }
-  wn_arena_release(device->scratch, mark);
-  wn_arena_release(device->host, host_mark);
-  *flops_a_s = 2.0 * (double)n * (double)n * (double)n / best;
-  return NULL;
-}
-
+/* What mfu_pct is a share of on a CPU; on a GPU, whose share is of the published rate, it stands beside it in the log.
+ */
 static wn_status measure_peak(trainer *t) {
   enum { CPU_N = 512, GPU_N = 4096 }; /* small, so that it is never what a run holds most of */
   const wn_run *run = t->run;
   bool gpu = run->device->kind == WN_CUDA;
   double rate;
-  WN_TRY(product_rate(run->device, gpu ? GPU_N : CPU_N, &rate));
+  WN_TRY(wn_device_product_rate(run->device, gpu ? GPU_N : CPU_N, &rate));
   WN_TRY(wn_group_sum_f64(wn_world_all(run->world), &rate, 1));
   t->peak_flops = gpu ? WN_HOPPER_BF16_FLOPS * wn_world_size(run->world) : rate;
   if (gpu)
@@ -247,8 +217,8 @@ static wn_status save(trainer *t) {
   return wn_world_agree(run->world, wn_metrics_event(t->metrics, run->state.step, 0, "checkpoint", detail));
 }
 
-/* RUN_DIR/memory.txt: rank 0's tables, as they stand after the first step: pieces of parameters, then what each arena
- * holds under which name. */
+/* RUN_DIR/memory.txt: rank 0's tables, as they stand after the first step, and again after the first evaluation: pieces
+ * of parameters, then what each arena holds under which name. */
 static wn_status write_memory(const trainer *t) {
   const wn_run *run = t->run;
   char path[WN_PATH_BYTES];
@@ -296,8 +266,11 @@ static wn_status one_step(trainer *t, bool *stop) {
         WN_E_TRAINING, "start another run_dir with the last good checkpoint as init and a lower learning rate",
         "%lld steps in a row had a loss or gradient that is not finite (training.max_skipped_in_a_row is %d)",
         (long long)run->state.skipped_in_a_row, job->training.max_skipped_in_a_row);
-  if (run->valid && (due(job->metrics.eval_every, step + 1) || (job->metrics.eval_every > 0 && last)))
+  if (run->valid && (due(job->metrics.eval_every, step + 1) || (job->metrics.eval_every > 0 && last))) {
     WN_TRY(evaluate(t));
+    if (!t->evaluated) WN_TRY(wn_world_agree(run->world, write_memory(t)));
+    t->evaluated = true;
+  }
   int64_t wants_stop = stop_requested;
   WN_TRY(wn_group_sum_i64(wn_world_all(run->world), &wants_stop, 1));
   *stop = wants_stop != 0;
@@ -331,6 +304,31 @@ static wn_status begin(trainer *t) {
   t->started_s = wn_time_s();
   t->started_step = run->state.step;
   return NULL;
+}
+
+/* A dry step moves the bytes of one micro-batch where these are the outer loop. */
+static wn_traffic step_traffic(const wn_run *run) {
+  const wn_job *job = &run->job;
+  wn_traffic traffic = wn_store_traffic(run->store);
+  int64_t times = job->training.global_batch_seqs / wn_world_size(run->world) / job->training.micro_batch_seqs;
+  if (run->recipe.layer_major) times = 1;
+  return (wn_traffic){traffic.gathered_bytes * times, traffic.summed_bytes * times};
+}
+
+wn_status wn_train_rehearse(wn_run *run, wn_step_sums *sums, wn_traffic *traffic) {
+  trainer t = {.run = run};
+  wn_train_row row = {0};
+  WN_ASSERT(run->device->dry, "a rehearsal that would move weights");
+  WN_TRY(wn_step_sums_create(sums, &run->model->config));
+  t.sums = *sums;
+  wn_status status = wn_step_run(run, 0, run->job.metrics.layers_every > 0, &t.sums);
+  *traffic = step_traffic(run);
+  if (!status) status = update(&t, 0, &row);
+  if (!status) status = measure_peak(&t);
+  if (!status && run->valid && run->job.metrics.eval_every > 0) status = evaluate(&t);
+  *sums = t.sums;
+  if (status) wn_step_sums_free(sums);
+  return status;
 }
 
 wn_status wn_train(wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world, wn_log *log) {

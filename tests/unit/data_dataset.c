@@ -375,8 +375,26 @@ static void a_new_dataset_replaces_the_old_with_its_marks(void **state) {
   }
 }
 
+static void a_blank_one_is_one_document(void **state) {
+  (void)state;
+  enum { T = 100 };
+  wn_dataset *d;
+  int32_t tokens[T + 1], start[T];
+  uint8_t predicted[T], scored[T];
+  wn_window window = {.tokens = tokens, .document_start = start, .predicted = predicted, .scored = scored};
+  OK(wn_dataset_create_blank(&d, 3 * T + 1));
+  OK(wn_dataset_check_vocab(d, 1));
+  assert_int_equal(wn_dataset_documents(d), 1);
+  assert_int_equal(wn_dataset_windows(d, T), 3);
+  wn_dataset_read(d, 1, T, &window);
+  for (int32_t i = 0; i < T; i++)
+    assert_true(tokens[i + 1] == 0 && start[i] == 0 && predicted[i] == 1 && scored[i] == 0);
+  wn_dataset_close(d);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {TEMP_TEST(reads_several_sequences_a_document),
+  const struct CMUnitTest tests[] = {cmocka_unit_test(a_blank_one_is_one_document),
+                                     TEMP_TEST(reads_several_sequences_a_document),
                                      TEMP_TEST(reads_every_integer_dtype),
                                      TEMP_TEST(names_ids_that_are_none),
                                      TEMP_TEST(refuses_lies),

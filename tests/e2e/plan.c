@@ -1,0 +1,138 @@
+/* `winnow plan` against what runs take: the allocator's own table after a step and an evaluation, on 1, 2 and 4 ranks,
+ * and the checkpoints that they write. */
+#include "support/plan.h"
+
+/* New bytes of a checkpoint: its files that are not links of the base (nor index, state and the like). */
+static double weights_written(void **state, const char *run, int64_t step) {
+  wn_temp_path dir = tiny_step(state, run, step);
+  char **names, path[WN_PATH_BYTES];
+  size_t n;
+  struct stat info;
+  double bytes = 0;
+  OK(wn_list_dir(&names, &n, dir.text));
+  for (size_t i = 0; i < n; i++) {
+    OK(wn_path(path, "%s/%s", dir.text, names[i]));
+    assert_int_equal(stat(path, &info), 0);
+    if (strstr(names[i], ".safetensors") && !strstr(names[i], ".json") && info.st_nlink == 1)
+      bytes += (double)info.st_size;
+  }
+  wn_list_free(names, n);
+  return bytes;
+}
+
+static void compare(void **state, const char *stage, const char *init, const char *more, int32_t ranks) {
+  char line[1024], words[1200], run[64];
+  const char *dir = *state;
+  static int32_t runs;
+  snprintf(run, sizeof run, "%s-%d-%d", stage, ranks, runs++);
+  snprintf(line, sizeof line, "%s/job.yaml init=%s/%s run_dir=%s/%s training.steps=1 training.micro_batch_seqs=%d %s",
+           dir, dir, init, dir, run, ranks == 4 ? 1 : 2, more);
+  snprintf(words, sizeof words, "%s --stage %s --ranks %d", line, stage, ranks);
+  json_t *plan = plan_of(words);
+  wn_winnow_ends(0, ranks, "%s %s", stage, line);
+  expect_planned_arenas(state, plan, run);
+  expect_planned("a checkpoint", plan_number(plan, "checkpoint_written_bytes"), weights_written(state, run, 1));
+  json_decref(plan);
+}
+
+static void memory_is_as_planned(void **state) {
+  static const int32_t worlds[] = {1, 2, 4};
+  for (int w = 0; w < 3; w++) {
+    compare(state, "warmup", "base", "", worlds[w]);
+    compare(state, "pretrain", "base", "", worlds[w]);
+    compare(state, "adapt", "sparse", "", worlds[w]);
+  }
+}
+
+static void options_change_it(void **state) {
+  compare(state, "adapt", "sparse", "dsa.index_topk=24", 1); /* the masked form */
+  compare(state, "adapt", "sparse", "data.seq_len=200 data.document_mask=false metrics.sample_rows=5", 2);
+  compare(state, "warmup", "base", "metrics.layers_every=0 data.valid= metrics.eval_every=0 checkpoint.dtype=bf16", 2);
+  compare(state, "pretrain", "base", "metrics.eval_every=0 threads=3 optimizer.moments=bf16", 1);
+}
+
+/* The demo's own jobs, of which only config.json is looked at; init=checkpoints/demo-base is in the repository. */
+static void the_demo_is_as_planned(void **state) {
+  char line[1024];
+  const char *dir = *state;
+  json_t *plan = plan_of("configs/jobs/demo/warmup.yaml --ranks 1 device=cpu threads=2 metrics.eval_every=0");
+  snprintf(line, sizeof line,
+           "device=cpu threads=2 metrics.eval_every=0 data.train=%s/train data.valid= run_dir=%s/demo training.steps=1",
+           dir, dir);
+  wn_winnow_ends(0, 1, "warmup configs/jobs/demo/warmup.yaml %s", line);
+  expect_planned_arenas(state, plan, "demo");
+  json_decref(plan);
+}
+
+/* Traffic by arithmetic: a rank gathers what the others hold of all weights, twice in a step with a backward, and
+ * sends all but its own share of the gradients. */
+static void traffic_is_counted(void **state) {
+  char words[512];
+  const char *dir = *state;
+  snprintf(words, sizeof words,
+           "%s/job.yaml run_dir=unused --stage warmup --ranks 4 init=%s/base training.micro_batch_seqs=1", dir, dir);
+  json_t *four = plan_of(words);
+  snprintf(words, sizeof words, "%s/job.yaml run_dir=unused --stage warmup --ranks 1 init=%s/base", dir, dir);
+  json_t *one = plan_of(words);
+  assert_true(plan_number(one, "gathered_bytes") == 0 && plan_number(one, "summed_bytes") == 0);
+  double gathered = plan_number(four, "gathered_bytes"), summed = plan_number(four, "summed_bytes");
+  wn_model_config config = tiny_config();
+  config.has_indexer = true;
+  config.index_n_heads = 2;
+  config.index_head_dim = 12;
+  wn_param_table table = tiny_table(&config);
+  double weights = 0, indexer = 0;
+  for (int32_t i = 0; i < table.n; i++) {
+    const wn_param *p = &table.params[i];
+    double bytes = 4 * (double)tiny_count(p);
+    if (p->layer < config.num_hidden_layers) weights += bytes; /* no head in a warm-up */
+    if (p->kind == WN_INDEXER) indexer += bytes;
+  }
+  wn_param_table_free(&table);
+  /* tensors stand at multiples of 256 bytes, which counts in a model this small */
+  assert_true(gathered > 0.75 * weights && gathered < 0.75 * weights * 1.5);
+  assert_true(summed > 0.75 * indexer && summed < 0.75 * indexer * 1.5);
+  json_decref(one);
+  json_decref(four);
+}
+
+static void what_does_not_fit_gets_remedies(void **state) {
+  char words[512];
+  const char *dir = *state;
+  snprintf(words, sizeof words,
+           "%s/job.yaml run_dir=unused --stage adapt --ranks 1 init=%s/sparse --memory-gb 0.000001", dir, dir);
+  json_t *plan = plan_of(words);
+  assert_true(json_is_false(json_object_get(plan, "fits")));
+  const json_t *remedies = json_object_get(plan, "remedies");
+  assert_true(json_array_size(remedies) >= 2);
+  assert_string_equal(json_string_value(json_object_get(json_array_get(remedies, 0), "change")),
+                      "training.micro_batch_seqs=1");
+  assert_true(plan_number(json_array_get(remedies, 0), "total_bytes") < plan_number(plan, "total_bytes"));
+  json_decref(plan);
+}
+
+static void refusals(void **state) {
+  const char *dir = *state;
+  wn_winnow_refuses(WN_E_USAGE, "--ranks is missing", "plan %s/job.yaml", dir);
+  wn_winnow_refuses(WN_E_USAGE, "does not say which stage", "plan %s/job.yaml --ranks 1", dir);
+  wn_winnow_refuses(WN_E_USAGE, "no machine 'abacus'",
+                    "plan %s/job.yaml run_dir=unused init=%s/base --ranks 1 --stage warmup --device abacus", dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "is not a multiple of 3 ranks",
+                    "plan %s/job.yaml run_dir=unused --ranks 3 --stage warmup init=%s/base", dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "adapt needs a trained indexer",
+                    "plan %s/job.yaml run_dir=unused --ranks 1 --stage adapt init=%s/base", dir, dir);
+  wn_winnow_refuses(WN_E_CONFIG, "config.json is absent",
+                    "plan %s/job.yaml run_dir=unused --ranks 1 --stage warmup init=%s/nothing", dir, dir);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(memory_is_as_planned),
+      cmocka_unit_test(options_change_it),
+      cmocka_unit_test(the_demo_is_as_planned),
+      cmocka_unit_test(traffic_is_counted),
+      cmocka_unit_test(what_does_not_fit_gets_remedies),
+      cmocka_unit_test(refusals),
+  };
+  return cmocka_run_group_tests(tests, plan_setup, wn_temp_teardown);
+}
