@@ -212,6 +212,9 @@ static void splits_that_would_be_wrong(void **state) {
   refuse(state, config, fp8, 4, WN_E_CONFIG,
          "model.layers.1.mlp.shared_experts.gate_proj.weight [256, 136]: --model-parallel 4 cuts its rows every 64, "
          "inside blocks of 128 that share a scale; possible are 1, 2");
+  config.moe_intermediate_size = 200; /* two scales for two shards, but the second's first 28 rows want the first */
+  refuse(state, config, fp8, 2, WN_E_CONFIG,
+         "shared_experts.gate_proj.weight [200, 136]: --model-parallel 2 cuts its rows every 100");
   config = fp8_config();
   config.v_head_dim = 96; /* rows of kv_b: 4 x 224 */
   refuse(state, config, fp8, 2, WN_E_CONFIG, "kv_b_proj.weight [896, 40]: --model-parallel 2 cuts its rows every 448");
