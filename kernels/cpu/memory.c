@@ -91,25 +91,25 @@ wn_status WN_CPU(cast)(wn_device *device, wn_tensor *dst, const wn_tensor *src) 
 }
 
 wn_status WN_CPU(dequantise)(wn_device *device, wn_tensor *w, const wn_tensor *codes, const wn_tensor *scale) {
-  int64_t rows = codes->dim[0], cols = codes->dim[1], blocks = wn_f8_blocks(cols);
+  enum { AT_ONCE = 1024 };
+  int64_t rows = codes->dim[0], cols = codes->dim[1];
   WN_EXPECT(w, w->dtype == WN_BF16 ? WN_BF16 : WN_REAL_DTYPE, 2, rows, cols);
   WN_EXPECT(codes, WN_F8_E4M3, 2, rows, cols);
-  WN_EXPECT(scale, WN_F32, 2, wn_f8_blocks(rows), blocks);
+  WN_EXPECT(scale, WN_F32, 2, wn_f8_blocks(rows), wn_f8_blocks(cols));
   WN_ASSERT(wn_tensor_dense(w) && wn_tensor_dense(codes) && wn_tensor_dense(scale), "strided FP8 weights");
   if (device->dry) return NULL;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
-    float wide[WN_F8_BLOCK];
-    uint16_t *narrow = (uint16_t *)w->data + row * cols;
-    wn_real *to = (wn_real *)w->data + row * cols;
-    for (int64_t at = 0; at < cols; at += WN_F8_BLOCK) {
-      int64_t n = wn_cpu_min(WN_F8_BLOCK, cols - at);
-      wn_f8_dequantise(wide, codes->data, scale->data, cols, row * cols + at, n);
+    float wide[AT_ONCE];
+    for (int64_t at = row * cols, n; at < (row + 1) * cols; at += n) {
+      n = wn_cpu_min(AT_ONCE, (row + 1) * cols - at);
+      wn_f8_dequantise(wide, codes->data, scale->data, cols, at, n);
       if (w->dtype == WN_BF16) {
-        wn_bf16s_from_f32(narrow + at, wide, n);
+        wn_bf16s_from_f32((uint16_t *)w->data + at, wide, n);
       } else {
+        wn_real *to = (wn_real *)w->data + at;
         wn_f32s_round_to_bf16(wide, n);
-        for (int64_t i = 0; i < n; i++) to[at + i] = (wn_real)wide[i];
+        for (int64_t i = 0; i < n; i++) to[i] = (wn_real)wide[i];
       }
     }
   }

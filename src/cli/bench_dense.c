@@ -3,6 +3,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "base/float8.h"
 #include "base/rng.h"
 #include "cli/bench.h"
 
@@ -105,6 +106,30 @@ static wn_status per_head_linear_backward_weight_make(wn_bench *b) {
 }
 static wn_status per_head_linear_backward_weight_run(wn_bench *b) {
   return b->ops->per_head_linear_backward_weight(b->device, &b->out[0], &b->in[0], &b->in[1]);
+}
+
+/* The experts' matrices, one after another. */
+static wn_status dequantise_make(wn_bench *b) {
+  int64_t E = b->s.experts, F = b->s.expert_width, D = b->s.hidden, words = (E * F * D + 3) / 4;
+  int32_t *codes;
+  WN_TRY(wn_bench_host(b, (void **)&codes, words * (int64_t)sizeof *codes));
+  for (int64_t i = 0; i < words; i++) codes[i] = (int32_t)((uint32_t)i * 2654435761u & 0x77777777u); /* no NaN */
+  WN_TRY(wn_bench_ints(b, codes, 1, words, 0));
+  b->in[0] = wn_tensor_of(b->in[0].data, WN_F8_E4M3, 3, E, F, D, 0);
+  MAKE_IN(WN_STAT, 0.1, 3, E, wn_f8_blocks(F), wn_f8_blocks(D));
+  MAKE_OUT(WN_ACT, WN_BENCH_SET, 3, E, F, D);
+  return NULL;
+}
+
+static wn_tensor matrix_of(wn_tensor t, int64_t e) {
+  return wn_tensor_view(wn_tensor_slice(t, 0, e, 1), 2, t.dim[1], t.dim[2], 0, 0);
+}
+static wn_status dequantise_run(wn_bench *b) {
+  for (int64_t e = 0; e < b->s.experts; e++) {
+    wn_tensor w = matrix_of(b->out[0], e), codes = matrix_of(b->in[0], e), scale = matrix_of(b->in[1], e);
+    WN_TRY(b->ops->dequantise(b->device, &w, &codes, &scale));
+  }
+  return NULL;
 }
 
 /* ---- norms ---- */
@@ -576,6 +601,7 @@ static wn_status sum_squares_run(wn_bench *b) {
 
 const wn_bench_case wn_bench_dense[] = {
     WN_BENCH_CASE(cast, NULL),
+    WN_BENCH_CASE(dequantise, NULL),
     WN_BENCH_CASE(linear, linear_check),
     WN_BENCH_CASE(linear_backward_input, NULL),
     WN_BENCH_CASE(linear_backward_weight, NULL),

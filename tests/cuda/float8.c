@@ -1,7 +1,5 @@
-/* FP8 weights on the GPU, bit for bit as on the CPU; and how near it comes to the copy rate. */
+/* FP8 weights on the GPU, bit for bit as on the CPU. */
 #include "support/twin.h"
-
-static const double copy_bytes_a_s = 4.24e12; /* of an H200, what the other operations are measured against */
 
 static float scale_at(int64_t block) {
   static const float some[] = {1.0f, 0x1p-10f, 3.1e-4f, 1.2345678e-20f, 7.9e30f, 0x1p-130f, 1e-38f, 0.0f, 3e38f};
@@ -59,40 +57,7 @@ static void as_the_cpu(void **state) {
     }
 }
 
-/* An expert's matrix, and a large one. */
-static void speed(void **state) {
-  twin_bench *b = twin_begin(state);
-  static const int64_t shapes[][2] = {{2048, 7168}, {7168, 2048}, {32768, 7168}};
-  for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
-    enum { CALLS = 20, ROUNDS = 10 };
-    int64_t rows = shapes[s][0], cols = shapes[s][1];
-    wn_tensor w, codes, scale;
-    OK(wn_tensor_alloc(&w, b->cuda->stash, "test", WN_BF16, 3, CALLS, rows, cols, 0));
-    OK(wn_tensor_alloc(&codes, b->cuda->stash, "test", WN_F8_E4M3, 3, CALLS, rows, cols, 0));
-    OK(wn_tensor_alloc(&scale, b->cuda->stash, "test", WN_F32, 2, rows / 128, cols / 128, 0, 0));
-    OK(b->cuda->ops->zero(b->cuda, &codes));
-    OK(b->cuda->ops->zero(b->cuda, &scale));
-    double best = 1e30;
-    for (int r = 0; r < ROUNDS; r++) {
-      double seconds;
-      OK(wn_cuda_timer_start(b->cuda));
-      for (int c = 0; c < CALLS; c++) { /* other memory every time: nothing comes from the cache */
-        wn_tensor wc = wn_tensor_view(wn_tensor_slice(w, 0, c, 1), 2, rows, cols, 0, 0);
-        wn_tensor cc = wn_tensor_view(wn_tensor_slice(codes, 0, c, 1), 2, rows, cols, 0, 0);
-        OK(b->cuda->ops->dequantise(b->cuda, &wc, &cc, &scale));
-      }
-      OK(wn_cuda_timer_stop(b->cuda, &seconds));
-      if (seconds / CALLS < best) best = seconds / CALLS;
-    }
-    double rate = 3.0 * (double)(rows * cols) / best;
-    print_message("dequantise [%lld,%lld]: %.4f ms, %.2f TB/s, %.0f%% of a copy\n", (long long)rows, (long long)cols,
-                  best * 1e3, rate * 1e-12, 100 * rate / copy_bytes_a_s);
-    assert_true(rate > 0.5 * copy_bytes_a_s);
-    twin_end(b);
-  }
-}
-
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(as_the_cpu), cmocka_unit_test(speed)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(as_the_cpu)};
   return cmocka_run_group_tests(tests, twin_setup, twin_teardown);
 }
