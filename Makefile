@@ -25,7 +25,8 @@ NCCL ?= $(firstword $(wildcard $(CUDA_HOME)/include/nccl.h /usr/include/nccl.h))
 NVTX ?= $(wildcard $(CUDA_HOME)/include/nvtx3/nvToolsExt.h)
 CPPFLAGS += -isystem $(CUDA_HOME)/include
 # calls that a dry device does not make (kernels/cuda/dry.cu)
-DRY_CALLS = __cudaLaunchKernel cudaLaunchKernelExC cudaMemcpyAsync cudaMemsetAsync cudaMemset2DAsync cudaEventRecord
+DRY_CALLS = __cudaLaunchKernel cudaLaunchKernelExC cudaMemcpyAsync cudaMemcpy2DAsync cudaMemsetAsync cudaMemset2DAsync cudaEventRecord \
+  cudaFuncSetAttribute cudaGetLastError
 LDLIBS += $(DRY_CALLS:%=-Wl,--wrap=%) -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt -lstdc++ $(if $(NCCL),-lnccl)
 endif
 

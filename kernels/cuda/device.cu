@@ -24,10 +24,14 @@ enum {
 enum { PACES = 8, OPERATIONS_A_PACE = 16 };
 static const size_t page_bytes = (size_t)32 << 20;
 
+/* GPUs that this process has open: it alone decides whether there is a context to ask. */
+static int32_t n_open;
+bool wn_cuda_opened(void) {
+  return n_open > 0;
+}
+
 wn_status wn_cuda_check(cudaError_t error, const char *call, const char *file, int line) {
   if (error == cudaSuccess) return NULL;
-  /* a device is not opened in a process without a GPU, unless a dry one, for which nothing has to be done */
-  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) return NULL;
   return wn_fail_at(file, line, error == cudaErrorMemoryAllocation ? WN_E_MEMORY : WN_E_DEVICE, NULL,
                     "the GPU failed: %s: %s", call, cudaGetErrorString(error));
 }
@@ -81,6 +85,7 @@ static wn_status load_driver(driver *d) {
 /* The device with what only this file needs. */
 typedef struct whole_device {
   wn_cuda cuda; /* first */
+  bool open;    /* counted in n_open */
   driver driver;
   cudaEvent_t timer[2];    /* start, stop */
   cudaEvent_t pace[PACES]; /* on the compute queue, one every OPERATIONS_A_PACE */
@@ -200,6 +205,8 @@ static wn_status start(whole_device *d, wn_cuda_settings settings) {
   WN_TRY(check_gpu(c, settings.ordinal));
   WN_CUDA_TRY(cudaSetDevice(settings.ordinal));
   WN_CUDA_TRY(cudaFree(NULL)); /* makes the context */
+  d->open = true;
+  n_open++;
   WN_TRY(load_driver(&d->driver));
   WN_CUDA_TRY(cudaStreamCreateWithFlags(&c->compute, cudaStreamNonBlocking));
   WN_CUDA_TRY(cudaStreamCreateWithFlags(&c->comm, cudaStreamNonBlocking));
@@ -292,6 +299,7 @@ void wn_cuda_free(wn_device *device) {
   wn_arena_free(device->stash);
   wn_arena_free(device->scratch);
   wn_arena_free(device->host);
+  if (((whole_device *)c)->open) n_open--;
   free(c);
 }
 

@@ -47,6 +47,8 @@ static inline cudaStream_t wn_cuda_stream(wn_device *device) {
 
 /* What a dry device has for a queue (dry.cu). */
 extern "C" cudaStream_t wn_cuda_dry_queue(void);
+/* Whether this process has a GPU open. Where it has not, only a dry device's operations run. */
+extern "C" bool wn_cuda_opened(void);
 
 /* NULL, or WN_E_DEVICE (WN_E_MEMORY where that is what CUDA says): "the GPU failed: CALL: <CUDA's own words>". */
 extern "C" WN_MUST_USE wn_status wn_cuda_check(cudaError_t error, const char *call, const char *file, int line);

@@ -111,6 +111,40 @@ static void what_does_not_fit_gets_remedies(void **state) {
   json_decref(plan);
 }
 
+static bool has_use(const json_t *plan, const char *arena, const char *name) {
+  size_t i;
+  json_t *one;
+  json_array_foreach(json_object_get(planned_arena(plan, arena), "uses"), i, one) {
+    if (strcmp(json_string_value(json_object_get(one, "name")), name) == 0) return true;
+  }
+  return false;
+}
+
+/* The GPU's own operations decide, where the program has them: every stage and both forms of attention. What they say
+ * is compared with runs in tests/cuda/plan.c. */
+static void a_gpu_is_planned_without_one(void **state) {
+  static const char *const stages[] = {"warmup", "pretrain", "adapt"};
+  const char *dir = *state;
+  wn_program p;
+  for (int i = 0; i < 2 * 3; i++) {
+    char words[512];
+    const char *stage = stages[i / 2];
+    snprintf(words, sizeof words,
+             "%s/job.yaml run_dir=unused --stage %s --ranks 2 --device h200 init=%s/%s training.micro_batch_seqs=1 %s",
+             dir, stage, dir, i / 2 == 2 ? "sparse" : "base", i % 2 ? "data.seq_len=448" : "");
+    wn_winnow(&p, 1, "plan %s", words);
+    if (p.code == WN_E_DEVICE && strstr(p.err, "has no CUDA half")) {
+      print_message("skipped: the program was built without nvcc\n");
+      skip();
+    }
+    json_t *plan = plan_of(words);
+    assert_true(has_use(plan, "weights", "cuBLAS workspace") && has_use(plan, "weights", "gradients of other ranks"));
+    assert_true(plan_number(plan, "total_bytes") > plan_number(planned_arena(plan, "scratch"), "peak_bytes"));
+    if (i / 2 == 2) assert_int_equal(has_use(plan, "scratch", "selection words"), i % 2 == 0); /* the masked form's */
+    json_decref(plan);
+  }
+}
+
 static void refusals(void **state) {
   const char *dir = *state;
   wn_winnow_refuses(WN_E_USAGE, "--ranks is missing", "plan %s/job.yaml", dir);
@@ -132,6 +166,7 @@ int main(void) {
       cmocka_unit_test(the_demo_is_as_planned),
       cmocka_unit_test(traffic_is_counted),
       cmocka_unit_test(what_does_not_fit_gets_remedies),
+      cmocka_unit_test(a_gpu_is_planned_without_one),
       cmocka_unit_test(refusals),
   };
   return cmocka_run_group_tests(tests, plan_setup, wn_temp_teardown);
