@@ -19,7 +19,8 @@ wn_hash wn_hash_fold(const wn_hash *chunks, size_t n_chunks); /* XXH3 of the chu
 int wn_hash_equal(wn_hash a, wn_hash b);
 void wn_hash_text(wn_hash hash, char text[WN_HASH_TEXT_BYTES]); /* 32 hex digits */
 int wn_hash_parse(wn_hash *out, const char *text);              /* 0 when it is 32 hex digits */
-/* Chunked and folded digest of a whole file, and its length. WN_E_IO when it cannot be read. */
+/* Chunked and folded digest of a whole file, and its length, by all threads with a chunk each. WN_E_IO when it is no
+ * regular file or cannot be read. */
 WN_MUST_USE wn_status wn_hash_file(wn_hash *out, uint64_t *bytes, const char *path);
 
 #endif
