@@ -1,5 +1,6 @@
 /* `winnow plan` against what runs take: the allocator's own table after a step and an evaluation, on 1, 2 and 4 ranks,
  * and the checkpoints that they write. */
+#include "support/fp8_model.h"
 #include "support/plan.h"
 
 /* New bytes of a checkpoint: its files that are not links of the base (nor index, state and the like). */
@@ -49,6 +50,18 @@ static void options_change_it(void **state) {
   compare(state, "adapt", "sparse", "data.seq_len=200 data.document_mask=false metrics.sample_rows=5", 2);
   compare(state, "warmup", "base", "metrics.layers_every=0 data.valid= metrics.eval_every=0 checkpoint.dtype=bf16", 2);
   compare(state, "pretrain", "base", "metrics.eval_every=0 threads=3 optimizer.moments=bf16", 1);
+}
+
+/* A base that stays FP8, its experts whole and in parts. */
+static void fp8_bases_are_as_planned(void **state) {
+  wn_model_config config = tiny_config();
+  config.hidden_size = 136;
+  fp8_model(wn_temp(state, "fp8").text, &config, 5, 2, true, true);
+  for (int32_t ranks = 1; ranks <= 2; ranks++) {
+    compare(state, "warmup", "fp8", "optimizer.moments=bf16", ranks);
+    compare(state, "warmup", "fp8", "parallelism.most_gathered=1", ranks);
+    compare(state, "warmup", "base", "parallelism.most_gathered=2000", ranks);
+  }
 }
 
 /* The demo's own jobs, of which only config.json is looked at; init=checkpoints/demo-base is in the repository. */
@@ -163,6 +176,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(memory_is_as_planned),
       cmocka_unit_test(options_change_it),
+      cmocka_unit_test(fp8_bases_are_as_planned),
       cmocka_unit_test(the_demo_is_as_planned),
       cmocka_unit_test(traffic_is_counted),
       cmocka_unit_test(what_does_not_fit_gets_remedies),
