@@ -220,29 +220,34 @@ typedef struct trial {
 
 /* Change number i of a job; false: it has no such change. Ranks grow as far as the batch allows. */
 static bool change(trial *t, const wn_plan *plan, int32_t i) {
+  enum { OPTIONS = 3, MORE_RANKS = 4, SHORTER = 3 };
+  _Static_assert(OPTIONS + MORE_RANKS + SHORTER == WN_MOST_REMEDIES, "changes are not counted right");
   const wn_job *job = &plan->run->job;
   *t = (trial){.job = *job, .ranks = plan->ranks};
-  if (i == 0 && job->training.micro_batch_seqs > 1) {
+  if (i == 0) {
     t->job.training.micro_batch_seqs = 1;
     snprintf(t->change, sizeof t->change, "training.micro_batch_seqs=1");
-    return true;
+    return job->training.micro_batch_seqs > 1;
   }
   if (i == 1) {
     t->job.optimizer.moments = WN_MOMENTS_BF16;
     snprintf(t->change, sizeof t->change, "optimizer.moments=bf16");
     return job->optimizer.moments != WN_MOMENTS_BF16;
   }
-  if (i >= 2 && i <= 5) {
-    t->ranks = plan->ranks << (i - 1);
+  if (i == 2) {
+    t->job.training.keep_attention = false;
+    snprintf(t->change, sizeof t->change, "training.keep_attention=false");
+    return job->training.keep_attention;
+  }
+  i -= OPTIONS;
+  if (i < MORE_RANKS) {
+    t->ranks = plan->ranks << (i + 1);
     snprintf(t->change, sizeof t->change, "--ranks %d", t->ranks);
     return t->ranks <= 65536 && job->training.global_batch_seqs % (t->ranks * job->training.micro_batch_seqs) == 0;
   }
-  if (i >= 6 && i <= 8) {
-    t->job.data.seq_len = job->data.seq_len >> (i - 5);
-    snprintf(t->change, sizeof t->change, "data.seq_len=%d", t->job.data.seq_len);
-    return t->job.data.seq_len >= 1;
-  }
-  return false;
+  t->job.data.seq_len = job->data.seq_len >> (i - MORE_RANKS + 1);
+  snprintf(t->change, sizeof t->change, "data.seq_len=%d", t->job.data.seq_len);
+  return t->job.data.seq_len >= 1;
 }
 
 wn_status wn_plan_remedies(wn_remedy out[WN_MOST_REMEDIES], int32_t *n, const wn_plan *plan) {

@@ -58,7 +58,7 @@ typedef struct wn_remedy {
   double total_bytes;
   bool fits;
 } wn_remedy;
-enum { WN_MOST_REMEDIES = 9 };
+enum { WN_MOST_REMEDIES = 10 };
 /* Plans the job with one change each. *n of them, those that lower the memory. */
 WN_MUST_USE wn_status wn_plan_remedies(wn_remedy out[WN_MOST_REMEDIES], int32_t *n, const wn_plan *plan);
 

@@ -47,6 +47,7 @@ static void memory_is_as_planned(void **state) {
 
 static void options_change_it(void **state) {
   compare(state, "adapt", "sparse", "dsa.index_topk=24", 1); /* the masked form */
+  compare(state, "adapt", "sparse", "dsa.index_topk=24 training.keep_attention=false", 2);
   compare(state, "adapt", "sparse", "data.seq_len=200 data.document_mask=false metrics.sample_rows=5", 2);
   compare(state, "warmup", "base", "metrics.layers_every=0 data.valid= metrics.eval_every=0 checkpoint.dtype=bf16", 2);
   compare(state, "pretrain", "base", "metrics.eval_every=0 threads=3 optimizer.moments=bf16", 1);
@@ -64,17 +65,29 @@ static void fp8_bases_are_as_planned(void **state) {
   }
 }
 
-/* The demo's own jobs, of which only config.json is looked at; init=checkpoints/demo-base is in the repository. */
+/* The demo's own jobs, and the size of the whole process. */
 static void the_demo_is_as_planned(void **state) {
-  char line[1024];
+  static const char *const stages[] = {"warmup", "adapt", "pretrain"};
+  char words[1400], line[1200], run[64];
   const char *dir = *state;
-  json_t *plan = plan_of("configs/jobs/demo/warmup.yaml --ranks 1 device=cpu threads=2 metrics.eval_every=0");
-  snprintf(line, sizeof line,
-           "device=cpu threads=2 metrics.eval_every=0 data.train=%s/train data.valid= run_dir=%s/demo training.steps=1",
-           dir, dir);
-  wn_winnow_ends(0, 1, "warmup configs/jobs/demo/warmup.yaml %s", line);
-  expect_planned_arenas(state, plan, "demo");
-  json_decref(plan);
+  wn_program p;
+  for (int s = 0; s < 3; s++) {
+    snprintf(run, sizeof run, "demo-%s", stages[s]);
+    snprintf(line, sizeof line,
+             "configs/jobs/demo/%s.yaml device=cpu threads=2 metrics.eval_every=0 data.train=%s/train data.valid= "
+             "run_dir=%s/%s training.steps=1",
+             s == 2 ? "control" : stages[s], dir, dir, run);
+    if (s == 1) snprintf(line + strlen(line), 200, " init=%s/demo-warmup/checkpoints/step-000001", dir);
+    snprintf(words, sizeof words, "%s --stage %s --ranks 1", line, stages[s]);
+    json_t *plan = plan_of(words);
+    wn_winnow(&p, 1, "%s %s", stages[s], line);
+    if (p.code != 0) fail_msg("%s %s ended with %d: %s", stages[s], line, p.code, p.err);
+    expect_planned_arenas(state, plan, run);
+    double planned = plan_number(plan, "total_bytes"), taken = (double)p.peak_kib * 1024;
+    print_message("%s: planned %.1f MB, resident %.1f\n", run, planned * 1e-6, taken * 1e-6);
+    assert_true(fabs(planned - taken) < 0.15 * taken); /* files that are mapped come and go */
+    json_decref(plan);
+  }
 }
 
 /* Traffic by arithmetic: a rank gathers what the others hold of all weights, twice in a step with a backward, and
