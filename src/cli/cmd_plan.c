@@ -166,12 +166,13 @@ static void print_memory(const wn_plan *p) {
     printf("%-43s %s\n", "beside it, of the host's memory", size_text(text, (double)wn_arena_peak_bytes(d->host)));
 }
 
-static void print_time(const wn_plan *p) {
+static void print_time(const wn_plan *p, bool share_given) {
   char weights[32], gradients[32];
   const wn_job *job = &p->run->job;
   double step_s = p->compute_s > p->transfer_s ? p->compute_s : p->transfer_s;
-  printf("\na step      %.4g FLOP on %d rank%s at %.0f%% of %.4g TFLOP/s each: %.4g s\n", p->flops, p->ranks,
-         p->ranks == 1 ? "" : "s", 100 * p->share, p->machine.flops * 1e-12, p->compute_s);
+  printf("\na step      %.4g FLOP on %d rank%s at %.0f%% (%s) of %.4g TFLOP/s each: %.4g s\n", p->flops, p->ranks,
+         p->ranks == 1 ? "" : "s", 100 * p->share, share_given ? "given" : "measured", p->machine.flops * 1e-12,
+         p->compute_s);
   size_text(weights, (double)p->traffic.gathered_bytes);
   size_text(gradients, (double)p->traffic.summed_bytes);
   printf("traffic     %s of weights to a rank, %s of gradients from it", weights + strspn(weights, " "),
@@ -212,7 +213,7 @@ static wn_status print_plan(const wn_plan *p, const request *r, const char *path
          wn_stage_name(p->run->recipe.stage), p->ranks, p->ranks == 1 ? "" : "s", p->machine.name,
          p->run->job.data.seq_len, p->run->job.training.micro_batch_seqs);
   print_memory(p);
-  print_time(p);
+  print_time(p, r->share > 0);
   print_disk(p);
   if (!p->fits) print_remedies(remedies, n);
   return NULL;

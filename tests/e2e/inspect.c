@@ -1,6 +1,6 @@
 /* `winnow inspect` on everything that it knows, whole and damaged. */
 #include "io/json.h"
-#include "support/tiny.h"
+#include "support/fp8_model.h"
 
 static json_t *inspect(const char *path, const char *more) {
   wn_program p;
@@ -60,6 +60,27 @@ static void a_model_directory(void **state) {
   assert_true(json_integer_value(at(root, "weights", "parameters")) < parameters);
   json_decref(root);
   wn_param_table_free(&table);
+}
+
+/* FP8, with a layer for multi-token prediction: config.json says as many parameters as the files hold, and scales are
+ * none of them. */
+static void a_model_in_fp8(void **state) {
+  wn_model_config config = tiny_config();
+  fp8_model(wn_temp(state, "fp8").text, &config, 5, 2, true, true);
+  json_t *root = inspect(wn_temp(state, "fp8").text, ""), *one;
+  int64_t parameters = json_integer_value(at(root, "model", "parameters"));
+  expect_int(root, "model", "mtp_layers", 1);
+  expect_int(root, "weights", "parameters", parameters);
+  expect_text(root, "weights", "fits_config", "yes");
+  assert_true(json_integer_value(at(root, "weights", "scales")) > 0);
+  int64_t fp8 = 0;
+  size_t i;
+  json_array_foreach(at(root, "weights", "dtypes"), i, one) {
+    if (strcmp(json_string_value(json_object_get(one, "dtype")), "F8_E4M3") == 0)
+      fp8 = json_integer_value(json_object_get(one, "bytes"));
+  }
+  assert_true(fp8 > parameters / 2 && fp8 < parameters);
+  json_decref(root);
 }
 
 /* Weights of another shape than config.json's. */
@@ -151,9 +172,13 @@ static void what_is_none_of_these(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(a_configuration_alone),     cmocka_unit_test(a_model_directory),
-      cmocka_unit_test(what_does_not_fit_is_said), cmocka_unit_test(a_dataset),
-      cmocka_unit_test(a_run_and_its_checkpoint),  cmocka_unit_test(what_is_none_of_these),
+      cmocka_unit_test(a_configuration_alone),
+      cmocka_unit_test(a_model_directory),
+      cmocka_unit_test(a_model_in_fp8),
+      cmocka_unit_test(what_does_not_fit_is_said),
+      cmocka_unit_test(a_dataset),
+      cmocka_unit_test(a_run_and_its_checkpoint),
+      cmocka_unit_test(what_is_none_of_these),
   };
   return cmocka_run_group_tests(tests, tiny_setup, wn_temp_teardown);
 }
