@@ -325,6 +325,23 @@ wn_status wn_model_config_load(wn_model_config *out, const char *dir) {
   return wn_status_trail(status, __FILE__, __LINE__);
 }
 
+wn_status wn_model_config_mtp_layers(int32_t *out, const char *dir) {
+  enum { MOST_MTP_LAYERS = 64 };
+  char path[WN_PATH_BYTES];
+  json_t *root;
+  WN_TRY(wn_path(path, "%s/config.json", dir));
+  WN_TRY(wn_model_config_parse(&root, path));
+  const json_t *layers = json_object_get(root, "num_nextn_predict_layers");
+  bool none = !layers || json_is_null(layers), whole = none || json_is_integer(layers);
+  json_int_t n = json_integer_value(layers);
+  json_decref(root);
+  if (!whole || n < 0 || n > MOST_MTP_LAYERS)
+    return WN_FAIL(WN_E_CONFIG, "%s: num_nextn_predict_layers is not a whole number from 0 to %d", path,
+                   MOST_MTP_LAYERS);
+  *out = (int32_t)n;
+  return NULL;
+}
+
 /* "low" and "high" are the pairs that turn beta_fast and beta_slow times over the original context; between them the
  * frequencies go linearly from as they are to divided by the factor. Every step is rounded where transformers rounds
  * (_compute_yarn_parameters): bounds in FP64, tensors in FP32. Casts keep products and sums from being fused. */

@@ -141,6 +141,12 @@ static wn_status write_demo_files(const conversion *c) {
 /* ---- the whole ---- */
 
 static wn_status check_form(const conversion *c) {
+  const wn_model_config *config = &c->source.config;
+  if (c->job->form == WN_TO_FP8 && config->q_lora_rank == config->hidden_size)
+    wn_warn(c->log,
+            "%s: q_lora_rank is hidden_size, as where whole queries were rewritten: then q_a_proj is a diagonal, "
+            "which FP8 rounds by up to 1 in 16; BF16 holds it",
+            c->job->in);
   if (c->job->form == WN_TO_V32 && !c->source.config.has_indexer)
     return WN_FAIL_HINT(WN_E_CONFIG, "`winnow warmup` and `winnow adapt` make one of it; --to v3 writes it as it is",
                         "%s: a V3.2 model has an indexer in every layer, and this model has none", c->job->in);

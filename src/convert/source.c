@@ -9,24 +9,16 @@
 
 /* ---- what config.json says besides the shape ---- */
 
-enum { MOST_CONFIG_BYTES = 16 << 20, MOST_MTP_LAYERS = 64 };
-
-static wn_status read_extras(wn_convert_source *s, const char *path, int32_t *named_mtp) {
+static wn_status read_scale_format(wn_convert_source *s, const char *path) {
+  enum { MOST_CONFIG_BYTES = 16 << 20 };
   char file[WN_PATH_BYTES];
   json_t *root;
-  wn_status status = NULL;
   WN_TRY(wn_path(file, "%s/config.json", path));
   WN_TRY(wn_json_load(&root, file, MOST_CONFIG_BYTES, WN_E_CONFIG));
-  const json_t *layers = json_object_get(root, "num_nextn_predict_layers");
-  json_int_t n = json_integer_value(layers);
-  if ((layers && !json_is_null(layers) && !json_is_integer(layers)) || n < 0 || n > MOST_MTP_LAYERS)
-    status =
-        WN_FAIL(WN_E_CONFIG, "%s: num_nextn_predict_layers is not a whole number from 0 to %d", file, MOST_MTP_LAYERS);
-  *named_mtp = (int32_t)n;
   const char *format = json_string_value(json_object_get(json_object_get(root, "quantization_config"), "scale_fmt"));
   s->scale_ue8m0 = format && strcmp(format, "ue8m0") == 0;
   json_decref(root);
-  return status;
+  return NULL;
 }
 
 /* ---- MTP layers ---- */
@@ -45,12 +37,10 @@ static const struct {
 };
 enum { MTP_WEIGHTS = sizeof mtp_weights / sizeof *mtp_weights };
 
-/* Where each MTP layer has any tensor at all. */
-static void find_mtp(const wn_convert_source *s, int32_t named, bool there[MOST_MTP_LAYERS]) {
-  for (int64_t i = 0; i < wn_hf_dir_count(s->dir); i++) {
-    int64_t behind = wn_name_layer(wn_hf_dir_at(s->dir, i, NULL)->name) - s->config.num_hidden_layers;
-    if (behind >= 0 && behind < named) there[behind] = true;
-  }
+static bool has_any_of(const wn_convert_source *s, int32_t layer) {
+  for (int64_t i = 0; i < wn_hf_dir_count(s->dir); i++)
+    if (wn_name_layer(wn_hf_dir_at(s->dir, i, NULL)->name) == layer) return true;
+  return false;
 }
 
 /* ---- the list ---- */
@@ -175,12 +165,10 @@ static wn_status complain(const gathering *g, const char *what, const wn_name_li
 
 static wn_status gather(gathering *g, int32_t named_mtp, wn_log *log) {
   wn_convert_source *s = g->s;
-  bool there[MOST_MTP_LAYERS] = {0};
   int32_t layers = s->config.num_hidden_layers, absent = 0;
-  find_mtp(s, named_mtp, there);
   WN_TRY(gather_params(g, 0, s->table.first[layers + 1], false, false));
   for (int32_t i = 0; i < named_mtp; i++) {
-    if (there[i])
+    if (has_any_of(s, layers + i))
       WN_TRY(gather_mtp(g, layers + i, log));
     else
       absent++;
@@ -200,7 +188,8 @@ static wn_status gather(gathering *g, int32_t named_mtp, wn_log *log) {
 static wn_status open_source(wn_convert_source *s, const char *path, wn_log *log) {
   int32_t named_mtp;
   WN_TRY(wn_model_config_load(&s->config, path));
-  WN_TRY(read_extras(s, path, &named_mtp));
+  WN_TRY(wn_model_config_mtp_layers(&named_mtp, path));
+  WN_TRY(read_scale_format(s, path));
   WN_TRY(wn_hf_dir_open(&s->dir, path));
   wn_model_config deeper = s->config; /* MTP layers have the weights of a further layer with experts */
   deeper.num_hidden_layers += named_mtp;

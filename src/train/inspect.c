@@ -11,7 +11,7 @@
 #include "train/checkpoint_dirs.h"
 #include "train/checkpoint_parts.h"
 
-enum { MOST_CONFIG_BYTES = 1 << 20, MOST_MTP_LAYERS = 64 };
+enum { MOST_CONFIG_BYTES = 1 << 20 };
 
 /* An object under construction; `bad` once anything could not be added. */
 typedef struct facts {
@@ -40,28 +40,23 @@ static facts new_facts(void) {
 
 /* ---- the model, from config.json ---- */
 
-/* What the parameter table has no need of. */
-static wn_status read_mtp_layers(int32_t *out, char type[64], const char *dir) {
+static wn_status read_model_type(char type[64], const char *dir) {
   char path[WN_PATH_BYTES];
   json_t *root;
   WN_TRY(wn_path(path, "%s/config.json", dir));
   WN_TRY(wn_json_load(&root, path, MOST_CONFIG_BYTES, WN_E_CONFIG));
-  const json_t *layers = json_object_get(root, "num_nextn_predict_layers");
-  json_int_t n = json_integer_value(layers);
-  bool fine = !layers || json_is_null(layers) || (json_is_integer(layers) && n >= 0 && n <= MOST_MTP_LAYERS);
   const char *name = json_string_value(json_object_get(root, "model_type"));
   snprintf(type, 64, "%s", name ? name : "");
   json_decref(root);
-  *out = fine ? (int32_t)n : 0;
-  if (fine) return NULL;
-  return WN_FAIL(WN_E_CONFIG, "%s: num_nextn_predict_layers is not a number from 0 to %d", path, MOST_MTP_LAYERS);
+  return NULL;
 }
 
 static wn_status describe_model(facts *f, const wn_model_config *config, const char *dir) {
   wn_model_counts counts;
   int32_t mtp_layers;
   char type[64];
-  WN_TRY(read_mtp_layers(&mtp_layers, type, dir));
+  WN_TRY(read_model_type(type, dir));
+  WN_TRY(wn_model_config_mtp_layers(&mtp_layers, dir));
   WN_TRY(wn_model_count(&counts, config, mtp_layers));
   facts model = new_facts(), parts = new_facts();
   put_text(&model, "model_type", type);
