@@ -343,6 +343,31 @@ static void fp8_bases(void **state) {
   }
 }
 
+/* Codes are of no use to a checkpoint without the file that they came from: of a base that stays FP8 nothing is written
+ * anew. It is refused by name when it has lost a tensor, or has become floats. */
+static void an_fp8_base_that_has_changed(void **state) {
+  static const struct {
+    test_dir after;
+    const char *part;
+  } cases[] = {{{.dtype = WN_BF16, .shards = 3, .fp8 = "mlp.", .without = "layers.1.mlp.experts.2.up"},
+                "lacks tensor model.layers.1.mlp.experts.2.up_proj.weight"},
+               {{.dtype = WN_BF16, .shards = 3}, "mlp.gate_proj.weight is not what it was when this run started"}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    test_rig rig;
+    char init[300], run[300];
+    snprintf(init, sizeof init, "%s/init-%zu", (const char *)*state, i);
+    snprintf(run, sizeof run, "%s/run-%zu", (const char *)*state, i);
+    test_dir_write(init, &test_config, (test_dir){.dtype = WN_BF16, .shards = 3, .fp8 = "mlp."}, 5);
+    OK(test_rig_create(&rig, world, &test_config, (wn_param_settings){.train_indexer = true, .file_dtype = WN_BF16},
+                       WN_STAGE_WARMUP, run, init));
+    OK(wn_init_load(&rig.plan, init, false));
+    OK(wn_remove_tree(init));
+    test_dir_write(init, &test_config, cases[i].after, 5);
+    REFUSED(wn_checkpoint_save(&rig.plan, &test_state), WN_E_INPUT, cases[i].part);
+    test_rig_free(&rig);
+  }
+}
+
 static void copies_companions(void **state) {
   static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                                       "generation_config.json"};
@@ -610,6 +635,7 @@ int main(void) {
       TEMP_TEST(carries_mtp_through),
       TEMP_TEST(fp8_bases),
       TEMP_TEST(copies_companions),
+      TEMP_TEST(an_fp8_base_that_has_changed),
       TEMP_TEST(refuses_an_exchanged_base),
       TEMP_TEST(digests_that_are_known),
       TEMP_TEST(retention),
