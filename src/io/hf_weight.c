@@ -98,10 +98,13 @@ static wn_status holds_nan(const wn_st_entry *entry) {
 
 static wn_status read_codes(uint8_t *out, const wn_st_entry *entry, int64_t first, int64_t count) {
   WN_TRY(wn_st_read(out, entry, (uint64_t)first, (uint64_t)count));
-  int bad = 0;
-#pragma omp simd reduction(| : bad)
-  for (int64_t i = 0; i < count; i++) bad |= (out[i] & 0x7f) == 0x7f;
-  return bad ? holds_nan(entry) : NULL;
+  uint8_t most = 0; /* a maximum of bytes stays bytes in vector code */
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < count; i++) {
+    uint8_t magnitude = out[i] & 0x7f;
+    most = magnitude > most ? magnitude : most;
+  }
+  return most == 0x7f ? holds_nan(entry) : NULL;
 }
 
 typedef struct source {
