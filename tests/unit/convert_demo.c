@@ -89,7 +89,7 @@ static void expect_tensor(const wn_st_entry *entry, const json_t *want) {
 }
 
 static void expect_shards(const char *out, const char *name, int32_t of) {
-  char number[8], path[WN_PATH_BYTES];
+  char number[16], path[WN_PATH_BYTES];
   snprintf(number, sizeof number, "%d", of);
   const json_t *shards = json_object_get(json_object_get(fixture, name), number);
   assert_int_equal(json_array_size(shards), of);
