@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/resource.h>
 
+#include "base/name_list.h"
 #include "io/files.h"
 #include "io/json.h"
 
@@ -82,16 +83,30 @@ static void allow_open_files(int32_t n) {
   (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
+static const char *plural(const wn_name_list *list) {
+  return list->n == 1 ? "" : "s";
+}
+
+static const char *file_name(const char *path) {
+  return strrchr(path, '/') + 1;
+}
+
 static wn_status open_shards(wn_hf_dir *dir, const char *const *names, int32_t n) {
   char path[WN_PATH_BYTES];
+  wn_name_list absent = {0};
   dir->shards = calloc((size_t)n + 1, sizeof(wn_safetensors *));
   if (!dir->shards) return WN_FAIL(WN_E_MEMORY, "out of memory opening %s", dir->path);
+  for (int32_t i = 0; i < n; i++) {
+    WN_TRY(wn_path(path, "%s/%s", dir->path, names[i]));
+    if (!wn_path_exists(path)) wn_name_list_add(&absent, "%s", names[i]);
+  }
+  if (absent.n)
+    return WN_FAIL_HINT(WN_E_INPUT, "the directory may be an incomplete download",
+                        "%s: " INDEX_NAME " names %lld file%s that %s absent: %s", dir->path, (long long)absent.n,
+                        plural(&absent), absent.n == 1 ? "is" : "are", absent.text);
   allow_open_files(n);
   for (int32_t i = 0; i < n; i++) {
     WN_TRY(wn_path(path, "%s/%s", dir->path, names[i]));
-    if (!wn_path_exists(path))
-      return WN_FAIL_HINT(WN_E_INPUT, "the directory may be an incomplete download",
-                          "%s: " INDEX_NAME " names %s, which is absent", dir->path, names[i]);
     WN_TRY(wn_safetensors_open(&dir->shards[dir->n_shards], path));
     dir->n_shards++;
   }
@@ -106,15 +121,18 @@ static int by_name(const void *a, const void *b) {
 
 static wn_status sort_names(wn_hf_dir *dir) {
   size_t n = (size_t)dir->n;
+  wn_name_list twice = {0};
   memcpy(dir->by_name, dir->places, n * sizeof *dir->by_name);
   qsort(dir->by_name, n, sizeof *dir->by_name, by_name);
   for (size_t i = 1; i < n; i++) {
     const place *a = &dir->by_name[i - 1], *b = &dir->by_name[i];
     if (strcmp(a->entry->name, b->entry->name) == 0)
-      return WN_FAIL(WN_E_INPUT, "tensor %s stands in two shards, %s and %s", a->entry->name,
-                     wn_safetensors_path(dir->shards[a->shard]), wn_safetensors_path(dir->shards[b->shard]));
+      wn_name_list_add(&twice, "%s (%s and %s)", a->entry->name, file_name(wn_safetensors_path(dir->shards[a->shard])),
+                       file_name(wn_safetensors_path(dir->shards[b->shard])));
   }
-  return NULL;
+  if (twice.n == 0) return NULL;
+  return WN_FAIL(WN_E_INPUT, "%s: %lld tensor%s in two shards: %s", dir->path, (long long)twice.n,
+                 twice.n == 1 ? " stands" : "s stand", twice.text);
 }
 
 static wn_status gather(wn_hf_dir *dir) {
@@ -129,30 +147,30 @@ static wn_status gather(wn_hf_dir *dir) {
   return sort_names(dir);
 }
 
-static const char *file_name(const char *path) {
-  return strrchr(path, '/') + 1;
-}
-
 /* Index and shards must tell the same story, in both directions. */
 static wn_status compare_with_index(const wn_hf_dir *dir, json_t *map) {
   const char *tensor;
   json_t *value;
+  wn_name_list elsewhere = {0}, unlisted = {0};
   json_object_foreach(map, tensor, value) {
     const char *claimed = json_string_value(value);
     int32_t shard = -1;
     const wn_st_entry *entry = wn_hf_dir_find(dir, tensor, &shard);
     const char *found = entry ? file_name(wn_safetensors_path(dir->shards[shard])) : "no file";
-    if (strcmp(found, claimed) != 0)
-      return WN_FAIL(WN_E_INPUT, "%s: " INDEX_NAME " places tensor %s in %s, but it lies in %s", dir->path, tensor,
-                     claimed, found);
+    if (strcmp(found, claimed) != 0) wn_name_list_add(&elsewhere, "%s (%s, but it lies in %s)", tensor, claimed, found);
   }
+  if (elsewhere.n)
+    return WN_FAIL(WN_E_INPUT, "%s: " INDEX_NAME " places %lld tensor%s wrongly: %s", dir->path, (long long)elsewhere.n,
+                   plural(&elsewhere), elsewhere.text);
   for (int64_t i = 0; i < dir->n; i++) {
     const char *name = dir->places[i].entry->name;
     if (!json_object_get(map, name))
-      return WN_FAIL(WN_E_INPUT, "%s holds tensor %s, which " INDEX_NAME " does not list",
-                     wn_safetensors_path(dir->shards[dir->places[i].shard]), name);
+      wn_name_list_add(&unlisted, "%s (in %s)", name,
+                       file_name(wn_safetensors_path(dir->shards[dir->places[i].shard])));
   }
-  return NULL;
+  if (unlisted.n == 0) return NULL;
+  return WN_FAIL(WN_E_INPUT, "%s: the shards hold %lld tensor%s that " INDEX_NAME " does not list: %s", dir->path,
+                 (long long)unlisted.n, plural(&unlisted), unlisted.text);
 }
 
 static wn_status open_indexed(wn_hf_dir *dir, const char *index_path) {

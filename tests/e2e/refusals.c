@@ -185,7 +185,7 @@ static void fp8_weights(void **state) {
 static void incomplete_directories(void **state) {
   wn_temp_path path = broken(state, "base", shard);
   assert_int_equal(unlink(path.text), 0);
-  refuse_model(state, WN_E_INPUT, "which is absent");
+  refuse_model(state, WN_E_INPUT, "names 1 file that is absent: model-00002-of-00004.safetensors");
   path = broken(state, "base", "model.safetensors.index.json");
   tiny_write(path.text, "{\"weight_map\": {");
   refuse_model(state, WN_E_INPUT, "bad JSON");

@@ -242,7 +242,7 @@ static void refusals(void **state) {
   refuse(state, other.text, "model.layers.2.self_attn.q_a_proj.weight");
   test_dir_write(other.text, &base,
                  (test_dir){.dtype = WN_F32, .shards = 1, .extra = "model.layers.2.self_attn.q_b_proj.weight"}, 5);
-  refuse(state, other.text, "tensor model.layers.2.self_attn.q_b_proj.weight stands in two");
+  refuse(state, other.text, "1 tensor stands in two shards: model.layers.2.self_attn.q_b_proj.weight (");
 }
 
 int main(void) {
