@@ -24,8 +24,8 @@ typedef struct work {
   const wn_part *parts;
   const wn_read *reads;
   wn_meter meter;
-  wn_status status; /* the error of the read nearest the beginning of the list */
-  int64_t failed;   /* that read */
+  wn_status status; /* the error of the slice nearest the beginning */
+  int64_t failed;   /* that slice; INT64_MAX: none */
 } work;
 
 wn_status wn_reads_add(wn_reads *reads, wn_read read) {
@@ -84,21 +84,28 @@ static int64_t slice_bytes(const work *w, const slice *s) {
 
 /* ---- all of them ---- */
 
-static void keep_error(work *w, const slice *s, wn_status status) {
-  bool first = !w->status || s->read < w->failed;
+static void keep_error(work *w, int64_t i, wn_status status) {
+  bool first = i < w->failed;
   wn_status_free(first ? w->status : status);
   if (!first) return;
   w->status = status;
-  w->failed = s->read;
+#pragma omp atomic write
+  w->failed = i;
 }
 
+/* Behind an error nothing more is read: threads take slices in order, so whatever comes before it is being read. */
 static void run_here(work *w, const slice *slices, int64_t n) {
+  w->failed = INT64_MAX;
 #pragma omp parallel for num_threads(w->device->threads) schedule(dynamic)
   for (int64_t i = 0; i < n; i++) {
+    int64_t failed;
+#pragma omp atomic read
+    failed = w->failed;
+    if (i > failed) continue;
     wn_status status = read_slice(w, &slices[i]);
 #pragma omp critical(wn_reads)
     {
-      if (status) keep_error(w, &slices[i], status);
+      if (status) keep_error(w, i, status);
       wn_meter_add(&w->meter, slice_bytes(w, &slices[i]));
     }
   }
