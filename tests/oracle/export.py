@@ -139,6 +139,20 @@ def check_tensors(directory, config, weights, form):
         raise SystemExit(f"{directory}: {len(wrong)} tensors are not torch's: {wrong[:5]}")
 
 
+def check_fp8_load(fp8, bf16):
+    """transformers' own reading of the FP8 directory, strict too: without a GPU it dequantises, to what --to bf16 gives."""
+    try:
+        import accelerate  # noqa: F401  transformers wants it for FP8
+    except ImportError:
+        print("accelerate is absent: transformers cannot read FP8 here")
+        return
+    theirs, ours = (dict(hf.load(d, dtype=torch.bfloat16).named_parameters()) for d in (fp8, bf16))
+    wrong = [n for n in theirs.keys() | ours.keys() if n not in theirs or n not in ours or not torch.equal(theirs[n], ours[n])]
+    if wrong:
+        raise SystemExit(f"{fp8}: transformers reads {len(wrong)} tensors as something else: {sorted(wrong)[:5]}")
+    print(f"transformers dequantises the FP8 directory to the same {len(ours)} parameters")
+
+
 def check_live(winnow, case, form):
     model = FIXTURES / "oracle" / case / "model"
     with tempfile.TemporaryDirectory() as temporary:
@@ -148,6 +162,7 @@ def check_live(winnow, case, form):
         if form == "fp8":
             run(winnow, "convert", export, again, "--to", "bf16")
             ran = again
+            check_fp8_load(export, again)
         check_tensors(ran, *source(case), form)
         sparse = "index_topk" in json.loads((export / "config.json").read_text())
         got, settings = theirs(ran, case, sparse)

@@ -35,19 +35,23 @@ static uint8_t plain_to_e4m3(double x) {
   return (uint8_t)(signbit(x) ? best | 0x80 : best);
 }
 
-static float plain_stored(const wn_hf_dir *dir, const char *name, int64_t i, int64_t cols) {
+/* A tensor with the scales that an FP8 one has. */
+typedef struct plain {
+  const wn_st_entry *entry, *scale;
+} plain;
+
+static plain plain_find(const wn_hf_dir *dir, const char *name) {
   char beside[256];
-  const wn_st_entry *entry = wn_hf_dir_find(dir, name, NULL), *scale = NULL;
-  assert_non_null(entry);
+  snprintf(beside, sizeof beside, "%s_scale_inv", name);
+  plain p = {wn_hf_dir_find(dir, name, NULL), wn_hf_dir_find(dir, beside, NULL)};
+  if (!p.entry) fail_msg("%s is missing", name);
+  assert_int_equal(p.entry->dtype == WN_F8_E4M3, p.scale != NULL);
+  return p;
+}
+
+static float plain_number(const wn_st_entry *entry, int64_t i) {
   uint16_t half;
   float x;
-  if (entry->dtype == WN_F8_E4M3) {
-    snprintf(beside, sizeof beside, "%s_scale_inv", name);
-    assert_non_null(scale = wn_hf_dir_find(dir, beside, NULL));
-    float factor = plain_stored(dir, beside, i / cols / 128 * scale->dim[1] + i % cols / 128, 1);
-    x = (float)(plain_e4m3(((const uint8_t *)entry->data)[i]) * (double)factor); /* exact in FP64, rounded once */
-    return wn_f32_from_bf16(wn_bf16_from_f32(x));
-  }
   if (entry->dtype == WN_F8_E8M0) return (float)ldexp(1, ((const uint8_t *)entry->data)[i] - 127);
   if (entry->dtype == WN_F32) {
     memcpy(&x, (const char *)entry->data + 4 * i, 4);
@@ -60,12 +64,24 @@ static float plain_stored(const wn_hf_dir *dir, const char *name, int64_t i, int
   return (float)(half & 0x8000 ? -f16 : f16);
 }
 
+static float plain_scale(plain p, int64_t i) {
+  int64_t cols = p.entry->dim[1];
+  return plain_number(p.scale, i / cols / 128 * p.scale->dim[1] + i % cols / 128);
+}
+
+static float plain_value(plain p, int64_t i) {
+  if (!p.scale) return plain_number(p.entry, i);
+  double x = plain_e4m3(((const uint8_t *)p.entry->data)[i]) * (double)plain_scale(p, i); /* exact, rounded once */
+  return wn_f32_from_bf16(wn_bf16_from_f32((float)x));
+}
+
 /* ---- comparisons ---- */
 
 static void expect_numbers(const wn_hf_dir *from, const wn_st_entry *got) {
-  int64_t cols = got->dim[got->rank - 1], n = (int64_t)got->bytes / wn_dtype_bytes(got->dtype);
+  int64_t n = (int64_t)got->bytes / wn_dtype_bytes(got->dtype);
+  plain source = plain_find(from, got->name);
   for (int64_t i = 0; i < n; i++) {
-    float want = plain_stored(from, got->name, i, cols), have;
+    float want = plain_value(source, i), have;
     uint16_t half;
     if (got->dtype == WN_BF16) {
       want = wn_f32_from_bf16(wn_bf16_from_f32(want));
@@ -78,21 +94,20 @@ static void expect_numbers(const wn_hf_dir *from, const wn_st_entry *got) {
   }
 }
 
-static void expect_block(const wn_hf_dir *from, const wn_st_entry *got, const wn_st_entry *scales, int64_t br,
-                         int64_t bc) {
+static void expect_block(plain from, const wn_st_entry *got, const wn_st_entry *scales, int64_t br, int64_t bc) {
   int64_t rows = got->dim[0], cols = got->dim[1];
   double largest = 0;
   float scale;
   for (int64_t r = br * 128; r < rows && r < br * 128 + 128; r++)
     for (int64_t c = bc * 128; c < cols && c < bc * 128 + 128; c++)
-      largest = fmax(largest, fabs((double)plain_stored(from, got->name, r * cols + c, cols)));
+      largest = fmax(largest, fabs((double)plain_value(from, r * cols + c)));
   memcpy(&scale, (const char *)scales->data + 4 * (br * scales->dim[1] + bc), 4);
   int exponent;
   double mantissa = frexp((double)(float)((float)fmax(largest, 1e-4f) / 448.0f), &exponent);
   assert_true(scale == (float)ldexp(1, mantissa == 0.5 ? exponent - 1 : exponent));
   for (int64_t r = br * 128; r < rows && r < br * 128 + 128; r++)
     for (int64_t c = bc * 128; c < cols && c < bc * 128 + 128; c++) {
-      double x = (double)plain_stored(from, got->name, r * cols + c, cols);
+      double x = (double)plain_value(from, r * cols + c);
       uint8_t have = ((const uint8_t *)got->data)[r * cols + c], want = plain_to_e4m3(x / (double)scale);
       if (have != want)
         fail_msg("%s[%lld, %lld]: %g became %02x instead of %02x", got->name, (long long)r, (long long)c, x, have,
@@ -109,7 +124,7 @@ static void expect_blocks(const wn_hf_dir *from, const wn_hf_dir *to, const wn_s
   assert_int_equal(scales->dim[0], (got->dim[0] + 127) / 128);
   assert_int_equal(scales->dim[1], (got->dim[1] + 127) / 128);
   for (int64_t r = 0; r < scales->dim[0]; r++)
-    for (int64_t c = 0; c < scales->dim[1]; c++) expect_block(from, got, scales, r, c);
+    for (int64_t c = 0; c < scales->dim[1]; c++) expect_block(plain_find(from, got->name), got, scales, r, c);
 }
 
 /* Everything that `from` has, but for scales and, without indexers, those, is in `to` in the released dtype of the
@@ -162,8 +177,7 @@ static void expect_config(const char *dir, bool fp8, bool indexers, int mtp) {
   json_decref(index);
 }
 
-static void try_form(void **state, conv_dir how, wn_convert_form form) {
-  wn_model_config config = conv_odd_config();
+static void try_config(void **state, wn_model_config config, conv_dir how, wn_convert_form form) {
   wn_hf_dir *from, *to;
   wn_temp_path in = wn_temp(state, "in"), out = wn_temp(state, "out");
   OK(wn_remove_tree(in.text));
@@ -177,6 +191,35 @@ static void try_form(void **state, conv_dir how, wn_convert_form form) {
   wn_hf_dir_close(from);
   wn_hf_dir_close(to);
   expect_config(out.text, form == WN_TO_FP8, form != WN_TO_V3, how.mtp);
+}
+
+static void try_form(void **state, conv_dir how, wn_convert_form form) {
+  try_config(state, conv_odd_config(), how, form);
+}
+
+static int32_t up_to(int most, uint64_t trial, uint64_t which) {
+  return 1 + (int32_t)wn_rng_below(17, WN_RNG_TEST, trial << 8 | which, (uint64_t)most);
+}
+
+/* Widths on both sides of one, two and three blocks, from each stored form to each other. */
+static void shapes_at_random(void **state) {
+  for (uint64_t trial = 0; trial < 12; trial++) {
+    wn_model_config c = conv_odd_config();
+    c.hidden_size = up_to(300, trial, 0);
+    c.intermediate_size = up_to(400, trial, 1);
+    c.moe_intermediate_size = up_to(140, trial, 2);
+    c.q_lora_rank = up_to(300, trial, 3);
+    c.kv_lora_rank = up_to(150, trial, 4);
+    c.qk_rope_head_dim = 2 * up_to(20, trial, 5);
+    c.qk_nope_head_dim = up_to(90, trial, 6);
+    c.v_head_dim = up_to(90, trial, 7);
+    c.index_head_dim = c.qk_rope_head_dim + up_to(120, trial, 8);
+    c.index_n_heads = up_to(4, trial, 9);
+    c.vocab_size = 1 + up_to(300, trial, 10);
+    conv_dir how = stored_as((conv_stored)(trial % 4));
+    how.shards = up_to(5, trial, 11);
+    try_config(state, c, how, trial % 3 == 0 ? WN_TO_BF16 : WN_TO_FP8);
+  }
 }
 
 static void bf16_of_anything(void **state) {
@@ -244,14 +287,11 @@ static void round_trips(void **state) {
       assert_memory_equal(at->data, first->data, at->bytes);
       continue;
     }
-    char beside[256];
-    snprintf(beside, sizeof beside, "%s_scale_inv", at->name);
-    const wn_st_entry *scales = wn_hf_dir_find(dir[1], beside, NULL);
-    int64_t cols = at->dim[1];
-    for (int64_t e = 0; e < at->dim[0] * cols; e++) {
-      double scale = (double)plain_stored(dir[1], beside, e / cols / 128 * scales->dim[1] + e % cols / 128, 1);
-      double was = (double)plain_stored(dir[0], at->name, e, cols),
-             is = (double)plain_stored(dir[2], at->name, e, cols);
+    plain before = plain_find(dir[0], at->name), codes = plain_find(dir[1], at->name),
+          after = plain_find(dir[2], at->name);
+    for (int64_t e = 0; e < at->dim[0] * at->dim[1]; e++) {
+      double scale = (double)plain_scale(codes, e);
+      double was = (double)plain_value(before, e), is = (double)plain_value(after, e);
       int exponent;
       frexp(was / scale, &exponent); /* was / scale in [2^(e-1), 2^e): codes lie 2^(e-4) apart, at least 2^-9 */
       double step = scale * ldexp(1, exponent - 4 > -9 ? exponent - 4 : -9);
@@ -364,6 +404,7 @@ int main(void) {
       TEMP_TEST(v32_and_v3),
       TEMP_TEST(fp8_of_numbers),
       TEMP_TEST(fp8_of_fp8),
+      TEMP_TEST(shapes_at_random),
       TEMP_TEST(round_trips),
       TEMP_TEST(shards_of_a_chosen_size),
       TEMP_TEST(bytes_do_not_depend_on_threads),
