@@ -61,16 +61,17 @@ static wn_status make_record(json_t **out, const wn_convert_job *job, const wn_h
 }
 
 static wn_status compare_records(const wn_output_place *place, const json_t *ours, const json_t *theirs) {
-  static const char *const settings[] = {"to", "model_parallel", "shard_bytes"};
+  static const struct {
+    const char *key, *flag;
+  } settings[] = {{"to", "--to"}, {"model_parallel", "--model-parallel"}, {"shard_bytes", "--shard-bytes"}};
   static const char hint[] = "go on with the same command, or remove the directory";
   for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
-    json_t *seen = json_object_get(theirs, settings[i]);
-    if (json_equal(seen, json_object_get(ours, settings[i]))) continue;
-    char *text = seen ? json_dumps(seen, JSON_ENCODE_ANY) : NULL;
-    wn_status status = WN_FAIL_HINT(WN_E_USAGE, hint, "%s holds the beginning of a conversion with %s %.80s",
-                                    place->dir, settings[i], text ? text : "unknown");
-    free(text);
-    return status;
+    json_t *seen = json_object_get(theirs, settings[i].key);
+    if (json_equal(seen, json_object_get(ours, settings[i].key))) continue;
+    char number[32];
+    snprintf(number, sizeof number, "%lld", (long long)json_integer_value(seen));
+    return WN_FAIL_HINT(WN_E_USAGE, hint, "%s holds the beginning of a conversion with %s %.80s", place->dir,
+                        settings[i].flag, json_is_string(seen) ? json_string_value(seen) : number);
   }
   if (json_equal(ours, theirs)) return NULL;
   return WN_FAIL_HINT(WN_E_USAGE, hint,

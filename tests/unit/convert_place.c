@@ -83,12 +83,12 @@ static void beginnings_of_other_conversions(void **state) {
   with_little_room(state, "other");
   wn_convert_job job = a_job(state, "other");
   job.form = WN_TO_BF16;
-  REFUSED(wn_convert(&job, NULL), WN_E_USAGE, "beginning of a conversion with to \"fp8\"");
+  REFUSED(wn_convert(&job, NULL), WN_E_USAGE, "beginning of a conversion with --to fp8");
   job.form = WN_TO_DEMO;
   REFUSED(wn_convert(&job, NULL), WN_E_USAGE, sentence);
   job = a_job(state, "other");
   job.shard_bytes = SHARD_BYTES + 1;
-  REFUSED(wn_convert(&job, NULL), WN_E_USAGE, "shard_bytes 40000");
+  REFUSED(wn_convert(&job, NULL), WN_E_USAGE, "conversion with --shard-bytes 40000");
   job = a_job(state, "other");
   job.threads = 1; /* no setting that matters */
   wn_temp_path shard = wn_temp(state, "in/model-00001-of-000002.safetensors");
