@@ -165,10 +165,11 @@ wn_status wn_demo_check(const wn_convert_source *source, int32_t of) {
 void wn_demo_warn(const wn_convert_source *source, wn_log *log) {
   const wn_model_config *c = &source->config;
   if (c->hidden_size != 7168 && c->first_k_dense_replace < c->num_hidden_layers)
-    wn_warn(log,
-            "the demo's model.py has the router's bias only where dim is 7168, and refuses these shards (%d) as "
-            "long as that line stands",
-            c->hidden_size);
+    wn_warn(
+        log,
+        "the demo's model.py gives the router a bias only where dim is 7168 (here %d), and will not load the one in "
+        "these shards",
+        c->hidden_size);
   if (!c->norm_topk_prob) wn_warn(log, "the demo's model.py normalises the router's weights; norm_topk_prob is false");
   if (c->rms_norm_eps != 1e-6)
     wn_warn(log, "the demo's model.py has 1e-6 in its norms; rms_norm_eps is %g", c->rms_norm_eps);
@@ -240,7 +241,7 @@ wn_status wn_demo_write_config(const wn_convert_source *source, const char *dir)
   char path[WN_PATH_BYTES];
   WN_TRY(wn_path(path, "%s/" WN_DEMO_CONFIG_NAME, dir));
   json_t *root = make_config(source);
-  char *text = root ? json_dumps(root, JSON_INDENT(4)) : NULL;
+  char *text = root ? json_dumps(root, JSON_INDENT(4) | JSON_REAL_PRECISION(15)) : NULL;
   wn_status status =
       text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
   free(text);

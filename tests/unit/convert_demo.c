@@ -176,12 +176,17 @@ static void configurations(void **state) {
   config = fp8_dense_config();
   conv_dir how = fp8;
   how.powers = false;
+  config.routed_scaling_factor = 2.446;
   conv_write_dir(in.text, &config, how);
   OK(wn_convert(&job, NULL));
+  char *text;
+  OK(wn_read_file(&text, NULL, wn_temp(state, "out/demo_config.json").text, 10000));
+  assert_non_null(strstr(text, "\"route_scale\": 2.446,"));
+  free(text);
   expect_config(out.text,
                 "{\"vocab_size\": 20, \"dim\": 130, \"inter_dim\": 1024, \"moe_inter_dim\": 512, \"n_layers\": 2,"
                 "\"n_dense_layers\": 1, \"n_heads\": 4, \"n_routed_experts\": 8, \"n_shared_experts\": 1,"
-                "\"n_activated_experts\": 2, \"n_expert_groups\": 2, \"n_limited_groups\": 1, \"route_scale\": 1.5,"
+                "\"n_activated_experts\": 2, \"n_expert_groups\": 2, \"n_limited_groups\": 1, \"route_scale\": 2.446,"
                 "\"score_func\": \"sigmoid\", \"q_lora_rank\": 129, \"kv_lora_rank\": 16, \"qk_nope_head_dim\": 128,"
                 "\"qk_rope_head_dim\": 128, \"v_head_dim\": 128, \"dtype\": \"fp8\", \"scale_fmt\": null,"
                 "\"max_seq_len\": 4096, \"original_seq_len\": 4096, \"rope_theta\": 10000.0}");
