@@ -140,6 +140,21 @@ static void missing_surplus_misshapen(void **state) {
       "instead of [34]");
 }
 
+static void types_that_cannot_be_read(void **state) {
+  conv_dir how = released;
+  char *text;
+  size_t bytes;
+  how.stored = CONV_F32;
+  make(state, how);
+  wn_temp_path shard = wn_temp(state, "in/model-00001-of-000002.safetensors");
+  OK(wn_read_file(&text, &bytes, shard.text, (size_t)1 << 30));
+  for (size_t i = 0; i + 5 < bytes; i++)
+    if (memcmp(text + i, "\"F32\"", 5) == 0) text[i + 1] = 'I';
+  wn_temp_write(shard.text, text, bytes);
+  free(text);
+  REFUSED(convert(state, WN_TO_FP8), WN_E_INPUT, "of a type that cannot be read: model.embed_tokens.weight (I32)");
+}
+
 static void v32_needs_an_indexer(void **state) {
   wn_model_config config = small_config();
   config.has_indexer = false;
@@ -205,6 +220,7 @@ int main(void) {
       TEMP_TEST(mtp_layers_in_part),
       TEMP_TEST(more_layers_than_named),
       TEMP_TEST(missing_surplus_misshapen),
+      TEMP_TEST(types_that_cannot_be_read),
       TEMP_TEST(v32_needs_an_indexer),
       TEMP_TEST(f32_that_is_not_finite),
       TEMP_TEST(halves_that_are_not_finite),
