@@ -87,6 +87,32 @@ static void fp8_runs_resume(void **state) {
   tiny_expect_same_tables(state, "whole", "halves");
 }
 
+/* NaN in a slice that only the last rank reads ends all of them, with its sentence. */
+static void what_one_rank_finds_ends_all(void **state) {
+  static const char last[] = "model.layers.2.mlp.experts.3.down_proj.weight";
+  const char *dir = *state;
+  wn_model_config config = tiny_config();
+  wn_program program;
+  char path[WN_PATH_BYTES];
+  wn_hf_dir *model;
+  fp8_model(wn_temp(state, "nan").text, &config, 4, 1, true, false);
+  OK(wn_path(path, "%s/nan/model-00001-of-000001.safetensors", dir));
+  OK(wn_hf_dir_open(&model, wn_temp(state, "nan").text));
+  const wn_st_entry *entry = wn_hf_dir_find(model, last, NULL),
+                    *end = wn_hf_dir_at(model, wn_hf_dir_count(model) - 1, NULL);
+  const char *file_end = (const char *)end->data + end->bytes;
+  long at = (long)(file_end - ((const char *)entry->data + entry->bytes)) + 1; /* its last byte, from the file's end */
+  wn_hf_dir_close(model);
+  FILE *file = fopen(path, "r+b");
+  assert_non_null(file);
+  assert_int_equal(fseek(file, -at, SEEK_END), 0);
+  fputc(0x7f, file);
+  assert_int_equal(fclose(file), 0);
+  wn_winnow(&program, 2, "warmup %s/job.yaml init=%s/nan run_dir=%s/never", dir, dir, dir);
+  assert_int_equal(program.code, WN_E_INPUT);
+  if (!strstr(program.err, "experts.3.down_proj.weight holds NaN")) fail_msg("%s", program.err);
+}
+
 /* The release's whole list, in as many shards: a step of each stage on one rank and on two, and out again as V3.2. */
 static void the_whole_list_of_tensors(void **state) {
   const char *dir = *state;
@@ -114,6 +140,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(fp8_trains_as_what_it_stands_for),
       cmocka_unit_test(fp8_runs_resume),
+      cmocka_unit_test(what_one_rank_finds_ends_all),
       cmocka_unit_test(the_whole_list_of_tensors),
   };
   return cmocka_run_group_tests(tests, setup, wn_temp_teardown);
