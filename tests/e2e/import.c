@@ -73,6 +73,30 @@ static void fp8_trains_as_what_it_stands_for(void **state) {
   wn_hf_dir_close(adapted);
 }
 
+/* A released V3.2: its indexers are FP8 too, but for their norms and weights_proj, and go on in either stage. */
+static void fp8_indexers_go_on(void **state) {
+  static const char *const stages[] = {"warmup", "adapt"};
+  const char *dir = *state;
+  wn_model_config config = tiny_config();
+  config.has_indexer = true;
+  config.index_n_heads = 2;
+  config.index_head_dim = 12;
+  config.index_topk = TINY_TOPK;
+  fp8_model(wn_temp(state, "v32-fp8").text, &config, 5, 3, true, false);
+  fp8_model(wn_temp(state, "v32-bf16").text, &config, 5, 2, false, false);
+  for (int32_t s = 0; s < 2; s++) {
+    char run[2][64];
+    for (int32_t fp8 = 0; fp8 < 2; fp8++) {
+      const char *name = fp8 ? "v32-fp8" : "v32-bf16";
+      snprintf(run[fp8], sizeof run[fp8], "%s-%s", stages[s], name);
+      wn_winnow_ends(0, 2, "%s %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=2", stages[s], dir, dir, name, dir,
+                     run[fp8]);
+    }
+    tiny_expect_same_tables(state, run[0], run[1]);
+    assert_true(expect_same_floats(tiny_step(state, run[0], 2).text, tiny_step(state, run[1], 2).text) > 20);
+  }
+}
+
 /* A run on an FP8 base is resumed from its own checkpoint, init gone, as if it had never stopped. */
 static void fp8_runs_resume(void **state) {
   const char *dir = *state;
@@ -139,6 +163,7 @@ static void the_whole_list_of_tensors(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(fp8_trains_as_what_it_stands_for),
+      cmocka_unit_test(fp8_indexers_go_on),
       cmocka_unit_test(fp8_runs_resume),
       cmocka_unit_test(what_one_rank_finds_ends_all),
       cmocka_unit_test(the_whole_list_of_tensors),
