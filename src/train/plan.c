@@ -17,7 +17,8 @@ static const double bytes_a_kib = 1024, bytes_a_gib = 1024.0 * 1024 * 1024;
 /* ---- machines ---- */
 
 /* Hopper's data sheets, but an H200's memory as its driver counts it. link: NCCL between two H200 of a host, measured
- * (docs/performance.md); fabric: 400 Gbit/s a GPU, the usual build. */
+ * (docs/performance.md); fabric: 400 Gbit/s a GPU, the usual build. own: on an H200, the same in
+ * runs of 0.3 to 12 GB (docs/performance.md). */
 static const wn_machine machines[] = {
     {.name = "h200", .gpu = true, .multiprocessors = 132, .memory_bytes = 150.1e9, .ranks_a_host = 8},
     {.name = "h100", .gpu = true, .multiprocessors = 132, .memory_bytes = 80e9, .ranks_a_host = 8},
@@ -41,6 +42,7 @@ wn_status wn_machine_named(wn_machine *out, const char *name, int32_t threads) {
     if (strcmp(name, machines[i].name) != 0) continue;
     *out = machines[i];
     out->flops = WN_HOPPER_BF16_FLOPS;
+    out->own_bytes = 722e6;
     out->link_bytes_s = 213 * bytes_a_gib;
     out->fabric_bytes_s = 50e9;
     return NULL;
