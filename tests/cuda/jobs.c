@@ -42,21 +42,27 @@ static void expect_near(void **state, const char *run, const char *other, const 
 
 static void stages_agree_with_the_cpu(void **state) {
   needs_a_gpu();
-  /* With so large an eps an update is in proportion to its gradient: Adam's own first steps have the size of lr
-   * whatever the gradient, and so turn the rounding of a gradient near zero into a step the other way. */
-  static const char steady[] = "optimizer.eps=1 optimizer.lr=0.01";
-  static const char calm[] = "optimizer.eps=1 optimizer.lr=0.01 optimizer.indexer_lr=0.1 dsa.index_head_dim=32";
+  const char *dir = *state;
+  char steady[WN_PATH_BYTES + 128], calm[WN_PATH_BYTES + 256];
+  /* On text, which the model knows: on the other tests' random tokens its gradients are so large and so curved that
+   * roundings show as percents of the loss. With so large an eps an update is in proportion to its gradient: Adam's own
+   * first steps have the size of lr whatever the gradient, and so turn the rounding of one near zero into a step the
+   * other way. */
+  wn_winnow_ends(0, 1, "data pack --out %s/text --tokenizer %s/tokenizer.json docs/guide.md docs/formats.md", dir,
+                 trained);
+  snprintf(steady, sizeof steady, "data.train=%s/text optimizer.eps=1 optimizer.lr=0.1", dir);
+  snprintf(calm, sizeof calm, "%s optimizer.indexer_lr=0.1 dsa.index_head_dim=32", steady);
   for (int gpu = 0; gpu < 2; gpu++) {
     const char *device = gpu ? "cuda" : "cpu";
     run_job(state, "pretrain", device, trained, gpu ? "pre-gpu" : "pre-cpu", 6, steady);
     run_job(state, "warmup", device, trained, gpu ? "warm-gpu" : "warm-cpu", 6, calm);
     run_job(state, "adapt", device, "warm-cpu/checkpoints/step-000006", gpu ? "adapt-gpu" : "adapt-cpu", 6, calm);
   }
-  expect_near(state, "pre-gpu", "pre-cpu", "lm_loss", 0, 5e-3);
+  expect_near(state, "pre-gpu", "pre-cpu", "lm_loss", 0, 1e-2);
   expect_near(state, "pre-gpu", "pre-cpu", "grad_norm", 1, 2e-2);
   expect_near(state, "warm-gpu", "warm-cpu", "indexer_kl", 0, 2e-2);
   expect_near(state, "warm-gpu", "warm-cpu", "indexer_grad_norm", 1, 2e-2);
-  expect_near(state, "adapt-gpu", "adapt-cpu", "lm_loss", 0, 5e-3);
+  expect_near(state, "adapt-gpu", "adapt-cpu", "lm_loss", 0, 1e-2);
   expect_near(state, "adapt-gpu", "adapt-cpu", "grad_norm", 1, 5e-2);
   expect_near(state, "adapt-gpu", "adapt-cpu", "indexer_kl", 0, 5e-2);
 }
