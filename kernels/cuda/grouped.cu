@@ -93,6 +93,12 @@ __device__ static void wait_for(uint32_t barrier, uint32_t parity) {
   }
 }
 
+/* Rounds go to and fro over the blocks, so that the one with the longest tile of a round has the shortest of the next:
+ * groups come by falling inner dimension. */
+__device__ static int32_t tile_of(int32_t round) {
+  return round * (int32_t)gridDim.x + (int32_t)(round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
 /* ---- fetching ---- */
 
 /* An operand's slice: along its rows one box of `blocks` times 64 rows; across them a box each 64 columns. */
@@ -109,7 +115,7 @@ template <int A_ACROSS, int B_ACROSS>
 __device__ static void produce(const group_list &list, uint32_t stages, uint32_t full, uint32_t empty) {
   walk w = {};
   uint32_t step = 0;
-  for (int32_t tile = blockIdx.x; walk_to(w, list, tile); tile += gridDim.x) {
+  for (int32_t round = 0; walk_to(w, list, tile_of(round)); round++) {
     const group &own = list.each[w.g];
     for (int32_t k = 0; k < own.k; k += SLICE, step++) {
       const uint32_t stage = step % STAGES, turn = step / STAGES, at = stages + stage * STAGE_BYTES;
@@ -252,7 +258,7 @@ __global__ static void __launch_bounds__(THREADS, 1) products_kernel(const __gri
     wn_registers_grow<232>();
     walk w = {};
     uint32_t step = 0;
-    for (int32_t tile = blockIdx.x; walk_to(w, list, tile); tile += gridDim.x) {
+    for (int32_t round = 0; walk_to(w, list, tile_of(round)); round++) {
       const group &own = list.each[w.g];
       const int32_t row = w.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
       float d[COLUMNS / 8][4];
@@ -286,8 +292,14 @@ extern "C" bool wn_cuda_products_fit(const wn_product *p) {
          aligned(p->c, p->c_stride, c_bytes) && p->n * c_bytes % 16 == 0;
 }
 
+/* By falling k: experts have as many rows as chose them, and a weight gradient's tile sums over all of them. */
 static wn_status add_group(group_list *list, const wn_product *p) {
-  const int32_t at = list->n_groups++;
+  int32_t at = list->n_groups++;
+  for (; at > 0 && list->each[at - 1].k < p->k; at--) {
+    list->a[at] = list->a[at - 1];
+    list->b[at] = list->b[at - 1];
+    list->each[at] = list->each[at - 1];
+  }
   CUtensorMap *a = &list->a[at], *b = &list->b[at];
   group *g = &list->each[at];
   WN_ASSERT(p->m < INT32_MAX && p->n < INT32_MAX && p->k < INT32_MAX, "a group of %lld x %lld x %lld", (long long)p->m,
@@ -299,10 +311,18 @@ static wn_status add_group(group_list *list, const wn_product *p) {
   g->c = p->c;
   g->c_stride = p->c_stride;
   g->m = (int32_t)p->m, g->n = (int32_t)p->n, g->k = (int32_t)p->k;
-  const int64_t tiles = list->n_tiles + wn_ceil_div(p->m, ROWS) * wn_ceil_div(p->n, COLUMNS);
-  WN_ASSERT(tiles < INT32_MAX / 2, "%lld tiles", (long long)tiles);
-  g->end_tile = list->n_tiles = (int32_t)tiles;
   return NULL;
+}
+
+static void number_tiles(group_list *list) {
+  int64_t tiles = 0;
+  for (int32_t i = 0; i < list->n_groups; i++) {
+    group *g = &list->each[i];
+    tiles += wn_ceil_div(g->m, ROWS) * wn_ceil_div(g->n, COLUMNS);
+    WN_ASSERT(tiles < INT32_MAX / 2, "%lld tiles", (long long)tiles);
+    g->end_tile = (int32_t)tiles;
+  }
+  list->n_tiles = (int32_t)tiles;
 }
 
 template <int A_ACROSS, int B_ACROSS, outcome OUTCOME>
@@ -325,7 +345,7 @@ static wn_status launch_form(wn_device *device, const group_list *list, const wn
 extern "C" wn_status wn_cuda_products(wn_device *device, const wn_product *product, int32_t n) {
   group_list list;
   for (int32_t from = 0; from < n;) {
-    list.n_groups = list.n_tiles = 0;
+    list.n_groups = 0;
     for (; from < n && list.n_groups < MOST_GROUPS; from++) {
       const wn_product *p = &product[from];
       if (p->m == 0 || p->n == 0 || (p->k == 0 && p->accumulate)) continue;
@@ -336,6 +356,7 @@ extern "C" wn_status wn_cuda_products(wn_device *device, const wn_product *produ
       WN_TRY(add_group(&list, p));
     }
     if (list.n_groups == 0) continue;
+    number_tiles(&list);
     WN_TRY(launch_form(device, &list, product));
   }
   return NULL;

@@ -30,9 +30,11 @@ static rows_view rows_view_of(const wn_tensor *t) {
   return v;
 }
 
-__device__ static int64_t row_offset(const rows_view &v, int64_t row) {
-  const int64_t c = row % v.dim[2], rest = row / v.dim[2];
-  return c * v.stride[2] + rest % v.dim[1] * v.stride[1] + rest / v.dim[1] * v.stride[0];
+/* Place: int64_t, or uint32_t where all places fit, since divisions cost more than the memory does. */
+template <typename Place> __device__ static int64_t row_offset(const rows_view &v, Place row) {
+  const Place dim1 = (Place)v.dim[1], dim2 = (Place)v.dim[2], rest = row / dim2, first = rest / dim1;
+  return (int64_t)(row - rest * dim2) * v.stride[2] + (int64_t)(rest - first * dim1) * v.stride[1] +
+         (int64_t)first * v.stride[0];
 }
 
 template <typename T> struct element {
@@ -67,11 +69,12 @@ template <> __device__ int64_t convert<int64_t, int64_t>(int64_t x) {
 }
 
 /* PACK elements a thread; PACK * sizeof(narrower) is 16 bytes or PACK is 1. */
-template <typename To, typename From, int PACK>
-__global__ static void cast_kernel(rows_view dst, rows_view src, int64_t rows, int64_t packs) {
-  const int64_t all = rows * packs, step = (int64_t)gridDim.x * blockDim.x;
-  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
-    const int64_t row = i / packs, at = i % packs * PACK;
+template <typename To, typename From, int PACK, typename Place>
+__global__ static void cast_kernel(rows_view dst, rows_view src, Place all, Place packs) {
+  const Place step = (Place)gridDim.x * blockDim.x;
+  for (Place i = (Place)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += step) {
+    const Place row = i / packs;
+    const int64_t at = (int64_t)(i - row * packs) * PACK;
     const From *from = (const From *)src.data + row_offset(src, row) + at;
     To *to = (To *)dst.data + row_offset(dst, row) + at;
     From x[PACK];
@@ -109,10 +112,14 @@ static wn_status cast_rows(wn_device *device, const rows_view *dst, const rows_v
   const int64_t packs = packed ? dst->width / pack : dst->width;
   int64_t blocks = wn_ceil_div(rows * packs, THREADS), most = (int64_t)wn_cuda_of(device)->n_sms * 16;
   const unsigned grid = (unsigned)(blocks < most ? blocks : most);
-  if (packed)
-    cast_kernel<To, From, pack><<<grid, THREADS, 0, wn_cuda_stream(device)>>>(*dst, *src, rows, packs);
+  const int64_t all = rows * packs;
+  cudaStream_t stream = wn_cuda_stream(device);
+  if (packed && all <= INT32_MAX)
+    cast_kernel<To, From, pack><<<grid, THREADS, 0, stream>>>(*dst, *src, (uint32_t)all, (uint32_t)packs);
+  else if (packed)
+    cast_kernel<To, From, pack><<<grid, THREADS, 0, stream>>>(*dst, *src, all, packs);
   else
-    cast_kernel<To, From, 1><<<grid, THREADS, 0, wn_cuda_stream(device)>>>(*dst, *src, rows, packs);
+    cast_kernel<To, From, 1><<<grid, THREADS, 0, stream>>>(*dst, *src, all, packs);
   WN_CUDA_LAUNCHED("cast");
   return NULL;
 }

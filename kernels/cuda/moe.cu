@@ -14,6 +14,9 @@
  *   448 threads: 7 KB of a row at once   0.608  82%    0.543 102%    0.543 102%    1.004  94%   ships
  *   ships, T = 131072                    4.573  87%    4.266 104%    4.259 104%    7.962  95%
  *
+ * 448 threads idle on a narrow row, so a row has no more than it can use (row_threads): the widths above are as they
+ * were.
+ *
  * What reading scattered rows wants is not more of them at once but longer stretches of each. The sort (with rows of 8
  * columns) takes 0.05 ms at T = 16384, 0.13 ms at T = 131072. */
 #include <assert.h>
@@ -159,7 +162,7 @@ __device__ __forceinline__ const places *row_places(const wn_view<int32_t> &slot
   extern __shared__ uint4 memory[];
   places *place = (places *)memory;
   const int64_t row = blockIdx.x;
-  for (int32_t k = (int32_t)threadIdx.x; k < n_choices; k += ROW_THREADS)
+  for (int32_t k = (int32_t)threadIdx.x; k < n_choices; k += (int32_t)blockDim.x)
     place[k] = places{slot.data[(row * n_choices + k) * slot.row], weight.data ? weight.data[row * weight.row + k] : 1};
   __syncthreads();
   return place;
@@ -171,7 +174,7 @@ __global__ static void __launch_bounds__(ROW_THREADS)
     copy_kernel(wn_view<wn_bf16> xp, wn_view<wn_bf16> x, wn_view<int32_t> slot, int32_t n_choices) {
   const places *place = row_places(slot, wn_view<float>{}, n_choices);
   const int64_t row = blockIdx.x;
-  for (int32_t at = (int32_t)threadIdx.x * PACK; at < x.width; at += ROW_THREADS * PACK) {
+  for (int32_t at = (int32_t)threadIdx.x * PACK; at < x.width; at += (int32_t)blockDim.x * PACK) {
     piece<PACK> own;
     own.fetch(x.data + row * x.row + at);
     for (int32_t k = 0; k < n_choices; k++) own.put(xp.data + place[k].at * xp.row + at);
@@ -186,7 +189,7 @@ __global__ static void __launch_bounds__(ROW_THREADS, 2)
                   int32_t n_choices) {
   const places *place = row_places(slot, weight, n_choices);
   wn_bf16 *own = y.data + blockIdx.x * y.row;
-  for (int32_t at = (int32_t)threadIdx.x * PACK; at < y.width; at += ROW_THREADS * PACK) {
+  for (int32_t at = (int32_t)threadIdx.x * PACK; at < y.width; at += (int32_t)blockDim.x * PACK) {
     float sum[PACK];
     wn_read<wn_bf16, PACK>(sum, own + at);
     for (int32_t from = 0; from < n_choices; from += AT_ONCE) {
@@ -218,7 +221,7 @@ __global__ static void __launch_bounds__(ROW_THREADS, 2)
   const int32_t lane = (int32_t)threadIdx.x % WARP, warp = (int32_t)threadIdx.x / WARP;
   for (int32_t from = 0; from < n_choices; from += AT_ONCE) {
     float dot[AT_ONCE] = {0};
-    for (int32_t at = (int32_t)threadIdx.x * PACK; at < dy.width; at += ROW_THREADS * PACK) {
+    for (int32_t at = (int32_t)threadIdx.x * PACK; at < dy.width; at += (int32_t)blockDim.x * PACK) {
       float d[PACK];
       piece<PACK> out[AT_ONCE];
 #pragma unroll
@@ -246,7 +249,7 @@ __global__ static void __launch_bounds__(ROW_THREADS, 2)
     __syncthreads();
     if (threadIdx.x < AT_ONCE && from + (int32_t)threadIdx.x < n_choices) {
       float sum = 0;
-      for (int32_t w = 0; w < ROW_THREADS / WARP; w++) sum += sums[w][threadIdx.x];
+      for (int32_t w = 0; w < (int32_t)blockDim.x / WARP; w++) sum += sums[w][threadIdx.x];
       dweight.data[row * dweight.row + from + threadIdx.x] = sum;
     }
     __syncthreads();
@@ -254,6 +257,13 @@ __global__ static void __launch_bounds__(ROW_THREADS, 2)
 }
 
 /* ---- operations ---- */
+
+/* Threads of a row: as few as take it in as many turns as ROW_THREADS would, so that narrow rows leave room for more
+ * blocks. */
+static unsigned row_threads(int64_t width, int64_t pack) {
+  const int64_t pieces = wn_ceil_div(width, pack), turns = wn_ceil_div(pieces, ROW_THREADS);
+  return (unsigned)(turns ? wn_ceil_div(wn_ceil_div(pieces, turns), WARP) * WARP : (int64_t)WARP);
+}
 
 static size_t places_bytes(int64_t n_choices) {
   WN_ASSERT(n_choices <= MAX_CHOICES, "%lld experts a row", (long long)n_choices);
@@ -304,9 +314,11 @@ wn_status wn_cuda_moe_permute(wn_device *device, wn_tensor *xp, wn_tensor *slot,
   c->next_pinned = 1 - staged;
   WN_TRY(sort_pairs(device, at, &s, staged));
   if (n > 0 && wn_view_vectors(to) && wn_view_vectors(from))
-    copy_kernel<8><<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), c->compute>>>(to, from, at, (int32_t)n_choices);
+    copy_kernel<8><<<(unsigned)n, row_threads(to.width, 8), places_bytes(n_choices), c->compute>>>(to, from, at,
+                                                                                                   (int32_t)n_choices);
   else if (n > 0)
-    copy_kernel<1><<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), c->compute>>>(to, from, at, (int32_t)n_choices);
+    copy_kernel<1><<<(unsigned)n, row_threads(to.width, 1), places_bytes(n_choices), c->compute>>>(to, from, at,
+                                                                                                   (int32_t)n_choices);
   WN_CUDA_LAUNCHED("moe_permute");
   WN_TRY(wn_cuda_await(device, c->staged[staged])); /* the offsets only; places and copies go on */
   if (device->dry)
@@ -326,9 +338,9 @@ static wn_status gather(wn_device *device, const wn_tensor *y, const wn_tensor *
   cudaStream_t stream = wn_cuda_stream(device);
   if (rows == 0) return NULL;
   if (wn_view_vectors(to) && wn_view_vectors(from))
-    gather_kernel<8><<<rows, ROW_THREADS, bytes, stream>>>(to, from, at, weight, (int32_t)n_choices);
+    gather_kernel<8><<<rows, row_threads(to.width, 8), bytes, stream>>>(to, from, at, weight, (int32_t)n_choices);
   else
-    gather_kernel<1><<<rows, ROW_THREADS, bytes, stream>>>(to, from, at, weight, (int32_t)n_choices);
+    gather_kernel<1><<<rows, row_threads(to.width, 1), bytes, stream>>>(to, from, at, weight, (int32_t)n_choices);
   WN_CUDA_LAUNCHED("gathering expert rows");
   return NULL;
 }
@@ -366,11 +378,11 @@ wn_status wn_cuda_moe_combine_backward(wn_device *device, wn_tensor *dyp, wn_ten
   cudaStream_t stream = wn_cuda_stream(device);
   if (n == 0) return NULL;
   if (wn_view_vectors(to) && wn_view_vectors(d) && wn_view_vectors(out))
-    combine_backward_kernel<8>
-        <<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), stream>>>(to, dw, d, out, at, by, (int32_t)n_choices);
+    combine_backward_kernel<8><<<(unsigned)n, row_threads(d.width, 8), places_bytes(n_choices), stream>>>(
+        to, dw, d, out, at, by, (int32_t)n_choices);
   else
-    combine_backward_kernel<1>
-        <<<(unsigned)n, ROW_THREADS, places_bytes(n_choices), stream>>>(to, dw, d, out, at, by, (int32_t)n_choices);
+    combine_backward_kernel<1><<<(unsigned)n, row_threads(d.width, 1), places_bytes(n_choices), stream>>>(
+        to, dw, d, out, at, by, (int32_t)n_choices);
   WN_CUDA_LAUNCHED("moe_combine_backward");
   return NULL;
 }
