@@ -120,7 +120,7 @@ static wn_status commit_pages(void *context, const char *name, void *base, size_
     size_t left = 0, total = 0;
     WN_CUDA_TRY(cudaMemGetInfo(&left, &total));
     return WN_FAIL_HINT(WN_E_MEMORY,
-                        "lower data.seq_len or training.micro_batch_seqs, set training.keep_attention: false, use more "
+                        "lower data.seq_len or training.micro_batch_seqs, set training.keep: inputs, use more "
                         "GPUs, or see what "
                         "else runs there",
                         "%s is full: the %s arena wants %.2f GiB more, %.2f of %.2f GiB are left", d->cuda.name, name,

@@ -17,6 +17,7 @@ typedef enum wn_schedule { WN_SCHEDULE_CONSTANT, WN_SCHEDULE_LINEAR, WN_SCHEDULE
 typedef enum wn_job_device { WN_JOB_AUTO, WN_JOB_CPU, WN_JOB_CUDA } wn_job_device;
 extern const char *const wn_job_device_names[]; /* by wn_job_device, then NULL */
 typedef enum wn_file_dtype { WN_FILE_F32, WN_FILE_BF16 } wn_file_dtype;
+typedef enum wn_keep { WN_KEEP_INPUTS, WN_KEEP_ATTENTION, WN_KEEP_ALL } wn_keep;
 typedef enum wn_moments { WN_MOMENTS_F32, WN_MOMENTS_BF16 } wn_moments;
 
 typedef struct wn_job {
@@ -36,7 +37,7 @@ typedef struct wn_job {
     bool deterministic;
     int32_t max_skipped_in_a_row;
     double attention_init_gain;
-    bool keep_attention;
+    wn_keep keep;
   } training;
   struct {
     double lr, indexer_lr, beta1, beta2, eps, weight_decay,

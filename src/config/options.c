@@ -14,6 +14,7 @@ static const char *const stages[] = {"pretrain", "warmup", "adapt", NULL};
 const char *const wn_job_device_names[] = {[WN_JOB_AUTO] = "auto", [WN_JOB_CPU] = "cpu", [WN_JOB_CUDA] = "cuda", NULL};
 static const char *const schedules[] = {"constant", "linear", "cosine", NULL};
 static const char *const moments[] = {"f32", "bf16", NULL};
+static const char *const keeps[] = {"inputs", "attention", "all", NULL};
 static const char *const file_dtypes[] = {"f32", "bf16", NULL};
 
 static const wn_option options[] = {
@@ -53,10 +54,11 @@ static const wn_option options[] = {
     {"training.attention_init_gain", WN_REAL, AT(training.attention_init_gain), 0.01, 100, .fallback = "1.0",
      .help = "factor on the random initial weights of q_a, q_b, kv_a, kv_b and o_proj; small models learn to copy "
              "sooner with 3"},
-    {"training.keep_attention", WN_BOOL, AT(training.keep_attention), .fallback = "true", .may_change = true,
+    {"training.keep", WN_CHOICE, AT(training.keep), .fallback = "attention", .may_change = true, .choices = keeps,
      .help =
-         "attention's output is kept from the forward, in FP32, so that the backward does not compute it again; the "
-         "same bits; 4 * heads * (v_head_dim + 1) bytes a token and layer. The absorbed form keeps nothing"},
+         "what a layer's backward takes from its forward, the rest being computed again, to the same bits: its inputs "
+         "and choices alone; attention's output too, unrounded, 4 * heads * (v_head_dim + 1) bytes a token and layer "
+         "(none in the absorbed form); or all, the fastest and largest"},
 
     {"optimizer.lr", WN_REAL, AT(optimizer.lr), 0, 10, .help = "peak learning rate of the base"},
     {"optimizer.indexer_lr", WN_REAL, AT(optimizer.indexer_lr), 0, 10, .fallback = "optimizer.lr", .same_as = true,

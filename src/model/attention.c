@@ -44,9 +44,8 @@ static wn_attention_params constants(const wn_call *c) {
 static wn_status allocate(wn_call *c, wn_attention *a, bool backward) {
   const wn_model_config *f = c->config;
   WN_ASSERT(!a->kept.data || !c->sparse || c->form == WN_FORM_MASKED, "absorbed attention is not kept");
-  WN_ASSERT(!a->kept.data == !a->lse.data, "o and lse are kept together");
-  WN_TRY(wn_scratch(c, &a->o, "o", WN_ACT, 3, c->n, f->num_attention_heads, f->v_head_dim));
-  if (!a->lse.data) WN_TRY(wn_scratch(c, &a->lse, "lse", WN_STAT, 2, c->n, f->num_attention_heads, 0));
+  if (!a->o.data) WN_TRY(wn_state(c, &a->o, "o", WN_ACT, 3, c->n, f->num_attention_heads, f->v_head_dim));
+  if (!a->lse.data) WN_TRY(wn_state(c, &a->lse, "lse", WN_STAT, 2, c->n, f->num_attention_heads, 0));
   if (!backward) return NULL;
   return wn_scratch(c, &a->delta, "delta", WN_STAT, 2, c->n, f->num_attention_heads, 0);
 }
@@ -55,8 +54,8 @@ wn_status wn_attention_keys(wn_call *c, wn_attention *a, const wn_mla *m) {
   const wn_model_config *f = c->config;
   int64_t heads = f->num_attention_heads, nope = f->qk_nope_head_dim, rope = f->qk_rope_head_dim;
   int64_t up_width = nope + f->v_head_dim;
-  WN_TRY(wn_scratch(c, &a->up, "k_nope and v", WN_ACT, 3, c->n, heads, up_width));
-  WN_TRY(wn_scratch(c, &a->k, "k", WN_ACT, 3, c->n, heads, nope + rope));
+  WN_TRY(wn_state(c, &a->up, "k_nope and v", WN_ACT, 3, c->n, heads, up_width));
+  WN_TRY(wn_state(c, &a->k, "k", WN_ACT, 3, c->n, heads, nope + rope));
   wn_tensor flat = wn_tensor_view(a->up, 2, c->n, heads * up_width, 0, 0);
   wn_tensor latent = wn_tensor_slice(m->kv, 1, 0, f->kv_lora_rank);
   wn_tensor k_pe = wn_tensor_slice(m->kv, 1, f->kv_lora_rank, rope);

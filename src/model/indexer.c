@@ -26,11 +26,11 @@ wn_indexer_params wn_indexer_constants(const wn_call *c) {
 wn_status wn_indexer_project(wn_call *c, wn_index_state *s, const wn_mla *m) {
   const wn_tensor *w = c->weights->slot;
   int64_t heads = c->config->index_n_heads, width = c->config->index_head_dim;
-  WN_TRY(wn_scratch(c, &s->q, "indexer q", WN_ACT, 3, c->n, heads, width));
-  WN_TRY(wn_scratch(c, &s->k_raw, "indexer k_raw", WN_ACT, 2, c->n, width, 0));
-  WN_TRY(wn_scratch(c, &s->k_stat, "indexer k_stat", WN_STAT, 2, c->n, 2, 0));
-  WN_TRY(wn_scratch(c, &s->k, "indexer k", WN_ACT, 2, c->n, width, 0));
-  WN_TRY(wn_scratch(c, &s->w, "indexer w", WN_STAT, 2, c->n, heads, 0));
+  WN_TRY(wn_state(c, &s->q, "indexer q", WN_ACT, 3, c->n, heads, width));
+  WN_TRY(wn_state(c, &s->k_raw, "indexer k_raw", WN_ACT, 2, c->n, width, 0));
+  WN_TRY(wn_state(c, &s->k_stat, "indexer k_stat", WN_STAT, 2, c->n, 2, 0));
+  WN_TRY(wn_state(c, &s->k, "indexer k", WN_ACT, 2, c->n, width, 0));
+  WN_TRY(wn_state(c, &s->w, "indexer w", WN_STAT, 2, c->n, heads, 0));
   wn_tensor flat = wn_tensor_view(s->q, 2, c->n, heads * width, 0, 0);
   wn_tensor q_pe = rope_part(c, s->q), k_pe = rope_part(c, one_head(s->k));
   WN_TRY(c->ops->linear(c->device, &flat, &m->qr, &w[WN_P_INDEX_Q_B], &(wn_accumulate){0}));

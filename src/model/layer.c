@@ -1,10 +1,16 @@
-/* One layer, forward and backward. The backward recomputes: first the MLP from h_mid, so that the attention output's
- * gradient is known when the attention is recomputed from h_in and delta comes out of that forward. */
+/* One layer, forward and backward. The backward recomputes what is not kept: first the MLP from h_mid, so that the
+ * attention output's gradient is known when the attention is recomputed from h_in and delta comes out of that forward.
+ */
 #include "model/parts.h"
 
 wn_status wn_scratch(wn_call *c, wn_tensor *out, const char *name, wn_role role, int32_t rank, int64_t d0, int64_t d1,
                      int64_t d2) {
   return wn_device_tensor(c->device, out, c->device->scratch, name, role, rank, d0, d1, d2, 0);
+}
+
+wn_status wn_state(wn_call *c, wn_tensor *out, const char *name, wn_role role, int32_t rank, int64_t d0, int64_t d1,
+                   int64_t d2) {
+  return wn_device_tensor(c->device, out, c->state, name, role, rank, d0, d1, d2, 0);
 }
 
 wn_tensor *wn_call_grad(wn_call *c, wn_slot slot) {
@@ -32,8 +38,18 @@ bool wn_model_keeps_attention(const wn_model *model, const wn_pass *pass, int32_
   return pass->selection == WN_SELECT_DENSE || form_of(model, pass, n_keys) == WN_FORM_MASKED;
 }
 
+wn_status wn_model_keep(const wn_model *model, wn_replay *replay) {
+  void *kept, *offset;
+  size_t offset_bytes = ((size_t)model->config.n_routed_experts + 1) * sizeof(int64_t);
+  WN_TRY(wn_arena_alloc(model->device->host, &kept, "kept layers", sizeof(wn_kept)));
+  WN_TRY(wn_arena_alloc(model->device->host, &offset, "kept layers", offset_bytes));
+  replay->kept = kept;
+  *replay->kept = (wn_kept){.expert_offset = offset};
+  return NULL;
+}
+
 static wn_call make_call(wn_model *model, int32_t layer, const wn_layer_tensors *weights, wn_layer_tensors *grads,
-                         const wn_pass *pass, const wn_rows *rows, const wn_tensor *h) {
+                         const wn_pass *pass, const wn_rows *rows, const wn_tensor *h, const wn_replay *replay) {
   const wn_model_config *f = &model->config;
   WN_ASSERT(layer >= 0 && layer < f->num_hidden_layers, "layer %d of %d", layer, f->num_hidden_layers);
   WN_ASSERT(rows->n_rows == rows->n_keys, "%d rows over %d keys", rows->n_rows, rows->n_keys);
@@ -52,7 +68,9 @@ static wn_call make_call(wn_model *model, int32_t layer, const wn_layer_tensors 
                .layer = layer,
                .n = rows->n_rows,
                .sparse = pass->selection != WN_SELECT_DENSE,
-               .form = form_of(model, pass, rows->n_keys)};
+               .form = form_of(model, pass, rows->n_keys),
+               .state = model->device->scratch,
+               .kept = replay ? replay->kept : NULL};
   return c;
 }
 
@@ -127,12 +145,19 @@ static wn_status prepare(wn_call *c, block *b, bool backward, const wn_tensor *h
   WN_ASSERT(!c->sparse || !replay || !replay->force_selection || held, "a forced selection that is absent");
   *b = (block){.plan = make_plan(c, backward, have, measures)};
   if (replay) {
+    WN_ASSERT(!replay->o.data == !replay->lse.data, "o and lse are kept together");
     b->attention.kept = replay->o;
     b->attention.lse = replay->lse;
   }
-  WN_TRY(wn_mla_project(c, &b->mla, h_in));
-  if (b->plan.keys) WN_TRY(wn_attention_keys(c, &b->attention, &b->mla));
-  if (b->plan.indexer) WN_TRY(wn_indexer_project(c, &b->index, &b->mla));
+  if (backward && c->kept) {
+    b->mla = c->kept->mla;
+    b->attention = c->kept->attention;
+    b->index = c->kept->index;
+  } else {
+    WN_TRY(wn_mla_project(c, &b->mla, h_in));
+  }
+  if (b->plan.keys && !b->attention.up.data) WN_TRY(wn_attention_keys(c, &b->attention, &b->mla));
+  if (b->plan.indexer && !b->index.q.data) WN_TRY(wn_indexer_project(c, &b->index, &b->mla));
   if (c->sparse && held)
     b->selection = replay->selection;
   else if (c->sparse)
@@ -176,6 +201,11 @@ static wn_status attention_forward(wn_call *c, wn_tensor *h_mid, const wn_tensor
   WN_TRY(measure(c, &b, measures));
   wn_tensor o = flat_output(&b.attention);
   WN_TRY(c->ops->linear(c->device, h_mid, &o, &c->weights->slot[WN_P_O], &(wn_accumulate){0}));
+  if (c->kept) {
+    c->kept->mla = b.mla;
+    c->kept->attention = b.attention;
+    c->kept->index = b.index;
+  }
   if (WANTED(measures, attention)) WN_TRY(c->ops->cast(c->device, &measures->attention, h_mid));
   WN_TRY(c->ops->add(c->device, h_mid, h_mid, h_in));
   wn_arena_release(c->device->scratch, mark);
@@ -209,8 +239,8 @@ static wn_status attention_backward(wn_call *c, wn_tensor *dh, const wn_tensor *
 /* ---- MLP block ---- */
 
 static wn_status post_norm(wn_call *c, wn_tensor *x, wn_tensor *inv, const wn_tensor *h_mid) {
-  WN_TRY(wn_scratch(c, x, "mlp input", WN_ACT, 2, c->n, c->config->hidden_size, 0));
-  WN_TRY(wn_scratch(c, inv, "mlp input_inv", WN_STAT, 1, c->n, 0, 0));
+  WN_TRY(wn_state(c, x, "mlp input", WN_ACT, 2, c->n, c->config->hidden_size, 0));
+  WN_TRY(wn_state(c, inv, "mlp input_inv", WN_STAT, 1, c->n, 0, 0));
   return c->ops->rms_norm(c->device, x, inv, h_mid, &c->weights->slot[WN_P_POST_NORM],
                           &(wn_norm_params){.eps = c->config->rms_norm_eps});
 }
@@ -221,6 +251,10 @@ static wn_status mlp_forward(wn_call *c, wn_tensor *h_out, const wn_tensor *h_mi
   size_t mark = wn_arena_mark(c->device->scratch);
   wn_tensor x, inv;
   WN_TRY(post_norm(c, &x, &inv, h_mid));
+  if (c->kept) {
+    c->kept->x = x;
+    c->kept->x_inv = inv;
+  }
   WN_TRY(c->ops->cast(c->device, h_out, h_mid));
   if (!wn_model_config_is_moe(c->config, c->layer)) {
     WN_TRY(wn_mlp_forward(c, h_out, &x, WN_P_MLP_GATE));
@@ -241,7 +275,12 @@ static wn_status mlp_forward(wn_call *c, wn_tensor *h_out, const wn_tensor *h_mi
 static wn_status mlp_backward(wn_call *c, wn_tensor *dh, const wn_tensor *h_mid, const wn_replay *replay) {
   size_t mark = wn_arena_mark(c->device->scratch);
   wn_tensor x, inv, dx;
-  WN_TRY(post_norm(c, &x, &inv, h_mid));
+  if (c->kept) {
+    x = c->kept->x;
+    inv = c->kept->x_inv;
+  } else {
+    WN_TRY(post_norm(c, &x, &inv, h_mid));
+  }
   WN_TRY(wn_scratch(c, &dx, "mlp input gradient", WN_ACT, 2, c->n, c->config->hidden_size, 0));
   if (!wn_model_config_is_moe(c->config, c->layer)) {
     WN_TRY(wn_mlp_backward(c, &dx, false, dh, &x, WN_P_MLP_GATE));
@@ -260,7 +299,8 @@ static wn_status mlp_backward(wn_call *c, wn_tensor *dh, const wn_tensor *h_mid,
 wn_status wn_layer_forward(wn_model *model, int32_t layer, const wn_layer_tensors *weights, wn_layer_tensors *grads,
                            const wn_pass *pass, const wn_rows *rows, wn_tensor *h_out, wn_tensor *h_mid,
                            const wn_tensor *h_in, wn_replay *replay, wn_layer_measures *measures) {
-  wn_call c = make_call(model, layer, weights, grads, pass, rows, h_in);
+  wn_call c = make_call(model, layer, weights, grads, pass, rows, h_in, replay);
+  if (c.kept) c.state = model->device->stash;
   size_t mark = wn_arena_mark(model->device->scratch);
   wn_status status = NULL;
   wn_tensor mid;
@@ -279,7 +319,7 @@ end:
 wn_status wn_layer_backward(wn_model *model, int32_t layer, const wn_layer_tensors *weights, wn_layer_tensors *grads,
                             const wn_pass *pass, const wn_rows *rows, wn_tensor *dh, const wn_tensor *h_in,
                             const wn_tensor *h_mid, wn_replay *replay, wn_layer_measures *measures) {
-  wn_call c = make_call(model, layer, weights, grads, pass, rows, h_in);
+  wn_call c = make_call(model, layer, weights, grads, pass, rows, h_in, replay);
   WN_ASSERT(h_mid && wn_tensor_same_shape(h_mid, h_in) && wn_tensor_same_shape(dh, h_in), "layer %d's h_mid, dh",
             layer);
   WN_ASSERT(wn_call_grad(&c, WN_P_INPUT_NORM), "a backward is for a base that trains");

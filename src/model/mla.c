@@ -23,9 +23,9 @@ static wn_slot query_slot(const wn_call *c) {
 static wn_status project_query_latent(wn_call *c, wn_mla *m) {
   const wn_model_config *f = c->config;
   const wn_tensor *w = c->weights->slot;
-  WN_TRY(wn_scratch(c, &m->qa, "qa", WN_ACT, 2, c->n, f->q_lora_rank, 0));
-  WN_TRY(wn_scratch(c, &m->qa_inv, "qa_inv", WN_STAT, 1, c->n, 0, 0));
-  WN_TRY(wn_scratch(c, &m->qr, "qr", WN_ACT, 2, c->n, f->q_lora_rank, 0));
+  WN_TRY(wn_state(c, &m->qa, "qa", WN_ACT, 2, c->n, f->q_lora_rank, 0));
+  WN_TRY(wn_state(c, &m->qa_inv, "qa_inv", WN_STAT, 1, c->n, 0, 0));
+  WN_TRY(wn_state(c, &m->qr, "qr", WN_ACT, 2, c->n, f->q_lora_rank, 0));
   WN_TRY(c->ops->linear(c->device, &m->qa, &m->x, &w[WN_P_Q_A], &(wn_accumulate){0}));
   return c->ops->rms_norm(c->device, &m->qr, &m->qa_inv, &m->qa, &w[WN_P_Q_A_NORM],
                           &(wn_norm_params){.eps = WN_LATENT_EPS});
@@ -38,7 +38,7 @@ static wn_status project_queries(wn_call *c, wn_mla *m) {
     WN_TRY(project_query_latent(c, m));
   else
     m->qr = m->x;
-  WN_TRY(wn_scratch(c, &m->q, "q", WN_ACT, 3, c->n, f->num_attention_heads, nope + rope));
+  WN_TRY(wn_state(c, &m->q, "q", WN_ACT, 3, c->n, f->num_attention_heads, nope + rope));
   wn_tensor flat = flat_heads(m->q), q_pe = rope_part(m->q, nope, rope);
   WN_TRY(c->ops->linear(c->device, &flat, &m->qr, &c->weights->slot[query_slot(c)], &(wn_accumulate){0}));
   return wn_call_rope(c, &q_pe, true, false);
@@ -48,9 +48,9 @@ static wn_status project_keys(wn_call *c, wn_mla *m) {
   const wn_model_config *f = c->config;
   const wn_tensor *w = c->weights->slot;
   int64_t latent = f->kv_lora_rank, rope = f->qk_rope_head_dim;
-  WN_TRY(wn_scratch(c, &m->kv_raw, "kv_raw", WN_ACT, 2, c->n, latent + rope, 0));
-  WN_TRY(wn_scratch(c, &m->c_inv, "c_inv", WN_STAT, 1, c->n, 0, 0));
-  WN_TRY(wn_scratch(c, &m->kv, "kv", WN_ACT, 2, c->n, latent + rope, 0));
+  WN_TRY(wn_state(c, &m->kv_raw, "kv_raw", WN_ACT, 2, c->n, latent + rope, 0));
+  WN_TRY(wn_state(c, &m->c_inv, "c_inv", WN_STAT, 1, c->n, 0, 0));
+  WN_TRY(wn_state(c, &m->kv, "kv", WN_ACT, 2, c->n, latent + rope, 0));
   WN_TRY(c->ops->linear(c->device, &m->kv_raw, &m->x, &w[WN_P_KV_A], &(wn_accumulate){0}));
   wn_tensor raw = wn_tensor_slice(m->kv_raw, 1, 0, latent), normed = wn_tensor_slice(m->kv, 1, 0, latent);
   WN_TRY(c->ops->rms_norm(c->device, &normed, &m->c_inv, &raw, &w[WN_P_KV_A_NORM],
@@ -61,8 +61,8 @@ static wn_status project_keys(wn_call *c, wn_mla *m) {
 }
 
 wn_status wn_mla_project(wn_call *c, wn_mla *m, const wn_tensor *h_in) {
-  WN_TRY(wn_scratch(c, &m->x, "attention input", WN_ACT, 2, c->n, c->config->hidden_size, 0));
-  WN_TRY(wn_scratch(c, &m->x_inv, "attention input_inv", WN_STAT, 1, c->n, 0, 0));
+  WN_TRY(wn_state(c, &m->x, "attention input", WN_ACT, 2, c->n, c->config->hidden_size, 0));
+  WN_TRY(wn_state(c, &m->x_inv, "attention input_inv", WN_STAT, 1, c->n, 0, 0));
   WN_TRY(c->ops->rms_norm(c->device, &m->x, &m->x_inv, h_in, &c->weights->slot[WN_P_INPUT_NORM],
                           &(wn_norm_params){.eps = c->config->rms_norm_eps}));
   WN_TRY(project_queries(c, m));

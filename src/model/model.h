@@ -79,8 +79,13 @@ typedef struct wn_replay {
   wn_tensor expert;                   /* [n,K] INDEX */
   wn_tensor selection;                /* [n,k] INDEX */
   wn_tensor o, lse;                   /* [n,H,v] STAT, unrounded, since delta comes from it; [n,H] STAT */
+  struct wn_kept *kept;               /* all else that a backward needs, from wn_model_keep; NULL: computed again */
   bool force_expert, force_selection; /* take what is there; else it is written */
 } wn_replay;
+
+/* Room in `replay` for all that the forward of a layer computes and its backward needs: the forward then puts it into
+ * the stash, where it stays, and the backward computes nothing again. The table itself is in device->host. */
+WN_MUST_USE wn_status wn_model_keep(const wn_model *model, wn_replay *replay);
 
 /* What one layer's pass measures. Tensors from the caller; data NULL: not wanted. */
 typedef struct wn_layer_measures {

@@ -1,7 +1,7 @@
 /* The parts of a layer, as layer.c puts them together. Private to src/model.
  *
- * Memory: what a part returns in its struct lies in scratch above the caller's mark and goes when the layer releases
- * it; a part's own temporaries are gone when it returns. */
+ * Memory: what a part returns in its struct lies in c->state, in scratch above the caller's mark unless it is kept, and
+ * goes when the layer releases it; a part's own temporaries are gone when it returns. */
 #ifndef WN_MODEL_PARTS_H
 #define WN_MODEL_PARTS_H
 
@@ -24,10 +24,15 @@ typedef struct wn_call {
   int64_t n;
   bool sparse;
   wn_attention_form form; /* of a sparse pass: ABSORBED or MASKED */
+  wn_arena *state;        /* of what the backward needs too: the stash in a forward that keeps it, else scratch */
+  struct wn_kept *kept;   /* NULL: nothing but replay's tensors is kept */
 } wn_call;
 
 WN_MUST_USE wn_status wn_scratch(wn_call *c, wn_tensor *out, const char *name, wn_role role, int32_t rank, int64_t d0,
                                  int64_t d1, int64_t d2);
+/* The same from c->state. */
+WN_MUST_USE wn_status wn_state(wn_call *c, wn_tensor *out, const char *name, wn_role role, int32_t rank, int64_t d0,
+                               int64_t d1, int64_t d2);
 /* The gradient of a weight, or NULL where it is not wanted. */
 wn_tensor *wn_call_grad(wn_call *c, wn_slot slot);
 /* grads[slot] += dy^T x, where that gradient is wanted. */
@@ -86,6 +91,28 @@ WN_MUST_USE wn_status wn_indexer_kl(wn_call *c, wn_tensor *kl, bool learn, const
                                     const wn_attention *a, const wn_tensor *selection, const wn_tensor *p);
 
 /* ---- MLP and mixture of experts (moe.c) ---- */
+typedef struct wn_gated {
+  wn_tensor gate, up, act;
+} wn_gated; /* [rows,F] each */
+
+typedef struct wn_routed {
+  wn_tensor scores, weight; /* [n,E], [n,K] STAT */
+  wn_tensor xp, slot;       /* [n*K,D] rows sorted by expert; [n*K] INDEX */
+  wn_gated g;               /* [n*K,F] */
+  wn_tensor yp;             /* [n*K,D] outputs of the experts */
+} wn_routed;
+
+/* All that a layer's forward leaves for its backward, where everything is kept. */
+typedef struct wn_kept {
+  wn_mla mla;
+  wn_attention attention;
+  wn_index_state index; /* absent where the forward needs none */
+  wn_tensor x, x_inv;   /* of the MLP: [n,D] normed input; [n] STAT */
+  wn_gated gated;       /* of the layer's own MLP, or of its shared experts */
+  wn_routed routed;
+  int64_t *expert_offset; /* [n_routed_experts + 1] */
+} wn_kept;
+
 /* y[n,D] += MLP(x[n,D]), with the three weights from slot `gate` on (gate, up, down). */
 WN_MUST_USE wn_status wn_mlp_forward(wn_call *c, wn_tensor *y, const wn_tensor *x, wn_slot gate);
 /* dx[n,D] (+)= */

@@ -237,9 +237,9 @@ static bool change(trial *t, const wn_plan *plan, int32_t i) {
     return job->optimizer.moments != WN_MOMENTS_BF16;
   }
   if (i == 2) {
-    t->job.training.keep_attention = false;
-    snprintf(t->change, sizeof t->change, "training.keep_attention=false");
-    return job->training.keep_attention;
+    t->job.training.keep = WN_KEEP_INPUTS;
+    snprintf(t->change, sizeof t->change, "training.keep=inputs");
+    return job->training.keep != WN_KEEP_INPUTS;
   }
   i -= OPTIONS;
   if (i < MORE_RANKS) {

@@ -304,8 +304,8 @@ static wn_status layer_major(work *w) {
   return NULL;
 }
 
-/* ---- stage 2 and pre-training: sequences outside; a layer's input, middle residual, choices and, where the job says
- * so, attention's result are kept, the rest is recomputed ---- */
+/* ---- stage 2 and pre-training: sequences outside; a layer's input, middle residual and choices are kept, with them
+ * what training.keep says; the rest is recomputed ---- */
 
 typedef struct kept {
   wn_tensor h, mid;
@@ -325,6 +325,7 @@ static wn_status keep_layer(work *w, int32_t layer, int32_t m, kept *k) {
   if (w->pass.selection != WN_SELECT_DENSE)
     WN_TRY(wn_device_tensor(device, &k->replay.selection, device->stash, "selection replay", WN_INDEX, 2, n,
                             w->pass.topk, 0, 0));
+  if (w->run->job.training.keep == WN_KEEP_ALL) WN_TRY(wn_model_keep(w->run->model, &k->replay));
   if (!w->keeps_attention) return NULL;
   WN_TRY(wn_device_tensor(device, &k->replay.o, device->stash, "attention outputs", WN_STAT, 3, n,
                           config->num_attention_heads, config->v_head_dim, 0));
@@ -456,7 +457,7 @@ static wn_status prepare(work *w) {
   };
   if (w->pass.topk > job->data.seq_len) w->pass.topk = job->data.seq_len;
   w->keeps_attention =
-      job->training.keep_attention && wn_model_keeps_attention(run->model, &w->pass, job->data.seq_len);
+      job->training.keep != WN_KEEP_INPUTS && wn_model_keeps_attention(run->model, &w->pass, job->data.seq_len);
   return allocate_measures(w);
 }
 

@@ -118,17 +118,18 @@ static void absorbed_adapt_repeats_and_resumes(void **state) {
 }
 
 static void expect_keeps_the_bits(void **state, const char *stage, const char *init, const char *options) {
-  char run[2][32], with[160];
-  for (int kept = 0; kept < 2; kept++) {
+  static const char *const keep[] = {"inputs", "attention", "all"};
+  char run[3][32], with[160];
+  for (int kept = 0; kept < 3; kept++) {
     snprintf(run[kept], sizeof run[kept], "kept-%s-%d", stage, kept);
-    snprintf(with, sizeof with, "%s training.keep_attention=%s", options, kept ? "true" : "false");
+    snprintf(with, sizeof with, "%s training.keep=%s", options, keep[kept]);
     run_job(state, stage, "cuda", init, run[kept], 6, with);
+    if (kept > 0) expect_same_run(state, run[0], run[kept], 6);
   }
-  expect_same_run(state, run[0], run[1], 6);
 }
 
-/* A backward that takes attention's output from the forward makes the bits of one that computes it again. */
-static void kept_attention_changes_nothing(void **state) {
+/* A backward that takes attention's output, or all, from the forward makes the bits of one that computes it again. */
+static void what_is_kept_changes_nothing(void **state) {
   needs_a_gpu();
   expect_keeps_the_bits(state, "pretrain", "base", "data.seq_len=200");
   expect_keeps_the_bits(state, "adapt", "warmup-a/checkpoints/step-000009", "data.seq_len=200");
@@ -232,7 +233,7 @@ int main(void) {
       cmocka_unit_test(stages_agree_with_the_cpu),          cmocka_unit_test(pretrain_repeats_and_resumes),
       cmocka_unit_test(warmup_repeats_and_resumes),         cmocka_unit_test(adapt_repeats_and_resumes),
       cmocka_unit_test(absorbed_adapt_repeats_and_resumes), cmocka_unit_test(bf16_checkpoints_resume),
-      cmocka_unit_test(kept_attention_changes_nothing),     cmocka_unit_test(every_selection_evaluates),
+      cmocka_unit_test(what_is_kept_changes_nothing),       cmocka_unit_test(every_selection_evaluates),
       cmocka_unit_test(dumps_agree_with_the_cpu),
   };
   return cmocka_run_group_tests(tests, tiny_setup, wn_temp_teardown);

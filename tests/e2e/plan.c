@@ -47,7 +47,8 @@ static void memory_is_as_planned(void **state) {
 
 static void options_change_it(void **state) {
   compare(state, "adapt", "sparse", "dsa.index_topk=24", 1); /* the masked form */
-  compare(state, "adapt", "sparse", "dsa.index_topk=24 training.keep_attention=false", 2);
+  compare(state, "adapt", "sparse", "dsa.index_topk=24 training.keep=inputs", 2);
+  compare(state, "pretrain", "base", "training.keep=all", 2);
   compare(state, "adapt", "sparse", "data.seq_len=200 data.document_mask=false metrics.sample_rows=5", 2);
   compare(state, "warmup", "base", "metrics.layers_every=0 data.valid= metrics.eval_every=0 checkpoint.dtype=bf16", 2);
   compare(state, "pretrain", "base", "metrics.eval_every=0 threads=3 optimizer.moments=bf16", 1);
@@ -187,14 +188,10 @@ static void refusals(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(memory_is_as_planned),
-      cmocka_unit_test(options_change_it),
-      cmocka_unit_test(fp8_bases_are_as_planned),
-      cmocka_unit_test(the_demo_is_as_planned),
-      cmocka_unit_test(traffic_is_counted),
-      cmocka_unit_test(what_does_not_fit_gets_remedies),
-      cmocka_unit_test(a_gpu_is_planned_without_one),
-      cmocka_unit_test(refusals),
+      cmocka_unit_test(memory_is_as_planned),         cmocka_unit_test(options_change_it),
+      cmocka_unit_test(fp8_bases_are_as_planned),     cmocka_unit_test(the_demo_is_as_planned),
+      cmocka_unit_test(traffic_is_counted),           cmocka_unit_test(what_does_not_fit_gets_remedies),
+      cmocka_unit_test(a_gpu_is_planned_without_one), cmocka_unit_test(refusals),
   };
   return cmocka_run_group_tests(tests, plan_setup, wn_temp_teardown);
 }
