@@ -156,10 +156,7 @@ static void print_memory(const wn_plan *p) {
   print_arena(d->scratch, "as long as an operation or a layer");
   if (!m->gpu) print_arena(d->host, "tables and copies");
   if (p->own_bytes > 0)
-    printf("%-43s %s\n",
-           m->gpu
-               ? (m->nccl_bytes > 0 ? "CUDA, cuBLAS, NCCL and the kernels' code" : "CUDA, cuBLAS and the kernels' code")
-               : "program, libraries, tables of parameters",
+    printf("%-43s %s\n", m->gpu ? "CUDA, cuBLAS and the kernels' code" : "program, libraries, tables of parameters",
            size_text(text, p->own_bytes));
   printf("%-43s %s", "in all", size_text(text, p->total_bytes));
   if (m->memory_bytes > 0) printf(" of %.1f GB: %s", m->memory_bytes / giga, p->fits ? "fits" : "does not fit");

@@ -102,7 +102,7 @@ static void count_memory(wn_plan *plan) {
   plan->arena_bytes = (double)wn_arena_held_bytes(device->weights) + (double)wn_arena_held_bytes(device->stash) +
                       (double)wn_arena_held_bytes(device->scratch);
   if (machine->gpu) {
-    plan->own_bytes = machine->own_bytes + (plan->ranks > 1 ? machine->nccl_bytes : 0);
+    plan->own_bytes = machine->own_bytes;
   } else {
     plan->arena_bytes += (double)wn_arena_held_bytes(device->host);
   }

@@ -20,7 +20,6 @@ typedef struct wn_machine {
   double fabric_bytes_s; /* between hosts, a rank */
   int32_t ranks_a_host;  /* as many as link_bytes_s holds for */
   double own_bytes;      /* what CUDA, cuBLAS and the kernels' code take */
-  double nccl_bytes;     /* what NCCL takes where there are several ranks */
 } wn_machine;
 
 /* "h200", "h100", "gh200", "cpu" (the one this process runs on; measures its rate). WN_E_USAGE for another name. */
