@@ -72,28 +72,26 @@ static int set_quantization(json_t *root, const char *scale_fmt) {
   return bad | set(root, "quantization_config", quantization);
 }
 
-/* What the rewriting of queries without a low rank adds to a base (train/rewrite.h): a matrix of floats. It was there
- * before, or is made now, where the source has no low rank. */
-#define REWRITTEN "self_attn.q_a_proj"
-static bool rewritten_queries(const json_t *source, const wn_model_config *c) {
-  const json_t *before = json_object_get(json_object_get(source, "quantization_config"), "modules_to_not_convert");
-  for (size_t i = 0; i < json_array_size(before); i++) {
-    const char *name = json_string_value(json_array_get(before, i));
-    if (name && !strcmp(name, REWRITTEN)) return true;
-  }
-  return c->q_lora_rank > 0 && json_is_null(json_object_get(source, "q_lora_rank"));
-}
-
 /* transformers matches these against the end of a module's name, and has no list of its own beside one that is given.
  * The router is no linear layer there. */
+static int add_kept(json_t *names, const char *name) {
+  for (size_t i = 0; i < json_array_size(names); i++) {
+    const char *there = json_string_value(json_array_get(names, i));
+    if (there && !strcmp(there, name)) return 0;
+  }
+  return json_array_append_new(names, json_string(name));
+}
+
+/* Behind what the source names already. rewritten: by train/rewrite.h, which gives a base without a low rank of the
+ * queries a q_a_proj of floats; the checkpoints after the first find that in their source's list. */
 static int set_kept(json_t *root, json_t *quantization, bool rewritten) {
   static const char *const floats[] = {"lm_head", "self_attn.indexer.wq_b", "self_attn.indexer.wk",
                                        "self_attn.indexer.weights_proj"};
-  json_t *names = json_array();
+  json_t *before = json_object_get(quantization, "modules_to_not_convert");
+  json_t *names = json_is_array(before) ? json_copy(before) : json_array();
   int bad = 0;
-  for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
-    bad |= json_array_append_new(names, json_string(floats[i]));
-  if (rewritten) bad |= json_array_append_new(names, json_string(REWRITTEN));
+  for (size_t i = 0; i < sizeof floats / sizeof *floats; i++) bad |= add_kept(names, floats[i]);
+  if (rewritten) bad |= add_kept(names, "self_attn.q_a_proj");
   bad |= set(quantization, "modules_to_not_convert", names);
   return bad | json_object_set(root, "quantization_config", quantization);
 }
@@ -198,7 +196,7 @@ static wn_status save(const wn_model_config *config, const char *dir, const char
   }
   before = json_incref(json_object_get(root, "quantization_config"));
   WN_TRY_GOTO(status, done, wn_path(path, "%s/config.json", dir));
-  bool rewritten = root && rewritten_queries(root, config);
+  bool rewritten = config->q_lora_rank > 0 && json_is_null(json_object_get(root, "q_lora_rank"));
   out = open_memstream(&text, &bytes);
   int bad = !root || !out || set_all(root, config, torch_dtype);
   if (stored == FP8 || (stored == KEPT && !json_is_object(before))) bad |= set_quantization(root, scale_fmt);

@@ -470,6 +470,25 @@ static void fp8_that_is_kept_beside_rewritten_queries(void **state) {
   }
 }
 
+/* What the source has as floats besides stays named. */
+static void fp8_that_is_kept_beside_other_floats(void **state) {
+  (void)state;
+  static const char *const expected[] = {"lm_head", "self_attn.kv_b_proj", "self_attn.indexer.wq_b",
+                                         "self_attn.indexer.wk", "self_attn.indexer.weights_proj"};
+  wn_model_config c;
+  json_t *source = model("deepseek-v3.2"), *got;
+  assert_int_equal(json_object_set_new(json_object_get(source, "quantization_config"), "modules_to_not_convert",
+                                       json_pack("[ss]", expected[0], expected[1])),
+                   0);
+  OK(load(&c, source));
+  OK(wn_model_config_save_kept(&c, root, root));
+  got = json_load_file(path, 0, NULL);
+  const json_t *names = json_object_get(json_object_get(got, "quantization_config"), "modules_to_not_convert");
+  assert_int_equal(json_array_size(names), 5);
+  for (size_t i = 0; i < 5; i++) assert_string_equal(json_string_value(json_array_get(names, i)), expected[i]);
+  json_decref(got);
+}
+
 static void without_a_source(void **state) {
   (void)state;
   wn_model_config c, again;
@@ -551,14 +570,23 @@ static void real_texts(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
   const struct CMUnitTest tests[] = {
-      TEST(released_v31),     TEST(released_v32),
-      TEST(the_newer_form),   TEST(refusals),
-      TEST(relatives),        TEST(relatives_are_written_as_v3),
-      TEST(refusals_of_yarn), TEST(files_that_are_none),
-      TEST(rope_frequencies), TEST(v31_becomes_v32),
-      TEST(v32_becomes_v31),  TEST(fp8_is_the_released_file),
-      TEST(fp8_that_is_kept), TEST(fp8_that_is_kept_beside_rewritten_queries),
-      TEST(without_a_source), TEST(unknown_keys_are_carried_over),
+      TEST(released_v31),
+      TEST(released_v32),
+      TEST(the_newer_form),
+      TEST(refusals),
+      TEST(relatives),
+      TEST(relatives_are_written_as_v3),
+      TEST(refusals_of_yarn),
+      TEST(files_that_are_none),
+      TEST(rope_frequencies),
+      TEST(v31_becomes_v32),
+      TEST(v32_becomes_v31),
+      TEST(fp8_is_the_released_file),
+      TEST(fp8_that_is_kept),
+      TEST(fp8_that_is_kept_beside_rewritten_queries),
+      TEST(fp8_that_is_kept_beside_other_floats),
+      TEST(without_a_source),
+      TEST(unknown_keys_are_carried_over),
       TEST(real_texts),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
