@@ -7,7 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "base/time.h"
+#include "base/meter.h"
 #include "convert/demo.h"
 #include "convert/layout.h"
 #include "convert/place.h"
@@ -23,23 +23,12 @@ typedef struct conversion {
   wn_output_list list;
   wn_output_place *place;
   wn_tile_rooms *rooms;
-  int64_t total_bytes, done_bytes, shown_bytes, written_bytes;
+  wn_meter meter;
+  int64_t total_bytes;
   int64_t found_files; /* of an earlier start */
-  double started_s;
 } conversion;
 
 /* ---- shards ---- */
-
-static void show(conversion *c, int64_t file) {
-  enum { EVERY_BYTES = 64 << 20 };
-  if (c->done_bytes - c->shown_bytes < EVERY_BYTES && c->done_bytes < c->total_bytes) return;
-  c->shown_bytes = c->done_bytes;
-  double rate = (double)c->written_bytes / (wn_time_s() - c->started_s);
-  double eta = rate > 0 ? (double)(c->total_bytes - c->done_bytes) / rate : 0;
-  wn_progress(c->log, "convert file %lld/%lld  %.1f of %.1f GB  %.2f GB/s  ETA %d:%02d", (long long)file + 1,
-              (long long)c->list.n_files, (double)c->done_bytes * 1e-9, (double)c->total_bytes * 1e-9, rate * 1e-9,
-              (int)(eta / 60), (int)eta % 60);
-}
 
 static wn_status write_tensors(conversion *c, int64_t file, const wn_st_layout *layout, int fd, const char *path) {
   const wn_output_file *f = &c->list.files[file];
@@ -48,12 +37,10 @@ static wn_status write_tensors(conversion *c, int64_t file, const wn_st_layout *
   const void *header = wn_st_layout_header(layout, &header_bytes);
   WN_TRY(wn_write_at(fd, path, header, header_bytes, 0));
   for (int64_t i = f->from; i < f->to; i++) {
-    c->done_bytes += wn_output_bytes(&outputs[i]);
-    c->written_bytes += wn_output_bytes(&outputs[i]);
-    if (outputs[i].making == WN_MAKE_SCALES) continue;
     uint64_t scales = outputs[i].making == WN_MAKE_BLOCKS ? wn_st_layout_offset(layout, outputs[i + 1].place) : 0;
-    WN_TRY(wn_output_write(&outputs[i], fd, path, wn_st_layout_offset(layout, outputs[i].place), scales, c->rooms));
-    show(c, file);
+    if (outputs[i].making != WN_MAKE_SCALES)
+      WN_TRY(wn_output_write(&outputs[i], fd, path, wn_st_layout_offset(layout, outputs[i].place), scales, c->rooms));
+    wn_meter_add(&c->meter, wn_output_bytes(&outputs[i]));
   }
   if (fsync(fd) != 0) return WN_FAIL(WN_E_IO, "cannot sync %s: %s", path, strerror(errno));
   return NULL;
@@ -81,7 +68,7 @@ static wn_status make_file(conversion *c, int64_t file) {
   wn_status status = wn_output_place_has(path, layout, &stands);
   if (!status && stands) {
     c->found_files++;
-    c->done_bytes += c->list.files[file].bytes;
+    c->meter.total_bytes -= c->list.files[file].bytes; /* of what is left */
   } else if (!status) {
     status = write_file(c, file, layout, path);
   }
@@ -158,15 +145,16 @@ static wn_status run(conversion *c) {
   WN_TRY(wn_convert_source_open(&c->source, job->in, c->log));
   WN_TRY(check_form(c));
   WN_TRY(wn_output_list_create(&c->list, &c->source, job));
-  WN_TRY(wn_tile_rooms_create(&c->rooms, c->source.dir, job->threads));
+  WN_TRY(wn_tile_rooms_create(&c->rooms, job->threads));
   WN_TRY(wn_output_place_open(&c->place, job, c->source.dir, c->log));
   for (int64_t f = 0; f < c->list.n_files; f++) c->total_bytes += c->list.files[f].bytes;
+  wn_meter_start(&c->meter, c->log, "writing weights", c->total_bytes);
   for (int64_t f = 0; f < c->list.n_files; f++) WN_TRY(make_file(c, f));
+  wn_meter_end(&c->meter);
   WN_TRY(job->form == WN_TO_DEMO ? write_demo_files(c) : write_model_files(c));
   WN_TRY(wn_output_place_finish(c->place));
   if (job->form == WN_TO_DEMO) wn_demo_warn(&c->source, c->log);
-  wn_info(c->log, "%s: %lld files, %.1f MB, %.1f s%s", job->out, (long long)c->list.n_files,
-          (double)c->total_bytes * 1e-6, wn_time_s() - c->started_s,
+  wn_info(c->log, "%s: %lld files, %.1f MB%s", job->out, (long long)c->list.n_files, (double)c->total_bytes * 1e-6,
           c->found_files ? " (some stood there from before)" : "");
   return NULL;
 }
@@ -174,7 +162,7 @@ static wn_status run(conversion *c) {
 wn_status wn_convert(const wn_convert_job *job, wn_log *log) {
   WN_ASSERT(job->threads > 0 && job->shard_bytes > 0 && job->model_parallel > 0, "threads %d, model_parallel %d",
             job->threads, job->model_parallel);
-  conversion c = {.job = job, .log = log, .started_s = wn_time_s()};
+  conversion c = {.job = job, .log = log};
   wn_status status = run(&c);
   wn_output_place_close(c.place);
   wn_tile_rooms_free(c.rooms);

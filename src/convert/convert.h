@@ -31,7 +31,7 @@ typedef struct wn_convert_job {
 } wn_convert_job;
 
 /* A byte of the output does not depend on `threads`, nor on how often the work was broken off. Memory: headers and
- * lists, about 1 KB a tensor; 9 MiB a thread; and of the mapped source little more than the 128 rows a thread is at.
+ * lists, about 1 KB a tensor, and 9 MiB a thread.
  * WN_E_CONFIG: no indexer where one is wanted, a number of demo shards that splits no weight rightly (naming it and the
  * numbers that do). WN_E_INPUT: tensors missing, misshapen, surplus, of a type that cannot be read, or not finite.
  * WN_E_USAGE: `out` holds something else, or the beginning of another conversion. WN_E_IO: a full disk among others. */

@@ -56,11 +56,9 @@ static bool is_indexer(int32_t slot) {
   return slot >= WN_P_INDEX_Q_B && slot <= WN_P_INDEX_WEIGHTS;
 }
 
-/* model-spec's table: FP8 are the matrices but for embedding, head, router and the indexer's head weights. */
 static wn_released released_of(const wn_param *p) {
   if (p->file_dtype == WN_F32) return WN_RELEASED_F32;
-  bool kept = p->slot == WN_P_EMBED || p->slot == WN_P_HEAD || p->slot == WN_P_ROUTER || p->slot == WN_P_INDEX_WEIGHTS;
-  return p->rank == 2 && !kept ? WN_RELEASED_FP8 : WN_RELEASED_BF16;
+  return wn_slot_released_fp8((wn_slot)p->slot) ? WN_RELEASED_FP8 : WN_RELEASED_BF16;
 }
 
 static bool readable(wn_dtype dtype) {

@@ -9,7 +9,6 @@
 #include "io/files.h"
 
 enum { TILE_ROWS = WN_F8_BLOCK, TILE_COLS = 64 * WN_F8_BLOCK, TILE = TILE_ROWS * TILE_COLS };
-enum { LET_GO_BYTES = 8 << 20 };
 
 typedef struct room {
   float values[TILE];
@@ -18,14 +17,12 @@ typedef struct room {
 } room;
 
 struct wn_tile_rooms {
-  const wn_hf_dir *source;
   room **room;
   int32_t n;
 };
 
-wn_status wn_tile_rooms_create(wn_tile_rooms **out, const wn_hf_dir *source, int32_t threads) {
+wn_status wn_tile_rooms_create(wn_tile_rooms **out, int32_t threads) {
   wn_tile_rooms *rooms = calloc(1, sizeof *rooms);
-  if (rooms) rooms->source = source;
   bool enough = rooms && (rooms->room = calloc((size_t)threads, sizeof(room *)));
   for (int32_t i = 0; enough && i < threads; i++) {
     enough = (rooms->room[i] = malloc(sizeof(room))) != NULL;
@@ -49,8 +46,7 @@ void wn_tile_rooms_free(wn_tile_rooms *rooms) {
 typedef struct work {
   const wn_output *output;
   const wn_st_entry *entry; /* the stored tensor: the weight or its scales */
-  int32_t shard;            /* that it lies in */
-  int64_t read_bytes, stored_cols, first_row, first_col, rows, cols;
+  int64_t stored_cols, first_row, first_col, rows, cols;
   int fd;
   const char *path;
   uint64_t offset, scale_offset;
@@ -78,29 +74,22 @@ static wn_status read_values(float *out, const work *w, tile t) {
   return NULL;
 }
 
-static void copy_bytes(char *out, const work *w, tile t) {
+static wn_status copy_bytes(char *out, const work *w, tile t) {
   int64_t width = wn_dtype_bytes(w->entry->dtype);
-  const char *from =
-      (const char *)w->entry->data + ((w->first_row + t.row) * w->stored_cols + w->first_col + t.col) * width;
-  for (int64_t r = 0; r < t.rows; r++)
-    memcpy(out + r * t.cols * width, from + r * w->stored_cols * width, (size_t)(t.cols * width));
-}
-
-/* Pages that were read are not wanted again: without this the whole source would stay in this process's memory. All of
- * a shard at a time, since the kernel maps more around a page that is touched than was asked for. */
-static void let_go(const wn_hf_dir *source, work *w, tile t) {
-  int64_t bytes = t.rows * t.cols * wn_dtype_bytes(w->entry->dtype), total;
-#pragma omp atomic capture
-  total = w->read_bytes += bytes;
-  if (total / LET_GO_BYTES != (total - bytes) / LET_GO_BYTES) wn_hf_dir_let_go(source, w->shard);
+  int64_t first = (w->first_row + t.row) * w->stored_cols + w->first_col + t.col;
+  bool whole = t.cols == w->stored_cols; /* rows lie one behind another */
+  int64_t runs = whole ? 1 : t.rows, run = (whole ? t.rows : 1) * t.cols * width;
+  for (int64_t r = 0; r < runs; r++)
+    WN_TRY(wn_st_read(out + r * run, w->entry, (uint64_t)((first + r * w->stored_cols) * width), (uint64_t)run));
+  return NULL;
 }
 
 /* ---- making ---- */
 
 static wn_status not_finite(const work *w, tile t, int64_t i, float x, const char *what) {
-  return WN_FAIL(WN_E_INPUT, "tensor %s: element [%lld, %lld] is %g%s", w->output->weight->name,
-                 (long long)(w->first_row + t.row + i / t.cols), (long long)(w->first_col + t.col + i % t.cols),
-                 (double)x, what);
+  return WN_FAIL(WN_E_INPUT, "%s: tensor %s: element [%lld, %lld] is %g%s", wn_safetensors_path(w->entry->file),
+                 w->output->weight->name, (long long)(w->first_row + t.row + i / t.cols),
+                 (long long)(w->first_col + t.col + i % t.cols), (double)x, what);
 }
 
 static wn_status check_finite(const work *w, tile t, const float *x) {
@@ -133,7 +122,7 @@ static wn_status make_tile(const work *w, tile t, room *in) {
   WN_TRY(check_finite(w, t, in->values));
   switch (w->output->making) {
   case WN_MAKE_COPY:
-  case WN_COPY_SCALES: copy_bytes(in->bytes, w, t); return NULL;
+  case WN_COPY_SCALES: return copy_bytes(in->bytes, w, t);
   case WN_MAKE_BLOCKS: make_blocks(in, t); return NULL;
   case WN_MAKE_NUMBERS:
     if (w->output->dtype == WN_BF16) return round_to_bf16(w, t, in->bytes, in->values);
@@ -170,7 +159,6 @@ wn_status wn_output_write(const wn_output *output, int fd, const char *path, uin
                           wn_tile_rooms *rooms) {
   work w = {.output = output, .fd = fd, .path = path, .offset = offset, .scale_offset = scale_offset};
   w.entry = of_scales(&w) ? output->weight->from.scale : output->weight->from.entry;
-  wn_hf_dir_find(rooms->source, w.entry->name, &w.shard);
   bool matrix = output->rank == 2;
   w.stored_cols = w.entry->dim[matrix];
   w.first_row = matrix ? output->first[0] : 0;
@@ -192,13 +180,11 @@ wn_status wn_output_write(const wn_output *output, int fd, const char *path, uin
     if (stopped) continue;
     wn_status one = make_tile(&w, t, mine);
     if (!one) one = write_tile(&w, t, mine);
-    let_go(rooms->source, &w, t);
     if (!one) continue;
 #pragma omp atomic write
     stop = true;
 #pragma omp critical
     WN_KEEP_FIRST(status, one);
   }
-  wn_hf_dir_let_go(rooms->source, w.shard);
   return status;
 }

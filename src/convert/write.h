@@ -4,9 +4,9 @@
 
 #include "convert/layout.h"
 
-/* Room for one tile a thread, and the source, whose pages are let go of again and again. */
+/* Room for one tile a thread. */
 typedef struct wn_tile_rooms wn_tile_rooms;
-WN_MUST_USE wn_status wn_tile_rooms_create(wn_tile_rooms **out, const wn_hf_dir *source, int32_t threads);
+WN_MUST_USE wn_status wn_tile_rooms_create(wn_tile_rooms **out, int32_t threads);
 void wn_tile_rooms_free(wn_tile_rooms *rooms);
 
 /* Writes `output` at its offset in an open file; scale_offset is that of the scales that MAKE_BLOCKS writes too.

@@ -234,12 +234,6 @@ void wn_hf_dir_close(wn_hf_dir *dir) {
   free(dir);
 }
 
-void wn_hf_dir_let_go(const wn_hf_dir *dir, int32_t shard) {
-  WN_ASSERT(shard >= 0 && shard < dir->n_shards, "%s has %d shards, asked for %d", dir->path, (int)dir->n_shards,
-            (int)shard);
-  wn_safetensors_let_go(dir->shards[shard]);
-}
-
 bool wn_hf_dir_has_weights(const char *path) {
   static const char *const names[] = {SINGLE_NAME, INDEX_NAME};
   char file[WN_PATH_BYTES];

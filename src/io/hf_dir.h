@@ -12,7 +12,6 @@ typedef struct wn_hf_dir wn_hf_dir;
  * there, or a tensor that stands in two shards. */
 WN_MUST_USE wn_status wn_hf_dir_open(wn_hf_dir **out, const char *path);
 void wn_hf_dir_close(wn_hf_dir *dir);
-void wn_hf_dir_let_go(const wn_hf_dir *dir, int32_t shard); /* wn_safetensors_let_go */
 /* Whether the directory has files of weights, by their names: a config.json may stand alone. */
 bool wn_hf_dir_has_weights(const char *path);
 const char *wn_hf_dir_path(const wn_hf_dir *dir);

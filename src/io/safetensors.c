@@ -191,7 +191,7 @@ done:
 
 static wn_status map_file(wn_safetensors *file) {
   struct stat info;
-  file->fd = open(file->path, O_RDONLY | O_CLOEXEC);
+  file->fd = open(file->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe is refused below, and not waited for */
   if (file->fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", file->path, strerror(errno));
   if (fstat(file->fd, &info) != 0) return WN_FAIL(WN_E_IO, "cannot read %s: %s", file->path, strerror(errno));
   if (!S_ISREG(info.st_mode)) return WN_FAIL(WN_E_INPUT, "%s is not a regular file", file->path);
@@ -258,11 +258,6 @@ void wn_safetensors_close(wn_safetensors *file) {
   free(file->by_name);
   free(file->path);
   free(file);
-}
-
-void wn_safetensors_let_go(const wn_safetensors *file) {
-  /* advice: where it is not taken, memory is lost and no truth */
-  (void)madvise((void *)(uintptr_t)file->map, file->map_bytes, MADV_DONTNEED);
 }
 
 const char *wn_safetensors_path(const wn_safetensors *file) {

@@ -23,9 +23,6 @@ typedef struct wn_st_entry {
  * shape, duplicate names, trailing bytes. Source: huggingface/safetensors, safetensors/src/tensor.rs. */
 WN_MUST_USE wn_status wn_safetensors_open(wn_safetensors **out, const char *path);
 void wn_safetensors_close(wn_safetensors *file);
-/* The pages that were read so far no longer count as this process's memory; they come back when they are touched. For
- * those who read a file once, from any thread, while others read it. */
-void wn_safetensors_let_go(const wn_safetensors *file);
 const char *wn_safetensors_path(const wn_safetensors *file);
 int64_t wn_safetensors_count(const wn_safetensors *file);
 const wn_st_entry *wn_safetensors_at(const wn_safetensors *file, int64_t i);          /* in file order */

@@ -22,6 +22,9 @@ static void lines(void **state) {
   wn_meter_text(&meter, 200, true, text);
   assert_string_equal(text,
                       "reading weights [==============================] 100%  4.00 of 4.00 GB  0.04 GB/s  ETA 0:00");
+  meter.done_bytes = 1; /* a first byte that took long says little */
+  wn_meter_text(&meter, 200, false, text);
+  assert_string_equal(text, "reading weights   0%  0.00 of 4.00 GB  0.00 GB/s  ETA 999:59");
   wn_meter_end(&meter); /* without a log nothing is said */
 }
 
