@@ -86,14 +86,14 @@ wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t firs
   WN_TRY(scale->dtype == WN_F8_E8M0 ? read_powers(out, scale, first, count) : read_plain(out, scale, first, count));
   for (int64_t i = 0; i < count; i++)
     if (!(out[i] > 0 && out[i] <= MOST_SCALE))
-      return WN_FAIL(WN_E_INPUT, "tensor %s: scale [%lld, %lld] is %g; scales lie above 0 and below 7.6e35",
-                     scale->name, (long long)((first + i) / scale->dim[1]), (long long)((first + i) % scale->dim[1]),
-                     (double)out[i]);
+      return WN_FAIL(WN_E_INPUT, "%s: tensor %s: scale [%lld, %lld] is %g; scales lie above 0 and below 7.6e35",
+                     wn_safetensors_path(scale->file), scale->name, (long long)((first + i) / scale->dim[1]),
+                     (long long)((first + i) % scale->dim[1]), (double)out[i]);
   return NULL;
 }
 
 static wn_status holds_nan(const wn_st_entry *entry) {
-  return WN_FAIL(WN_E_INPUT, "tensor %s holds NaN", entry->name);
+  return WN_FAIL(WN_E_INPUT, "%s: tensor %s holds NaN", wn_safetensors_path(entry->file), entry->name);
 }
 
 static wn_status read_codes(uint8_t *out, const wn_st_entry *entry, int64_t first, int64_t count) {
@@ -160,7 +160,8 @@ wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_hf_weight *weight, int6
             entry->name, wn_dtype_name(dtype));
   if (!fp8 && entry->dtype != WN_F32 && entry->dtype != WN_F16 && entry->dtype != WN_BF16)
     return WN_FAIL_HINT(WN_E_INPUT, "weights are read from F32, F16, BF16, and F8_E4M3 with scales",
-                        "tensor %s is stored as %s", entry->name, wn_dtype_name(entry->dtype));
+                        "%s: tensor %s is stored as %s", wn_safetensors_path(entry->file), entry->name,
+                        wn_dtype_name(entry->dtype));
   int64_t total = (int64_t)entry->bytes / wn_dtype_bytes(entry->dtype);
   WN_ASSERT(first >= 0 && count >= 0 && first <= total && count <= total - first, "%s: elements %lld + %lld of %lld",
             entry->name, (long long)first, (long long)count, (long long)total);

@@ -174,8 +174,8 @@ static wn_status check_fp8(const work *w, int64_t n_reads) {
   for (int64_t i = 0; i < n_reads; i++) {
     const wn_st_entry *entry = w->reads[i].from.entry;
     if (w->params[w->reads[i].param].fp8 && !w->reads[i].from.scale)
-      return WN_FAIL(WN_E_INPUT, "tensor %s is %s, and was FP8 when this run started", entry->name,
-                     wn_dtype_name(entry->dtype));
+      return WN_FAIL(WN_E_INPUT, "%s: tensor %s is %s, and was FP8 when this run started",
+                     wn_safetensors_path(entry->file), entry->name, wn_dtype_name(entry->dtype));
   }
   return NULL;
 }

@@ -234,12 +234,13 @@ static void refuse_value(void **state, float scale, int32_t code_at, uint8_t cod
 
 static void values_that_are_none(void **state) {
   const int32_t last = ROWS * COLS - 1;
-  refuse_value(state, NAN, 0, 0, "w_scale_inv: scale [1, 1] is nan; scales lie above 0 and below 7.6e35");
+  refuse_value(state, NAN, 0, 0,
+               "/model.safetensors: tensor w_scale_inv: scale [1, 1] is nan; scales lie above 0 and below 7.6e35");
   refuse_value(state, -NAN, 0, 0, "w_scale_inv: scale [1, 1] is");
   refuse_value(state, INFINITY, 0, 0, "w_scale_inv: scale [1, 1] is inf");
   refuse_value(state, 0, 0, 0, "w_scale_inv: scale [1, 1] is 0");
   refuse_value(state, -1, 0, 0, "w_scale_inv: scale [1, 1] is -1");
-  refuse_value(state, 1, last, 0x7f, "w holds NaN");
+  refuse_value(state, 1, last, 0x7f, "/model.safetensors: tensor w holds NaN");
   refuse_value(state, 1, last, 0xff, "w holds NaN");
   refuse_value(state, 8e35f, 0, 0, "w_scale_inv: scale [1, 1] is 8e+35");
 }
