@@ -25,8 +25,14 @@ static void put(facts *f, const char *key, json_t *value) {
 static void put_int(facts *f, const char *key, int64_t value) {
   put(f, key, json_integer(value));
 }
+/* JSON holds UTF-8; file names need not be that, nor what was cut in the middle. */
 static void put_text(facts *f, const char *key, const char *value) {
-  put(f, key, json_string(value));
+  json_t *text = json_string(value);
+  char *plain = text ? NULL : strdup(value);
+  for (char *at = plain; at && *at; at++)
+    if (*at & 0x80) *at = '?';
+  put(f, key, plain ? json_string(plain) : text);
+  free(plain);
 }
 static void put_facts(facts *f, const char *key, facts *inner) {
   if (inner->bad) f->bad = true;
@@ -96,16 +102,11 @@ typedef struct weights {
   int64_t scales; /* elements of block scales: not parameters */
 } weights;
 
-static bool is_scale(const char *name) {
-  static const char suffix[] = "_scale_inv";
-  size_t n = strlen(name), s = sizeof suffix - 1;
-  return n > s && strcmp(name + n - s, suffix) == 0;
-}
-
 static void count_tensor(weights *w, const wn_st_entry *entry) {
+  char weight[WN_NAME_BYTES];
   int64_t elements = (int64_t)entry->bytes / wn_dtype_bytes(entry->dtype);
   tally *t = &w->by_dtype[entry->dtype];
-  bool scale = is_scale(entry->name);
+  bool scale = wn_scaled_name(weight, entry->name);
   t->tensors++;
   t->bytes += (int64_t)entry->bytes;
   w->all.tensors++;

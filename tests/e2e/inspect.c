@@ -1,4 +1,6 @@
 /* `winnow inspect` on everything that it knows, whole and damaged. */
+#include <sys/stat.h>
+
 #include "io/json.h"
 #include "support/fp8_model.h"
 
@@ -156,6 +158,15 @@ static void a_run_and_its_checkpoint(void **state) {
   json_decref(root);
 }
 
+static void a_name_that_is_not_utf8(void **state) {
+  wn_temp_path odd = wn_temp(state, "odd\xff"), config = wn_temp(state, "odd\xff/config.json");
+  OK(wn_make_dirs(odd.text));
+  OK(wn_copy_file("configs/models/tiny/config.json", config.text));
+  json_t *root = inspect(odd.text, "");
+  assert_non_null(strstr(json_string_value(at(root, NULL, "path")), "/odd?"));
+  json_decref(root);
+}
+
 static void what_is_none_of_these(void **state) {
   wn_temp_path empty = wn_temp(state, "empty");
   OK(wn_make_dirs(empty.text));
@@ -163,6 +174,9 @@ static void what_is_none_of_these(void **state) {
   wn_winnow_refuses(WN_E_INPUT, "is absent", "inspect %s/nothing", empty.text);
   wn_winnow_refuses(WN_E_INPUT, "is this a safetensors file", "inspect README.md");
   wn_winnow_refuses(WN_E_USAGE, "inspect wants one path", "inspect");
+  wn_temp_path pipe = wn_temp(state, "pipe");
+  assert_int_equal(mkfifo(pipe.text, 0600), 0);
+  wn_winnow_refuses(WN_E_INPUT, "is not a regular file", "inspect %s", pipe.text);
   wn_temp_path config = wn_temp(state, "empty/config.json");
   tiny_write(config.text, "{\"model_type\": \"llama\"}");
   wn_winnow_refuses(WN_E_CONFIG, "model_type is llama", "inspect %s", empty.text);
@@ -178,6 +192,7 @@ int main(void) {
       cmocka_unit_test(what_does_not_fit_is_said),
       cmocka_unit_test(a_dataset),
       cmocka_unit_test(a_run_and_its_checkpoint),
+      cmocka_unit_test(a_name_that_is_not_utf8),
       cmocka_unit_test(what_is_none_of_these),
   };
   return cmocka_run_group_tests(tests, tiny_setup, wn_temp_teardown);
