@@ -111,7 +111,7 @@ static wn_status write_model_files(const conversion *c) {
   const wn_convert_source *s = &c->source;
   wn_model_config config = s->config;
   if (job->form == WN_TO_V3) config.has_indexer = false;
-  WN_TRY(wn_hf_copy_companions(job->in, job->out, false));
+  WN_TRY(wn_hf_copy_companions(job->in, job->out, false, c->log));
   WN_TRY(write_generation_config(c));
   if (job->form == WN_TO_FP8)
     WN_TRY(wn_model_config_save_fp8(&config, job->out, job->in, s->fp8 && !s->scale_ue8m0 ? NULL : "ue8m0"));
@@ -121,7 +121,7 @@ static wn_status write_model_files(const conversion *c) {
 }
 
 static wn_status write_demo_files(const conversion *c) {
-  WN_TRY(wn_hf_copy_companions(c->job->in, c->job->out, true));
+  WN_TRY(wn_hf_copy_companions(c->job->in, c->job->out, true, c->log));
   return wn_demo_write_config(&c->source, c->job->out);
 }
 

@@ -57,26 +57,29 @@ static bool travels(const char *name, bool only_tokens) {
   return strstr(name, "token") != NULL;
 }
 
-static wn_status copy_one(const char *from_dir, const char *to_dir, const char *name) {
-  enum { MOST_BYTES = 64 << 20 };
+static wn_status copy_one(const char *from_dir, const char *to_dir, const char *name, wn_log *log) {
+  enum { MOST_MIB = 64 };
   char from[WN_PATH_BYTES], beside[WN_PATH_BYTES], to[WN_PATH_BYTES];
   struct stat info;
   WN_TRY(wn_path(from, "%s/%s", from_dir, name));
   WN_TRY(wn_path(beside, "%s/.tmp-%s", to_dir, name));
   WN_TRY(wn_path(to, "%s/%s", to_dir, name));
-  if (stat(from, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size > MOST_BYTES) return NULL;
+  if (stat(from, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size > (off_t)MOST_MIB << 20) {
+    wn_warn(log, "%s is no file of at most %d MiB, and is left behind", from, MOST_MIB);
+    return NULL;
+  }
   WN_TRY(wn_remove_tree(beside));
   WN_TRY(wn_copy_file(from, beside));
   return wn_rename_sync(beside, to);
 }
 
-wn_status wn_hf_copy_companions(const char *from_dir, const char *to_dir, bool only_tokens) {
+wn_status wn_hf_copy_companions(const char *from_dir, const char *to_dir, bool only_tokens, wn_log *log) {
   char **names;
   size_t n;
   wn_status status = NULL;
   WN_TRY(wn_list_dir(&names, &n, from_dir));
   for (size_t i = 0; !status && i < n; i++)
-    if (travels(names[i], only_tokens)) status = copy_one(from_dir, to_dir, names[i]);
+    if (travels(names[i], only_tokens)) status = copy_one(from_dir, to_dir, names[i], log);
   wn_list_free(names, n);
   return status;
 }

@@ -2,6 +2,7 @@
 #ifndef WN_IO_HF_WRITE_H
 #define WN_IO_HF_WRITE_H
 
+#include "base/log.h"
 #include "io/files.h"
 
 #define WN_INDEX_NAME "model.safetensors.index.json"
@@ -14,8 +15,9 @@ WN_MUST_USE wn_status wn_hf_index_add(wn_hf_index *index, const char *tensor, in
 WN_MUST_USE wn_status wn_hf_index_write(const wn_hf_index *index, const char *dir); /* atomically, names sorted */
 
 /* Copies what belongs to a model besides config.json and weights: files with "token" in their names,
- * generation_config.json, chat templates, vocab.json and merges.txt, each at most 64 MiB long. Each is copied to
- * DIR/.tmp-NAME and renamed, in the place of one that stands there. only_tokens: nothing but the first. */
-WN_MUST_USE wn_status wn_hf_copy_companions(const char *from_dir, const char *to_dir, bool only_tokens);
+ * generation_config.json, chat templates, vocab.json and merges.txt. Each is copied to DIR/.tmp-NAME and renamed, in
+ * the place of one that stands there; what is longer than 64 MiB, a directory or a link to nothing is left out with a
+ * warning. only_tokens: nothing but the first. */
+WN_MUST_USE wn_status wn_hf_copy_companions(const char *from_dir, const char *to_dir, bool only_tokens, wn_log *log);
 
 #endif

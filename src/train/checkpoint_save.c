@@ -131,7 +131,7 @@ static wn_status create_files(save *s) {
     WN_TRY(wn_path(path, "%s/%s", s->at.temporary, file->name));
     WN_TRY(file->layout ? create_file(s, file, path) : link_file(s, file, path));
   }
-  if (s->source) WN_TRY(wn_hf_copy_companions(s->at.source, s->at.temporary, false));
+  if (s->source) WN_TRY(wn_hf_copy_companions(s->at.source, s->at.temporary, false, s->plan->log));
   WN_TRY(wn_checkpoint_write_index(s->layout, s->source, s->at.temporary));
   bool fp8 = false;
   for (int32_t p = 0; p < s->n_params; p++) fp8 = fp8 || s->params[p].fp8;

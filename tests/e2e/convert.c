@@ -258,6 +258,17 @@ static void bounded_memory(void **state) {
 
 /* ---- words ---- */
 
+static void what_is_left_behind_is_said(void **state) {
+  const char *dir = *state;
+  wn_temp_path link = wn_temp(state, "base32/tokenizer_config.json");
+  wn_program p;
+  assert_int_equal(symlink("nowhere", link.text), 0);
+  wn_winnow(&p, 1, "convert %s/base32 %s/without --to bf16", dir, dir);
+  assert_int_equal(p.code, 0);
+  if (!strstr(p.err, "base32/tokenizer_config.json is no file of at most 64 MiB")) fail_msg("%s", p.err);
+  assert_int_equal(unlink(link.text), 0);
+}
+
 static void wrong_words(void **state) {
   const char *dir = *state;
   wn_winnow_refuses(WN_E_USAGE, "the one to write, and --to", "convert %s/base32 %s/never", dir, dir);
@@ -288,6 +299,7 @@ int main(void) {
       cmocka_unit_test(killed_anywhere),
       cmocka_unit_test(a_full_disk),
       cmocka_unit_test(bounded_memory),
+      cmocka_unit_test(what_is_left_behind_is_said),
       cmocka_unit_test(wrong_words),
   };
   return cmocka_run_group_tests(tests, setup, wn_temp_teardown);
