@@ -165,6 +165,11 @@ static double get_mscale(double factor, double mscale) {
   return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1;
 }
 
+double wn_model_config_attention_factor(const wn_model_config *config) {
+  if (config->mscale <= 0 || config->mscale_all_dim <= 0) return get_mscale(config->rope_factor, 1);
+  return get_mscale(config->rope_factor, config->mscale) / get_mscale(config->rope_factor, config->mscale_all_dim);
+}
+
 /* Models that scale cos and sin (attention_factor other than 1) are none of the V3 family's: refused, not
  * approximated. */
 static wn_status read_yarn(reader in, wn_model_config *out) {
@@ -186,11 +191,7 @@ static wn_status read_yarn(reader in, wn_model_config *out) {
   const json_t *truncate = get(in, "truncate"), *given = get(in, "attention_factor");
   if (truncate && !json_is_true(truncate))
     return WN_FAIL(WN_E_CONFIG, "%s: %struncate is not true; Winnow has only true", in.path, in.prefix);
-  bool both = out->mscale > 0 && out->mscale_all_dim > 0;
-  double attention_factor =
-      given  ? json_number_value(given)
-      : both ? get_mscale(out->rope_factor, out->mscale) / get_mscale(out->rope_factor, out->mscale_all_dim)
-             : get_mscale(out->rope_factor, 1);
+  double attention_factor = given ? json_number_value(given) : wn_model_config_attention_factor(out);
   if (attention_factor != 1)
     return WN_FAIL_HINT(WN_E_CONFIG, "models of the DeepSeek-V3 family have mscale equal to mscale_all_dim",
                         "%s: %smscale %g and mscale_all_dim %g scale cos and sin by %.9g; Winnow has only 1", in.path,

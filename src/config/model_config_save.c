@@ -45,6 +45,8 @@ static int set_rope(json_t *root, const wn_model_config *c) {
   int bad = set(root, "rope_theta", short_number(c->rope_theta));
   if (!c->yarn) return bad | set(root, "rope_scaling", json_null());
   json_t *rope = json_object();
+  /* only where it was given: the rest says another */
+  if (wn_model_config_attention_factor(c) != 1) bad |= set(rope, "attention_factor", json_real(1));
   bad |= set(rope, "beta_fast", short_number(c->beta_fast));
   bad |= set(rope, "beta_slow", short_number(c->beta_slow));
   bad |= set(rope, "factor", short_number(c->rope_factor));

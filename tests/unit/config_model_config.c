@@ -390,6 +390,21 @@ static void v31_becomes_v32(void **state) {
   assert_memory_equal(&again, &c, sizeof c);
 }
 
+/* Where mscale and mscale_all_dim alone would scale cos and sin, the factor that was given travels along. Found by
+ * fuzzing. */
+static void a_given_attention_factor_is_kept(void **state) {
+  (void)state;
+  wn_model_config c, again;
+  json_t *config = model("tiny");
+  set(config, "rope_scaling",
+      "{\"type\": \"yarn\", \"factor\": 40, \"mscale\": 1.0, \"attention_factor\": 1.0,"
+      " \"original_max_position_embeddings\": 4096}");
+  OK(load(&c, config));
+  OK(wn_model_config_save(&c, root, NULL, "float32"));
+  OK(wn_model_config_load(&again, root));
+  assert_memory_equal(&again, &c, sizeof c);
+}
+
 static void v32_becomes_v31(void **state) {
   (void)state;
   wn_model_config c;
@@ -580,6 +595,7 @@ int main(void) {
       TEST(files_that_are_none),
       TEST(rope_frequencies),
       TEST(v31_becomes_v32),
+      TEST(a_given_attention_factor_is_kept),
       TEST(v32_becomes_v31),
       TEST(fp8_is_the_released_file),
       TEST(fp8_that_is_kept),
