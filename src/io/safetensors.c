@@ -227,6 +227,8 @@ static wn_status read_header(wn_safetensors *file) {
     return WN_FAIL(WN_E_INPUT, "%s: bad JSON at byte %d of the header: %s", file->path, error.position, error.text);
   wn_status status = read_entries(file, header, LENGTH_BYTES + header_bytes);
   json_decref(header);
+  /* advice, not needed for truth: the headers of a large model are megabytes that nobody looks at again */
+  (void)madvise((void *)(uintptr_t)file->map, file->map_bytes, MADV_DONTNEED);
   return status;
 }
 
