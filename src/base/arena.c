@@ -24,6 +24,7 @@ struct wn_arena {
   size_t committed;          /* bytes from the front that can be used; only with pages of another kind */
   wn_memory memory;          /* reserve NULL: this process's own */
   size_t counted_page_bytes; /* not 0: nothing is behind the addresses */
+  uintptr_t advised;         /* up to here huge pages have been asked for */
   int32_t n_tags, n_live;
   tag tags[MAX_NAMES];
   live lives[MAX_LIVE]; /* what is allocated now, in order of offset */
@@ -92,6 +93,17 @@ static wn_status commit(wn_arena *arena, size_t bytes) {
   return NULL;
 }
 
+/* Huge pages for a large allocation of the process's own memory, where the system leaves that to programs: else its
+ * first use is a fault every 4 KiB, which takes longer than reading weights into it. Only whole pages inside it, so
+ * that memory is not held for nothing; a refusal is no error. */
+static void prefer_huge_pages(wn_arena *arena, const char *at, size_t bytes) {
+  const uintptr_t huge = (uintptr_t)2 << 20, from = ((uintptr_t)at + huge - 1) / huge * huge,
+                  to = ((uintptr_t)at + bytes) / huge * huge;
+  if (arena->memory.reserve || arena->counted_page_bytes || bytes < 8 * huge || to <= arena->advised) return;
+  madvise((void *)from, to - from, MADV_HUGEPAGE);
+  arena->advised = to;
+}
+
 static int32_t tag_of(wn_arena *arena, const char *name) {
   for (int32_t i = 0; i < arena->n_tags; i++)
     if (arena->tags[i].use.name == name || strcmp(arena->tags[i].use.name, name) == 0) return i;
@@ -116,6 +128,7 @@ wn_status wn_arena_alloc(wn_arena *arena, void **out, const char *name, size_t b
   int32_t index = tag_of(arena, name);
   arena->lives[arena->n_live++] = (live){arena->used, index};
   *out = arena->base + arena->used;
+  prefer_huge_pages(arena, *out, padded);
   arena->used += padded;
   tag *t = &arena->tags[index];
   t->live_bytes += padded;
