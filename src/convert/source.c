@@ -52,10 +52,6 @@ typedef struct gathering {
   int64_t n_claimed;
 } gathering;
 
-static bool is_indexer(int32_t slot) {
-  return slot >= WN_P_INDEX_Q_B && slot <= WN_P_INDEX_WEIGHTS;
-}
-
 static wn_released released_of(const wn_param *p) {
   if (p->file_dtype == WN_F32) return WN_RELEASED_F32;
   return wn_slot_released_fp8((wn_slot)p->slot) ? WN_RELEASED_FP8 : WN_RELEASED_BF16;
@@ -101,10 +97,10 @@ static wn_status gather_one(gathering *g, wn_convert_weight w, bool optional) {
 static wn_status gather_params(gathering *g, int32_t from, int32_t to, bool mtp, bool without_indexer) {
   for (int32_t i = from; i < to; i++) {
     const wn_param *p = &g->s->table.params[i];
-    if (without_indexer && is_indexer(p->slot)) continue;
+    if (without_indexer && wn_slot_of_indexer(p->slot)) continue;
     wn_convert_weight w = {.name = p->hf_name,
                            .expert = p->expert,
-                           .indexer = is_indexer(p->slot),
+                           .indexer = wn_slot_of_indexer(p->slot),
                            .mtp = mtp,
                            .released = released_of(p),
                            .rank = p->rank,
@@ -116,7 +112,8 @@ static wn_status gather_params(gathering *g, int32_t from, int32_t to, bool mtp,
 
 static bool has_any_indexer(const wn_convert_source *s, int32_t from, int32_t to) {
   for (int32_t i = from; i < to; i++)
-    if (is_indexer(s->table.params[i].slot) && wn_hf_dir_find(s->dir, s->table.params[i].hf_name, NULL)) return true;
+    if (wn_slot_of_indexer(s->table.params[i].slot) && wn_hf_dir_find(s->dir, s->table.params[i].hf_name, NULL))
+      return true;
   return false;
 }
 

@@ -46,7 +46,7 @@ static const char *const slot_names[WN_N_SLOTS] = {
 static bool is_expert(int32_t slot) {
   return slot >= WN_P_EXPERT_GATE && slot <= WN_P_EXPERT_DOWN;
 }
-static bool is_indexer(int32_t slot) {
+bool wn_slot_of_indexer(int32_t slot) {
   return slot >= WN_P_INDEX_Q_B && slot <= WN_P_INDEX_WEIGHTS;
 }
 static bool is_bias(int32_t slot) {
@@ -61,7 +61,7 @@ static int32_t slot_count(const wn_model_config *c, int32_t layer, int32_t slot)
   if (slot == WN_P_EMBED) return layer == -1;
   if (slot == WN_P_FINAL_NORM || slot == WN_P_HEAD) return layer == c->num_hidden_layers;
   if (layer < 0 || layer >= c->num_hidden_layers) return 0;
-  if (is_indexer(slot)) return c->has_indexer;
+  if (wn_slot_of_indexer(slot)) return c->has_indexer;
   if (slot == WN_P_Q) return c->q_lora_rank == 0;
   if (slot >= WN_P_Q_A && slot <= WN_P_Q_B) return c->q_lora_rank > 0;
   bool moe = wn_model_config_is_moe(c, layer);
@@ -135,7 +135,7 @@ static void set_name(wn_param *p) {
 }
 
 static wn_kind kind_of(int32_t slot, wn_param_settings settings) {
-  if (is_indexer(slot)) return settings.train_indexer ? WN_INDEXER : WN_FROZEN;
+  if (wn_slot_of_indexer(slot)) return settings.train_indexer ? WN_INDEXER : WN_FROZEN;
   if (!settings.train_base) return WN_FROZEN;
   return slot == WN_P_ROUTER_BIAS ? WN_BUFFER : WN_BASE;
 }

@@ -62,6 +62,7 @@ void wn_param_table_free(wn_param_table *table);
 /* Whether DeepSeek's FP8 releases have this weight in FP8: matrices, but embedding, head, router and the indexer's
  * head weights. */
 bool wn_slot_released_fp8(wn_slot slot);
+bool wn_slot_of_indexer(int32_t slot);
 
 /* The number in a name that begins with "model.layers.N."; -1: it does not. */
 int64_t wn_name_layer(const char *name);

@@ -75,10 +75,6 @@ wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, 
 
 /* ---- checks of a directory against the parameter table ---- */
 
-static bool is_indexer(const wn_param *p) {
-  return p->slot >= WN_P_INDEX_Q_B && p->slot <= WN_P_INDEX_WEIGHTS;
-}
-
 static wn_status complain(const wn_hf_dir *dir, const char *what, const wn_name_list *list, const char *hint) {
   if (list->n == 0) return NULL;
   return WN_FAIL_HINT(WN_E_INPUT, hint, "%s: %lld %s%s: %s", wn_hf_dir_path(dir), (long long)list->n,
@@ -131,7 +127,7 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
   int64_t indexer_found = 0, indexer_wanted = 0;
   *passed_over = 0;
   for (int32_t i = 0; i < names->n; i++) {
-    if (!is_indexer(&names->params[i])) continue;
+    if (!wn_slot_of_indexer(names->params[i].slot)) continue;
     indexer_wanted++;
     indexer_found += wn_hf_dir_find(dir, names->params[i].hf_name, NULL) != NULL;
   }
@@ -141,7 +137,7 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
     const wn_st_entry *entry = wn_hf_dir_find(dir, p->hf_name, NULL);
     if (entry)
       check_param(&found, dir, p, entry);
-    else if (!(*indexer_absent && is_indexer(p)) && !wn_rewrite_makes(dir, p))
+    else if (!(*indexer_absent && wn_slot_of_indexer(p->slot)) && !wn_rewrite_makes(dir, p))
       wn_name_list_add(&found.missing, "%s", p->hf_name);
   }
   for (int64_t i = 0; i < wn_hf_dir_count(dir); i++) {
