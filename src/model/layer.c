@@ -67,6 +67,7 @@ static wn_call make_call(wn_model *model, int32_t layer, const wn_layer_tensors 
                .rows = rows,
                .layer = layer,
                .n = rows->n_rows,
+               .moe_rows = rows->n_rows,
                .sparse = pass->selection != WN_SELECT_DENSE,
                .form = form_of(model, pass, rows->n_keys),
                .state = model->device->scratch,
@@ -300,7 +301,11 @@ wn_status wn_layer_forward(wn_model *model, int32_t layer, const wn_layer_tensor
                            const wn_pass *pass, const wn_rows *rows, wn_tensor *h_out, wn_tensor *h_mid,
                            const wn_tensor *h_in, wn_replay *replay, wn_layer_measures *measures) {
   wn_call c = make_call(model, layer, weights, grads, pass, rows, h_in, replay);
+  WN_ASSERT(!c.kept || h_mid, "layer %d is kept for a backward without h_mid", layer);
   if (c.kept) c.state = model->device->stash;
+  /* a backward takes all rows at once, and a product of fewer may round otherwise: what it computes again must be what
+     the forward made */
+  if (!h_mid) c.moe_rows = model->moe_rows;
   size_t mark = wn_arena_mark(model->device->scratch);
   wn_status status = NULL;
   wn_tensor mid;

@@ -33,7 +33,7 @@ typedef struct wn_model {
   double softmax_scale;   /* attention's, with mscale^2 */
   double index_scale;     /* index_head_dim^-0.5 */
   int64_t *expert_offset; /* [n_routed_experts + 1], working memory of MoE layers: a model runs one pass at a time */
-  int32_t moe_rows;       /* rows whose copies for experts exist at once in a forward (WN_MOE_ROWS) */
+  int32_t moe_rows; /* WN_MOE_ROWS: rows whose copies for experts exist at once in a forward without a backward */
 } wn_model;
 
 /* 8 copies each of 7168 columns in and out, and 3 of 2048 between: 10.7 GB for V3.1 in BF16, less than its attention
@@ -100,12 +100,12 @@ typedef struct wn_layer_measures {
   wn_tensor topk;              /* [n,k] INDEX, =: the indexer's picks even in a dense pass (dumps only) */
 } wn_layer_measures;
 
-/* h_out[n,D] from h_in[n,D] (may not overlap); h_mid[n,D] (the residual between attention and MLP) may be NULL. The
- * rows are the keys: rows->n_rows == rows->n_keys. With pass->indexer_grads in a DENSE pass (stage 1) the indexer's
- * gradients are added to `grads` here, where `grads` has them: a dense pass that also runs the backward gives `grads`
- * to one of the two only. With a sparse pass, indexer_kl in a forward makes kl (p costs one more pass); set it only
- * where no backward follows. grads, replay, measures may be NULL. Hidden states depend on the indexer only through
- * the selection of WN_SELECT_INDEXER. WN_E_MEMORY when scratch runs out. */
+/* h_out[n,D] from h_in[n,D] (may not overlap); h_mid[n,D] (the residual between attention and MLP) may be NULL
+ * where no backward follows. The rows are the keys: rows->n_rows == rows->n_keys. With pass->indexer_grads in a DENSE
+ * pass (stage 1) the indexer's gradients are added to `grads` here, where `grads` has them: a dense pass that also runs
+ * the backward gives `grads` to one of the two only. With a sparse pass, indexer_kl in a forward makes kl (p costs one
+ * more pass); set it only where no backward follows. grads, replay, measures may be NULL. Hidden states depend on the
+ * indexer only through the selection of WN_SELECT_INDEXER. WN_E_MEMORY when scratch runs out. */
 WN_MUST_USE wn_status wn_layer_forward(wn_model *model, int32_t layer, const wn_layer_tensors *weights,
                                        wn_layer_tensors *grads, const wn_pass *pass, const wn_rows *rows,
                                        wn_tensor *h_out, wn_tensor *h_mid, const wn_tensor *h_in, wn_replay *replay,

@@ -158,7 +158,7 @@ wn_status wn_moe_forward(wn_call *c, wn_tensor *y, const wn_tensor *x, wn_moe_ch
   wn_routed r;
   WN_TRY(route(c, &r, x, choice));
   for (int64_t from = 0, n; from < c->n; from += n) { /* rows do not depend on each other */
-    n = c->kept || c->n - from < c->model->moe_rows ? c->n - from : c->model->moe_rows;
+    n = c->n - from < c->moe_rows ? c->n - from : c->moe_rows;
     size_t rows_mark = wn_arena_mark(c->device->scratch);
     wn_tensor rows = wn_tensor_slice(*x, 0, from, n), out = wn_tensor_slice(*y, 0, from, n);
     wn_tensor expert = wn_tensor_slice(choice->expert, 0, from, n), weight = wn_tensor_slice(r.weight, 0, from, n);

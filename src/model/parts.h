@@ -22,6 +22,7 @@ typedef struct wn_call {
   const wn_rows *rows;
   int32_t layer;
   int64_t n;
+  int64_t moe_rows; /* rows that experts take at once in a forward: all, where a backward follows */
   bool sparse;
   wn_attention_form form; /* of a sparse pass: ABSORBED or MASKED */
   wn_arena *state;        /* of what the backward needs too: the stash in a forward that keeps it, else scratch */
