@@ -20,8 +20,8 @@ WN_MUST_USE wn_status wn_reads_add(wn_reads *reads, wn_read read);
 void wn_reads_free(wn_reads *reads);
 
 /* Reads of each tensor the elements that the rank's part has and nothing else; of a parameter that the store keeps as
- * FP8, whose scales every rank has, those too. The order is that of the files; beside what it fills it takes a few
- * buffers of 64 KiB a thread (on a GPU, one of 1 MiB). `what` ("reading weights") names it in the log, where it shows
+ * FP8, whose scales every rank has, those too. The order is that of the files; beside what it fills it takes at most
+ * half a MiB of stack a thread (on a GPU, 1 MiB more). `what` ("reading weights") names it in the log, where it shows
  * how far it is. WN_E_INPUT and WN_E_IO as wn_hf_read; of several errors the one first in the list. */
 WN_MUST_USE wn_status wn_reads_run(wn_reads *reads, wn_device *device, wn_store *store, const wn_part *parts,
                                    wn_log *log, const char *what);

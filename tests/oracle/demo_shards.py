@@ -1,8 +1,8 @@
 """What DeepSeek's demo converter makes of model directories: names, dtypes, shapes and digests of every tensor of every
 shard, for 1, 2 and 4 shards. Written from the description of its format alone, with numpy and no other code of ours.
 
-    demo_shards.py OUT.json          the committed tests/fixtures/demo_shards.json
-    demo_shards.py --check DIR N     the shards in DIR against those that the rules here make of DIR's source, --in SRC
+    demo_shards.py OUT.json                    the committed tests/fixtures/demo_shards.json
+    demo_shards.py DIR --check N --in SOURCE   the N shards in DIR against those that the rules here make of SOURCE
 
 The sources are not stored: every tensor's bytes are a function of its name (contents()), which
 tests/support/conversion.h has too.
