@@ -33,7 +33,7 @@ typedef struct wn_model {
   double softmax_scale;   /* attention's, with mscale^2 */
   double index_scale;     /* index_head_dim^-0.5 */
   int64_t *expert_offset; /* [n_routed_experts + 1], working memory of MoE layers: a model runs one pass at a time */
-  int32_t moe_rows; /* WN_MOE_ROWS: rows whose copies for experts exist at once in a forward without a backward */
+  int32_t moe_rows;       /* WN_MOE_ROWS: rows whose copies for experts exist at once in a forward without a backward */
 } wn_model;
 
 /* 8 copies each of 7168 columns in and out, and 3 of 2048 between: 10.7 GB for V3.1 in BF16, less than its attention

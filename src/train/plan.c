@@ -249,7 +249,7 @@ static bool change(trial *t, const wn_plan *plan, int32_t i) {
   }
   t->job.data.seq_len = job->data.seq_len >> (i - MORE_RANKS + 1);
   snprintf(t->change, sizeof t->change, "data.seq_len=%d", t->job.data.seq_len);
-  return t->job.data.seq_len >= 1;
+  return t->job.data.seq_len >= 2; /* the least that a job may have */
 }
 
 wn_status wn_plan_remedies(wn_remedy out[WN_MOST_REMEDIES], int32_t *n, const wn_plan *plan) {

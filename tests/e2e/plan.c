@@ -138,6 +138,26 @@ static void what_does_not_fit_gets_remedies(void **state) {
   json_decref(plan);
 }
 
+/* A sequence of one token is none: of the shorter ones it is not offered. */
+static void remedies_are_jobs(void **state) {
+  char words[512];
+  const char *dir = *state;
+  size_t i;
+  json_t *one;
+  snprintf(words, sizeof words,
+           "%s/job.yaml run_dir=unused --stage adapt --ranks 1 init=%s/sparse data.seq_len=4 --memory-gb 0.000001", dir,
+           dir);
+  json_t *plan = plan_of(words);
+  bool shorter = false;
+  json_array_foreach(json_object_get(plan, "remedies"), i, one) {
+    const char *change = json_string_value(json_object_get(one, "change"));
+    assert_string_not_equal(change, "data.seq_len=1");
+    shorter = shorter || strcmp(change, "data.seq_len=2") == 0;
+  }
+  assert_true(shorter);
+  json_decref(plan);
+}
+
 static bool has_use(const json_t *plan, const char *arena, const char *name) {
   size_t i;
   json_t *one;
@@ -188,10 +208,15 @@ static void refusals(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(memory_is_as_planned),         cmocka_unit_test(options_change_it),
-      cmocka_unit_test(fp8_bases_are_as_planned),     cmocka_unit_test(the_demo_is_as_planned),
-      cmocka_unit_test(traffic_is_counted),           cmocka_unit_test(what_does_not_fit_gets_remedies),
-      cmocka_unit_test(a_gpu_is_planned_without_one), cmocka_unit_test(refusals),
+      cmocka_unit_test(memory_is_as_planned),
+      cmocka_unit_test(options_change_it),
+      cmocka_unit_test(fp8_bases_are_as_planned),
+      cmocka_unit_test(the_demo_is_as_planned),
+      cmocka_unit_test(traffic_is_counted),
+      cmocka_unit_test(what_does_not_fit_gets_remedies),
+      cmocka_unit_test(remedies_are_jobs),
+      cmocka_unit_test(a_gpu_is_planned_without_one),
+      cmocka_unit_test(refusals),
   };
   return cmocka_run_group_tests(tests, plan_setup, wn_temp_teardown);
 }
