@@ -88,6 +88,29 @@ static wn_status read_weights(init *in, wn_reads *reads, bool *rewritten) {
   return wn_reads_run(reads, device, in->plan->store, in->parts, in->plan->log, "reading weights");
 }
 
+/* Tensors behind the model's last layer are its prediction layers, or the rest of a model that config.json has less of.
+ */
+static wn_status tell_of_passed_over(const init *in, int64_t passed_over) {
+  const char *dir = wn_hf_dir_path(in->dir);
+  wn_log *log = in->plan->log;
+  int32_t n_layers = in->plan->model->config.num_hidden_layers, named;
+  int64_t unknown = 0;
+  if (!passed_over) return NULL;
+  wn_info(log,
+          "%s: %lld tensors of layers from %d on (multi-token prediction) are not trained; checkpoints carry them "
+          "through",
+          dir, (long long)passed_over, n_layers);
+  WN_TRY(wn_model_config_mtp_layers(&named, dir));
+  for (int64_t i = 0; i < wn_hf_dir_count(in->dir); i++)
+    unknown += wn_name_layer(wn_hf_dir_at(in->dir, i, NULL)->name) >= n_layers + named;
+  if (unknown)
+    wn_warn(log,
+            "%s: %lld of them are of layers that config.json does not name (num_hidden_layers %d, "
+            "num_nextn_predict_layers %d)",
+            dir, (long long)unknown, n_layers, named);
+  return NULL;
+}
+
 static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char *dir, bool allow_new_indexer) {
   bool indexer_absent, rewritten = false;
   int64_t passed_over;
@@ -101,11 +124,7 @@ static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char
   wn_reads_free(&reads);
   WN_TRY(status);
   if (wn_world_rank(plan->world) != 0) return NULL;
-  if (passed_over)
-    wn_info(plan->log,
-            "%s: %lld tensors of layers from %d on (multi-token prediction) are not trained; checkpoints carry them "
-            "through",
-            dir, (long long)passed_over, rules.n_layers);
+  WN_TRY(tell_of_passed_over(in, passed_over));
   if (rewritten)
     wn_info(plan->log,
             "%s has queries without a low rank: rewritten with q_lora_rank = hidden_size = %d, which an indexer needs",

@@ -137,6 +137,24 @@ static void what_one_rank_finds_ends_all(void **state) {
   if (!strstr(program.err, "experts.3.down_proj.weight holds NaN")) fail_msg("%s", program.err);
 }
 
+/* A config.json of fewer layers than there are: what lies behind them and its prediction layer is told of. */
+static void layers_that_nobody_names(void **state) {
+  static const char *const words[] = {"of layers that config.json does not name (num_hidden_layers 2",
+                                      "(multi-token prediction) are not trained"};
+  const char *dir = *state;
+  wn_model_config config = tiny_config();
+  wn_program program;
+  fp8_model(wn_temp(state, "deep").text, &config, 4, 1, true, true);
+  for (int32_t fewer = 0; fewer < 2; fewer++) {
+    config.num_hidden_layers -= fewer;
+    fp8_write_config(wn_temp(state, "deep").text, &config, true, true);
+    wn_winnow(&program, 2, "warmup %s/job.yaml init=%s/deep run_dir=%s/deep-%d training.steps=1", dir, dir, dir, fewer);
+    assert_int_equal(program.code, 0);
+    assert_int_equal(strstr(program.err, words[0]) != NULL, fewer);
+    assert_non_null(strstr(program.err, words[1]));
+  }
+}
+
 /* The release's whole list, in as many shards: a step of each stage on one rank and on two, and out again as V3.2. */
 static void the_whole_list_of_tensors(void **state) {
   const char *dir = *state;
@@ -166,6 +184,7 @@ int main(void) {
       cmocka_unit_test(fp8_indexers_go_on),
       cmocka_unit_test(fp8_runs_resume),
       cmocka_unit_test(what_one_rank_finds_ends_all),
+      cmocka_unit_test(layers_that_nobody_names),
       cmocka_unit_test(the_whole_list_of_tensors),
   };
   return cmocka_run_group_tests(tests, setup, wn_temp_teardown);
