@@ -92,8 +92,11 @@ wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t firs
   return NULL;
 }
 
-static wn_status holds_nan(const wn_st_entry *entry) {
-  return WN_FAIL(WN_E_INPUT, "%s: tensor %s holds NaN", wn_safetensors_path(entry->file), entry->name);
+/* codes: of elements from `first` on, one of which is NaN. */
+static wn_status holds_nan(const wn_st_entry *entry, const uint8_t *codes, int64_t first) {
+  while ((*codes & 0x7f) != 0x7f) codes++, first++;
+  return WN_FAIL(WN_E_INPUT, "%s: tensor %s holds NaN at [%lld, %lld]", wn_safetensors_path(entry->file), entry->name,
+                 (long long)(first / entry->dim[1]), (long long)(first % entry->dim[1]));
 }
 
 static wn_status read_codes(uint8_t *out, const wn_st_entry *entry, int64_t first, int64_t count) {
@@ -104,7 +107,7 @@ static wn_status read_codes(uint8_t *out, const wn_st_entry *entry, int64_t firs
     uint8_t magnitude = out[i] & 0x7f;
     most = magnitude > most ? magnitude : most;
   }
-  return most == 0x7f ? holds_nan(entry) : NULL;
+  return most == 0x7f ? holds_nan(entry, out, first) : NULL;
 }
 
 typedef struct source {

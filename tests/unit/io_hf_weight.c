@@ -240,8 +240,8 @@ static void values_that_are_none(void **state) {
   refuse_value(state, INFINITY, 0, 0, "w_scale_inv: scale [1, 1] is inf");
   refuse_value(state, 0, 0, 0, "w_scale_inv: scale [1, 1] is 0");
   refuse_value(state, -1, 0, 0, "w_scale_inv: scale [1, 1] is -1");
-  refuse_value(state, 1, last, 0x7f, "/model.safetensors: tensor w holds NaN");
-  refuse_value(state, 1, last, 0xff, "w holds NaN");
+  refuse_value(state, 1, last, 0x7f, "/model.safetensors: tensor w holds NaN at [129, 149]");
+  refuse_value(state, 1, last, 0xff, "w holds NaN at [129, 149]");
   refuse_value(state, 8e35f, 0, 0, "w_scale_inv: scale [1, 1] is 8e+35");
 }
 
