@@ -5,7 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { MAX_NAMES = 512, MAX_LIVE = 65536, COUNTING_LOG2 = 44 };
+enum { MAX_NAMES = 512, FIRST_LIVES = 256, COUNTING_LOG2 = 44 };
 
 typedef struct tag {
   wn_arena_use use;
@@ -25,9 +25,9 @@ struct wn_arena {
   wn_memory memory;          /* reserve NULL: this process's own */
   size_t counted_page_bytes; /* not 0: nothing is behind the addresses */
   uintptr_t advised;         /* up to here huge pages have been asked for */
-  int32_t n_tags, n_live;
+  int32_t n_tags, n_live, lives_room;
   tag tags[MAX_NAMES];
-  live lives[MAX_LIVE]; /* what is allocated now, in order of offset */
+  live *lives; /* what is allocated now, in order of offset */
 };
 
 static wn_status reserve_own(void **base, const char *name, size_t bytes, int protection) {
@@ -80,6 +80,7 @@ void wn_arena_free(wn_arena *arena) {
     arena->memory.release(arena->memory.context, arena->base, arena->capacity, arena->committed);
   else
     munmap(arena->base, arena->capacity);
+  free(arena->lives);
   free(arena);
 }
 
@@ -117,12 +118,24 @@ static void note_peak(wn_arena *arena) {
   for (int32_t i = 0; i < arena->n_tags; i++) arena->tags[i].use.at_peak_bytes = arena->tags[i].live_bytes;
 }
 
+/* A job may have a million sequences a step, each with tensors of its own. */
+static wn_status make_room_for_one(wn_arena *arena) {
+  if (arena->n_live < arena->lives_room) return NULL;
+  WN_ASSERT(arena->lives_room <= INT32_MAX / 2, "allocations in the %s arena without end", arena->name);
+  int32_t room = arena->lives_room ? 2 * arena->lives_room : FIRST_LIVES;
+  live *grown = realloc(arena->lives, (size_t)room * sizeof *grown);
+  if (!grown) return WN_FAIL(WN_E_MEMORY, "out of memory for the %s arena's table", arena->name);
+  arena->lives = grown;
+  arena->lives_room = room;
+  return NULL;
+}
+
 wn_status wn_arena_alloc(wn_arena *arena, void **out, const char *name, size_t bytes) {
   if (bytes > arena->capacity - arena->used)
     return WN_FAIL_HINT(WN_E_MEMORY, "lower data.seq_len or training.micro_batch_seqs, or use more ranks",
                         "the %s arena has no room for %s: %zu bytes wanted, %zu of %zu left", arena->name, name, bytes,
                         arena->capacity - arena->used, arena->capacity);
-  WN_ASSERT(arena->n_live < MAX_LIVE, "more than %d allocations in the %s arena", MAX_LIVE, arena->name);
+  WN_TRY(make_room_for_one(arena));
   size_t padded = (bytes + WN_ARENA_ALIGN - 1) / WN_ARENA_ALIGN * WN_ARENA_ALIGN;
   WN_TRY(commit(arena, arena->used + padded));
   int32_t index = tag_of(arena, name);

@@ -197,7 +197,8 @@ static void print_disk(const wn_plan *p) {
 
 static void print_remedies(const wn_remedy *remedies, int32_t n) {
   char text[32];
-  puts(n ? "\nwhat would lower it" : "\nno change of micro-batch, moments, ranks or length alone lowers it");
+  puts(n ? "\nwhat would lower it"
+         : "\nno change of micro-batch, moments, what is kept, ranks or length alone lowers it");
   for (int32_t i = 0; i < n; i++)
     printf("  %-41s %s%s\n", remedies[i].change, size_text(text, remedies[i].total_bytes),
            remedies[i].fits ? ": fits" : "");

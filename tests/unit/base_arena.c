@@ -77,9 +77,28 @@ static void an_arena_that_only_counts(void **state) {
   wn_arena_free(arena);
 }
 
+/* As many as a step of many sequences has: each is found again when it is released. */
+static void many_allocations(void **state) {
+  (void)state;
+  enum { MANY = 200000 };
+  wn_arena *arena;
+  OK(wn_arena_create_counting(&arena, "test", 0));
+  size_t half = 0;
+  for (int i = 0; i < MANY; i++) {
+    if (i == MANY / 2) half = wn_arena_mark(arena);
+    alloc(arena, i % 2 ? "odd" : "even", 1);
+  }
+  assert_int_equal(wn_arena_used_bytes(arena), MANY * WN_ARENA_ALIGN);
+  wn_arena_release(arena, half);
+  wn_arena_reset_peak(arena);
+  assert_int_equal(use_of(arena, "odd").peak_bytes, MANY / 4 * WN_ARENA_ALIGN);
+  assert_int_equal(use_of(arena, "even").at_peak_bytes, MANY / 4 * WN_ARENA_ALIGN);
+  wn_arena_free(arena);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(what_is_in_use_at_the_peak),
                                      cmocka_unit_test(the_largest_tensor_of_a_name),
-                                     cmocka_unit_test(an_arena_that_only_counts)};
+                                     cmocka_unit_test(an_arena_that_only_counts), cmocka_unit_test(many_allocations)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
