@@ -142,7 +142,7 @@ __device__ __forceinline__ void wn_gather_panel(const wn_panel_gather &g, int pa
  * with a barrier. */
 __device__ __forceinline__ int wn_count_picks(int *shared, const int32_t *pick, int k) {
   int n = 0;
-  for (int j = threadIdx.x; j < k; j += WN_SPARSE_THREADS) n += pick[j] >= 0;
+  for (int j = threadIdx.x; j < k; j += blockDim.x) n += pick[j] >= 0;
   n = __reduce_add_sync(0xffffffffu, n);
   if ((threadIdx.x & 31) == 0 && n) atomicAdd(shared, n);
   __syncthreads();

@@ -12,11 +12,12 @@
  *   1  mma.sync, gather with a test in front of every copy                      13.0 ms, 179 TFLOP/s, 23% of 780
  *   2  wgmma, a warpgroup per half of a tile's keys, then per half of o's columns; the gather's tests outside its
  *      loops                                                                     6.2 ms, 375 TFLOP/s, 48%
- *   3  the next tile's copies between the products of s, everything unrolled     4.9 ms, 474 TFLOP/s, 61%
- * Version 3 ships for 512 + 64 columns and more than 16 heads, else version 1. 32768 keys 5.0 ms, local picks 4.9 ms;
- * with delta 5.9 ms. 16 heads, 16384 keys, k 1024 (0.146 TFLOP), version 1: 1.61, with the better gather 1.26 ms, 116
- * TFLOP/s. */
+ *   3  the next tile's copies between the products of s, everything unrolled     4.9 ms, 472 TFLOP/s, 61%
+ *   4  attention_sparse_wide.cu: a warpgroup a tile, a third one gathers         4.0 ms, 580 TFLOP/s, 74%
+ * Version 4 ships for 512 + 64 columns and more than 16 heads (131072 keys: 4.6 ms, 509), else version 1. 16 heads,
+ * 16384 keys, k 1024 (0.146 TFLOP), version 1: 1.61, with the better gather 1.26 ms, 116 TFLOP/s. */
 #include "kernels/cuda/attention_gather.cuh"
+#include "kernels/cuda/attention_sparse.cuh"
 #include "kernels/cuda/operations.cuh"
 #include "kernels/cuda/picks.cuh"
 #include "kernels/cuda/ptx/mbarrier.cuh"
@@ -24,15 +25,6 @@
 #include "kernels/cuda/reduce.cuh"
 
 #include <math.h>
-
-typedef struct forward_args {
-  wn_view<wn_bf16> q, kv, o, d_o; /* d_o.data NULL: no delta */
-  wn_view<float> lse, delta;
-  wn_view<int32_t> selection;
-  float scale_log2; /* scale / ln 2 */
-  int32_t v_width, groups, stages;
-  bool q_aligned, kv_aligned, o_pairs, d_o_pairs;
-} forward_args;
 
 /* Where things lie in shared memory. */
 template <int MT> struct forward_layout {
@@ -203,8 +195,8 @@ __device__ static float sum_of_keys(const float mine[wn_split<MT>::MI][2], const
 
 /* lse is written; alpha becomes what o is multiplied by at the end. Ends with a barrier. */
 template <int MT>
-__device__ static void finish_sums(const forward_args &a, const softmax_state<MT> &state, const forward_layout<MT> &l,
-                                   int64_t row, int first_head, int wm, int wn, int side) {
+__device__ static void finish_sums(const wn_sparse_forward &a, const softmax_state<MT> &state,
+                                   const forward_layout<MT> &l, int64_t row, int first_head, int wm, int wn, int side) {
   typedef wn_split<MT> S;
   const int lane = threadIdx.x & 31;
   const float sum_bf16 = sum_of_keys<MT>(state.sum_bf16, l, wm, wn, side);
@@ -226,8 +218,8 @@ __device__ static void finish_sums(const forward_args &a, const softmax_state<MT
 
 /* o and, with d_o, delta: dots of each warp's columns, then over the warps in their order. */
 template <int MT, int NT>
-__device__ static void store_rows(const forward_args &a, float o[MT][NT][4], const forward_layout<MT> &l, int64_t row,
-                                  int first_head, int warp) {
+__device__ static void store_rows(const wn_sparse_forward &a, float o[MT][NT][4], const forward_layout<MT> &l,
+                                  int64_t row, int first_head, int warp) {
   constexpr int HEADS = wn_split<MT>::HEADS;
   const int lane = threadIdx.x & 31;
 #pragma unroll
@@ -262,7 +254,7 @@ __device__ static void store_rows(const forward_args &a, float o[MT][NT][4], con
 }
 
 template <int MT, int NT>
-__global__ __launch_bounds__(WN_SPARSE_THREADS, MT == 1 ? 2 : 1) static void forward_kernel(const forward_args a) {
+__global__ __launch_bounds__(WN_SPARSE_THREADS, MT == 1 ? 2 : 1) static void forward_kernel(const wn_sparse_forward a) {
   typedef wn_split<MT> S;
   extern __shared__ __align__(1024) char memory[];
   const forward_layout<MT> l = lay_out<MT>(memory, wn_shared_address(memory), a.kv.width, a.stages);
@@ -321,201 +313,9 @@ __global__ __launch_bounds__(WN_SPARSE_THREADS, MT == 1 ? 2 : 1) static void for
   store_rows<MT, NT>(a, o, l, row, first_head, warp);
 }
 
-/* ---- 512 + 64 columns, many heads: the same by two warpgroups ---- */
-
-enum { WIDE_PANELS = WN_WIDE_WIDTH / WN_PANEL_COLUMNS, WIDE_NT = 32, GROUP_KEYS = 32 };
-
-/* Each warpgroup makes the logits of half of a tile's keys and owns half of o's columns, both for all 64 heads, so that
- * a thread's two heads are the same in both: of its warp's 16, row lane / 4 and that plus 8. */
-typedef struct wide_state {
-  float top[2], sum[2], sum_bf16[2], alpha[2];
-} wide_state;
-
-/* Between the products the next tile's copies go out: in one go they would hold the warps up. */
-__device__ static void wide_logits(float (&s)[4][4], uint32_t q, uint32_t kv, int group, const wn_panel_gather &next) {
-  wn_wgmma_settle(s);
-  wn_wgmma_fence();
-#pragma unroll
-  for (int panel = 0; panel < WIDE_PANELS; panel++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint32_t at = (uint32_t)(panel * WN_WIDE_PANEL_BYTES + i * 32);
-      wn_wgmma<WN_ALONG, WN_ALONG>(s, wn_wgmma_operand_anew(q + at, 0),
-                                   wn_wgmma_operand_anew(kv + at + group * GROUP_KEYS * WN_PANEL_ROW_BYTES, 0), true);
-    }
-    wn_gather_panel(next, panel);
-  }
-  wn_wgmma_commit();
-  wn_cp_async_commit();
-  wn_wgmma_wait<0>();
-  wn_wgmma_settle(s);
-}
-
-/* As softmax_tile; part[2][64 heads]. */
-__device__ static void wide_softmax(wide_state &state, float (&s)[4][4], uint32_t p, float *part, float scale_log2,
-                                    int left, int group, int warp) {
-  const int lane = threadIdx.x & 31, first = group * GROUP_KEYS + 2 * (lane & 3), head = warp * 16 + (lane >> 2);
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    float top = -INFINITY;
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-#pragma unroll
-      for (int x = 0; x < 2; x++) {
-        float &logit = s[t][2 * e + x];
-        logit = first + 8 * t + x < left ? logit * scale_log2 : -INFINITY;
-        top = fmaxf(top, logit);
-      }
-    top = wn_quad_max(top);
-    if ((lane & 3) == 0) part[group * WN_WIDE_HEADS + head + 8 * e] = top;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    const float top = fmaxf(state.top[e], fmaxf(part[head + 8 * e], part[WN_WIDE_HEADS + head + 8 * e]));
-    float sum = 0, sum_bf16 = 0;
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-      const float x = wn_exp2(s[t][2 * e] - top), y = wn_exp2(s[t][2 * e + 1] - top);
-      const uint32_t xy = wn_pack_bf16(x, y);
-      sum += x + y;
-      sum_bf16 += __uint_as_float(xy << 16) + __uint_as_float(xy & 0xffff0000u);
-      wn_store_shared_4(p + wn_tile_at(WN_WIDE_HEADS, head + 8 * e, group * 4 + t) + 4 * (lane & 3), xy);
-    }
-    state.alpha[e] = wn_exp2(state.top[e] - top);
-    state.top[e] = top;
-    state.sum[e] = state.sum[e] * state.alpha[e] + sum;
-    state.sum_bf16[e] = state.sum_bf16[e] * state.alpha[e] + sum_bf16;
-  }
-  wn_publish_shared();
-  __syncthreads();
-}
-
-__device__ static void wide_values(float (&o)[WIDE_NT][4], const wide_state &state, uint32_t p, uint32_t kv,
-                                   int group) {
-  if (!__all_sync(0xffffffffu, state.alpha[0] == 1 && state.alpha[1] == 1))
-#pragma unroll
-    for (int j = 0; j < WIDE_NT; j++)
-#pragma unroll
-      for (int x = 0; x < 4; x++) o[j][x] *= state.alpha[x >> 1];
-  wn_wgmma_settle(o);
-  wn_wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < WN_SPARSE_KEYS / 16; step++)
-    wn_wgmma<WN_ALONG, WN_ACROSS>(
-        o, wn_wgmma_operand_anew(p + step * 32, 0),
-        wn_wgmma_operand_anew(kv + group * 4 * WN_WIDE_PANEL_BYTES + step * 16 * WN_PANEL_ROW_BYTES,
-                              WN_WIDE_PANEL_BYTES),
-        true);
-  wn_wgmma_commit();
-  wn_wgmma_wait<0>();
-  wn_wgmma_settle(o);
-}
-
-/* Both groups' part of a sum of each head to all: through part[2][64]. Begins and ends so that part may be written. */
-__device__ static void wide_sums(float x[2], float *part, int group, int warp) {
-  const int lane = threadIdx.x & 31, head = warp * 16 + (lane >> 2);
-  __syncthreads();
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    x[e] = wn_quad_sum(x[e]);
-    if ((lane & 3) == 0) part[group * WN_WIDE_HEADS + head + 8 * e] = x[e];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int e = 0; e < 2; e++) x[e] = part[head + 8 * e] + part[WN_WIDE_HEADS + head + 8 * e];
-}
-
-__device__ static void wide_store(const forward_args &a, float (&o)[WIDE_NT][4], wide_state &state, float *part,
-                                  int64_t row, int first_head, int group, int warp) {
-  const int lane = threadIdx.x & 31;
-  float dot[2] = {};
-  wide_sums(state.sum, part, group, warp);
-  wide_sums(state.sum_bf16, part, group, warp);
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    const int head = first_head + warp * 16 + (lane >> 2) + 8 * e;
-    if (head >= a.q.heads) continue;
-    const float sum = state.sum[e], inverse = state.sum_bf16[e] != 0 ? 1 / state.sum_bf16[e] : 0;
-    if (group == 0 && (lane & 3) == 0)
-      a.lse.data[row * a.lse.row + head] =
-          sum > 0 ? (state.top[e] + log2f(sum)) * 0.693147180559945309f : sum + -INFINITY;
-    wn_bf16 *out = a.o.data + row * a.o.row + head * a.o.head;
-    const wn_bf16 *grad = a.d_o.data ? a.d_o.data + row * a.d_o.row + head * a.d_o.head : NULL;
-#pragma unroll
-    for (int j = 0; j < WIDE_NT; j++) {
-      const int column = group * (WN_WIDE_VALUES / 2) + j * 8 + 2 * (lane & 3);
-      const float x = o[j][2 * e] * inverse, y = o[j][2 * e + 1] * inverse;
-      wn_store_pair(out, column, WN_WIDE_VALUES, x, y, a.o_pairs);
-      if (!grad) continue;
-      const wn_two two = wn_load_pair(grad, column, a.d_o_pairs);
-      dot[e] += x * two.x + y * two.y;
-    }
-  }
-  if (!a.d_o.data) return;
-  wide_sums(dot, part, group, warp);
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    const int head = first_head + warp * 16 + (lane >> 2) + 8 * e;
-    if (group == 0 && (lane & 3) == 0 && head < a.q.heads) a.delta.data[row * a.delta.row + head] = dot[e];
-  }
-}
-
-__global__ __launch_bounds__(WN_SPARSE_THREADS, 1) static void wide_kernel(const forward_args a) {
-  extern __shared__ __align__(1024) char memory[];
-  const forward_layout<4> l = lay_out<4>(memory, wn_shared_address(memory), a.kv.width, 2);
-  const int64_t row = blockIdx.x / a.groups;
-  const int first_head = (int)(blockIdx.x % a.groups) * WN_WIDE_HEADS;
-  const int of_block = wn_uniform(threadIdx.x >> 5), group = of_block >> 2, warp = of_block & 3;
-  const int32_t *pick = a.selection.data + row * a.selection.row;
-  const uint32_t stage_bytes = (uint32_t)wn_tile_bytes(WN_SPARSE_KEYS, a.kv.width);
-
-  if (threadIdx.x == 0) *l.count = 0;
-  __syncthreads();
-  const int count = wn_count_picks(l.count, pick, a.selection.width);
-  const int tiles = wn_uniform((count + WN_SPARSE_KEYS - 1) / WN_SPARSE_KEYS);
-  int32_t key[2];
-  wn_read_picks(key, pick, 0, count);
-  if (tiles) {
-    wn_load_heads<WN_WIDE_HEADS>(l.q, a.q, row, first_head, a.q_aligned);
-    wn_gather(l.kv, a.kv, key, a.kv_aligned);
-  }
-  wn_cp_async_commit();
-  wn_read_picks(key, pick, 1, count);
-
-  float o[WIDE_NT][4] = {};
-  wide_state state = {{-INFINITY, -INFINITY}, {0, 0}, {0, 0}, {1, 1}};
-  for (int t = 0; t < tiles; t++) {
-    const uint32_t kv = l.kv + (t & 1) * stage_bytes;
-    wn_cp_async_wait<0>();
-    wn_publish_shared();
-    __syncthreads();
-    const uint32_t next_kv = l.kv + (~t & 1) * stage_bytes;
-    const wn_panel_gather next = wn_gather_panels(next_kv, a.kv, key);
-    wn_read_picks(key, pick, t + 2, count);
-    float s[4][4] = {};
-    wide_logits(s, l.q, kv, group, next);
-    wide_softmax(state, s, l.p, l.part, a.scale_log2, count - t * WN_SPARSE_KEYS, group, warp);
-    wide_values(o, state, l.p, kv, group);
-  }
-  wn_cp_async_wait<0>();
-  wide_store(a, o, state, l.part, row, first_head, group, warp);
-}
-
-static wn_status launch_wide(wn_device *device, forward_args a) {
-  const size_t bytes = lay_out<4>(NULL, 0, a.kv.width, 2).bytes;
-  WN_ASSERT(bytes <= wn_cuda_of(device)->block_shared_bytes, "%zu bytes of shared memory", bytes);
-  a.groups = (int32_t)wn_ceil_div(a.q.heads, WN_WIDE_HEADS);
-  a.stages = 2;
-  WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-  wide_kernel<<<(unsigned)(a.q.n * a.groups), WN_SPARSE_THREADS, bytes, wn_cuda_stream(device)>>>(a);
-  WN_CUDA_LAUNCHED("attention_sparse");
-  return NULL;
-}
-
 /* ---- host ---- */
 
-template <int MT, int NT> static wn_status launch(wn_device *device, forward_args a) {
+template <int MT, int NT> static wn_status launch(wn_device *device, wn_sparse_forward a) {
   const size_t most = wn_cuda_of(device)->block_shared_bytes;
   a.groups = (int32_t)wn_ceil_div(a.q.heads, wn_split<MT>::HEADS);
   a.stages = 2;
@@ -537,7 +337,7 @@ template <int MT, int NT> static wn_status launch(wn_device *device, forward_arg
 wn_status wn_cuda_attention_sparse(wn_device *device, wn_tensor *o, wn_tensor *lse, wn_tensor *delta,
                                    const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *kv,
                                    const wn_tensor *selection, const wn_rows *rows, const wn_attention_params *params) {
-  forward_args a = {};
+  wn_sparse_forward a = {};
   a.q = wn_view_of<wn_bf16>(q);
   a.kv = wn_view_of<wn_bf16>(kv);
   a.o = wn_view_of<wn_bf16>(o);
@@ -564,7 +364,7 @@ wn_status wn_cuda_attention_sparse(wn_device *device, wn_tensor *o, wn_tensor *l
   if (a.q.n == 0 || a.q.heads == 0) return NULL;
   WN_TRY(wn_cuda_expect_picks(device, a.selection, a.kv.n));
   if (a.q.heads > 16 && a.v_width == WN_WIDE_VALUES && a.q.width == WN_WIDE_WIDTH && a.kv_aligned)
-    return launch_wide(device, a);
+    return wn_sparse_forward_wide(device, a);
   if (a.q.heads > 16 && a.v_width <= 128) return launch<4, 2>(device, a);
   if (a.q.heads > 16 && a.v_width <= 512 && a.q.width <= 576) return launch<4, 8>(device, a);
   if (a.v_width <= 128) return launch<1, 2>(device, a);

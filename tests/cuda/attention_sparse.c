@@ -142,14 +142,25 @@ static void check_backward(twin_bench *b, problem *x) {
 
 static const shape shapes[] = {
     /* n, m, H, c, r, k */
-    {1, 1, 1, 16, 8, 1, CAUSAL, SAME_FIRST, 0, 1},       {1, 1, 128, 512, 64, 6, CAUSAL, SAME_FIRST, 0, 1},
-    {5, 5, 3, 16, 8, 64, CAUSAL, RANDOM, 0, 1},          {5, 300, 16, 64, 16, 100, CAUSAL, RANDOM, 0, 1},
-    {67, 101, 3, 24, 8, 100, DOCUMENTS, RANDOM, 0, 1},   {67, 67, 16, 24, 8, 6, HOLES, RANDOM, 0, 1},
-    {67, 131, 64, 16, 8, 64, DOCUMENTS, RANDOM, 0, 1},   {67, 200, 128, 64, 16, 100, CAUSAL, RANDOM, 0, 1},
-    {5, 65, 1, 512, 64, 64, CAUSAL, RANDOM, 0, 1},       {67, 300, 16, 512, 64, 129, CAUSAL, RANDOM, 0, 1},
-    {67, 140, 64, 512, 64, 64, HOLES, RANDOM, 0, 1},     {67, 101, 128, 512, 64, 100, CAUSAL, RANDOM, 0, 1},
-    {5, 3000, 128, 512, 64, 2048, CAUSAL, RANDOM, 0, 1}, {5, 2049, 17, 64, 16, 2048, CAUSAL, RANDOM, 0, 1},
-    {67, 80, 20, 200, 24, 33, CAUSAL, RANDOM, 0, 1},     {9, 150, 5, 640, 64, 70, CAUSAL, RANDOM, 0, 1},
+    {1, 1, 1, 16, 8, 1, CAUSAL, SAME_FIRST, 0, 1},
+    {1, 1, 128, 512, 64, 6, CAUSAL, SAME_FIRST, 0, 1},
+    {5, 5, 3, 16, 8, 64, CAUSAL, RANDOM, 0, 1},
+    {5, 300, 16, 64, 16, 100, CAUSAL, RANDOM, 0, 1},
+    {67, 101, 3, 24, 8, 100, DOCUMENTS, RANDOM, 0, 1},
+    {67, 67, 16, 24, 8, 6, HOLES, RANDOM, 0, 1},
+    {67, 131, 64, 16, 8, 64, DOCUMENTS, RANDOM, 0, 1},
+    {67, 200, 128, 64, 16, 100, CAUSAL, RANDOM, 0, 1},
+    {5, 65, 1, 512, 64, 64, CAUSAL, RANDOM, 0, 1},
+    {67, 300, 16, 512, 64, 129, CAUSAL, RANDOM, 0, 1},
+    {67, 140, 64, 512, 64, 64, HOLES, RANDOM, 0, 1},
+    {67, 101, 128, 512, 64, 100, CAUSAL, RANDOM, 0, 1},
+    {5, 3000, 128, 512, 64, 2048, CAUSAL, RANDOM, 0, 1},
+    {5, 2049, 17, 64, 16, 2048, CAUSAL, RANDOM, 0, 1},
+    {67, 80, 20, 200, 24, 33, CAUSAL, RANDOM, 0, 1},
+    {9, 150, 5, 640, 64, 70, CAUSAL, RANDOM, 0, 1},
+    /* heads that are no whole number of groups */
+    {67, 400, 200, 512, 64, 300, CAUSAL, RANDOM, 0, 1},
+    {9, 300, 130, 512, 64, 190, DOCUMENTS, RANDOM, 0, 1},
 };
 
 static void every_shape(void **state) {
@@ -177,7 +188,8 @@ static void views_and_odd_widths(void **state) {
       {19, 50, 3, 24, 8, 20, CAUSAL, RANDOM, 8, 1},     {19, 50, 3, 24, 8, 20, CAUSAL, RANDOM, 3, 1},
       {19, 90, 20, 13, 6, 70, DOCUMENTS, RANDOM, 0, 1}, {19, 90, 3, 15, 0, 70, CAUSAL, RANDOM, 1, 1},
       {19, 90, 18, 32, 0, 70, CAUSAL, RANDOM, 2, 1},    {11, 90, 70, 500, 61, 70, CAUSAL, RANDOM, 1, 1},
-      {11, 90, 30, 520, 40, 70, CAUSAL, RANDOM, 0, 1},
+      {11, 90, 30, 520, 40, 70, CAUSAL, RANDOM, 0, 1},  {11, 90, 70, 512, 64, 70, CAUSAL, RANDOM, 8, 1},
+      {11, 90, 70, 512, 64, 70, CAUSAL, RANDOM, 2, 1},
   };
   for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
     problem x = make_problem(b, odd[i]);
@@ -233,9 +245,9 @@ static void delta_is_of_the_unrounded_o(void **state) {
 
 static void p_alone_and_no_p(void **state) {
   twin_bench *b = twin_begin(state);
-  static const int32_t heads[] = {3, 40, 128};
-  for (int i = 0; i < 3; i++) {
-    problem x = make_problem(b, (shape){23, 90, heads[i], 64, 16, 70, HOLES, RANDOM, 0, 1.5});
+  static const int32_t heads[] = {3, 40, 128, 128}, latent[] = {64, 64, 64, 512}, rope[] = {16, 16, 16, 64};
+  for (int i = 0; i < 4; i++) {
+    problem x = make_problem(b, (shape){23, 90, heads[i], latent[i], rope[i], 70, HOLES, RANDOM, 0, 1.5});
     forward(b, &x, true);
     backward(b, &x);
     check_backward(b, &x);
@@ -246,7 +258,7 @@ static void p_alone_and_no_p(void **state) {
                                                &x.selection.cuda, &x.lse.cuda, NULL, &x.rows.cuda, &x.params));
     twin_close(b, "p alone", &x.p, twin_bf16);
     twin dq = x.dq; /* holds the whole backward's, on both */
-    x.dq = twin_tensor(b, WN_ACT, 3, 23, heads[i], 80);
+    x.dq = twin_tensor(b, WN_ACT, 3, 23, heads[i], latent[i] + rope[i]);
     twin_poison(b, &x.dq);
     twin_constant(b, &x.dkv, 0.5);
     OK(b->cpu->ops->attention_sparse_backward(b->cpu, &x.dq.cpu, &x.dkv.cpu, NULL, &x.d_o.cpu, &x.q.cpu, &x.kv.cpu,
@@ -349,9 +361,13 @@ static void every_key_is_right(void **state) {
 /* A row that the sample does not hold: its keys pass their bounds, and are wrong unless they are summed again. */
 static void a_spike_is_summed_again(void **state) {
   twin_bench *b = twin_begin(state);
+  static const shape some[] = {{90, 90, 20, 64, 16, 12, CAUSAL, RANDOM, 0, 1},
+                               {90, 90, 20, 64, 16, 12, CAUSAL, SAME_FIRST, 0, 1},
+                               {90, 400, 128, 512, 64, 150, CAUSAL, RANDOM, 0, 1},
+                               {90, 90, 70, 512, 64, 12, CAUSAL, SAME_FIRST, 0, 1}};
   for (int in_q = 0; in_q < 2; in_q++)
-    for (int same = 0; same < 2; same++) {
-      problem x = make_problem(b, (shape){90, 90, 20, 64, 16, 12, CAUSAL, same ? SAME_FIRST : RANDOM, 0, 1});
+    for (size_t i = 0; i < sizeof some / sizeof *some; i++) {
+      problem x = make_problem(b, some[i]);
       scale_rows(b, in_q ? &x.q : &x.d_o, spike);
       if (in_q) x.params.scale = 1e-5;
       forward(b, &x, true);
@@ -365,18 +381,21 @@ static void a_spike_is_summed_again(void **state) {
 /* The sampled rows pick nothing and the gradients are small: the first sums are too coarse, and are made again. */
 static void gradients_that_no_sample_saw(void **state) {
   twin_bench *b = twin_begin(state);
-  problem x = make_problem(b, (shape){60, 90, 3, 64, 16, 30, CAUSAL, RANDOM, 0, 1});
-  wn_tensor picks = twin_download(b, &x.selection.cuda);
-  for (int j = 0; j < 30; j++) ((int32_t *)picks.data)[j] = ((int32_t *)x.selection.cpu.data)[j] = -1;
-  OK(b->cuda->ops->upload(b->cuda, &x.selection.cuda, picks.data));
-  free(picks.data);
-  fill_kv(b, &x, 1, 0);
-  scale_rows(b, &x.d_o, tiny);
-  forward(b, &x, true);
-  backward(b, &x);
-  check_backward(b, &x);
-  check_every_key(b, "1e-7", &x.dkv, twin_bf16);
-  twin_end(b);
+  for (int wide = 0; wide < 2; wide++) {
+    problem x = make_problem(b, wide ? (shape){60, 90, 70, 512, 64, 30, CAUSAL, RANDOM, 0, 1}
+                                     : (shape){60, 90, 3, 64, 16, 30, CAUSAL, RANDOM, 0, 1});
+    wn_tensor picks = twin_download(b, &x.selection.cuda);
+    for (int j = 0; j < 30; j++) ((int32_t *)picks.data)[j] = ((int32_t *)x.selection.cpu.data)[j] = -1;
+    OK(b->cuda->ops->upload(b->cuda, &x.selection.cuda, picks.data));
+    free(picks.data);
+    fill_kv(b, &x, 1, 0);
+    scale_rows(b, &x.d_o, tiny);
+    forward(b, &x, true);
+    backward(b, &x);
+    check_backward(b, &x);
+    check_every_key(b, "1e-7", &x.dkv, twin_bf16);
+    twin_end(b);
+  }
 }
 
 /* Neighbours pick few keys of their own, with gradients of 1 to 1e-9: each key's sum is right for itself. */
@@ -399,16 +418,19 @@ static void small_sums_beside_large_ones(void **state) {
 /* A NaN reaches the keys that its row picked, and no others. */
 static void a_nan_shows(void **state) {
   twin_bench *b = twin_begin(state);
-  problem x = make_problem(b, (shape){20, 60, 3, 64, 16, 8, CAUSAL, RANDOM, 0, 1});
-  int64_t n = wn_tensor_count(&x.d_o.cpu);
-  double *values = malloc((size_t)n * sizeof *values);
-  for (int64_t i = 0; i < n; i++) values[i] = i == 5 * 3 * 64 + 70 ? (double)NAN : wn_test_get(&x.d_o.cpu, i);
-  twin_set(b, &x.d_o, values);
-  free(values);
-  forward(b, &x, true);
-  backward(b, &x);
-  check_backward(b, &x);
-  twin_end(b);
+  for (int wide = 0; wide < 2; wide++) {
+    problem x = make_problem(b, wide ? (shape){20, 60, 70, 512, 64, 8, CAUSAL, RANDOM, 0, 1}
+                                     : (shape){20, 60, 3, 64, 16, 8, CAUSAL, RANDOM, 0, 1});
+    int64_t n = wn_tensor_count(&x.d_o.cpu), at = 5 * x.s.n_heads * x.s.c + 70;
+    double *values = malloc((size_t)n * sizeof *values);
+    for (int64_t i = 0; i < n; i++) values[i] = i == at ? (double)NAN : wn_test_get(&x.d_o.cpu, i);
+    twin_set(b, &x.d_o, values);
+    free(values);
+    forward(b, &x, true);
+    backward(b, &x);
+    check_backward(b, &x);
+    twin_end(b);
+  }
 }
 
 static void forward_again(wn_device *device, void *context) {

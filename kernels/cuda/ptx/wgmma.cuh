@@ -133,4 +133,18 @@ __device__ __forceinline__ void wn_wgmma_registers(float (&d)[16][4], const uint
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+/* The same with NT 32, and with NT 8 and b along its rows. */
+__device__ __forceinline__ void wn_wgmma_registers(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" WN_NAMES_32 "}, "
+               "{%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
+               : WN_SUMS_16(d, 0), WN_SUMS_16(d, 16)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void wn_wgmma_registers_along(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WN_NAMES_8 "}, "
+               "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+               : WN_SUMS_8(d, 0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
 #endif
