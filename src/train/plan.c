@@ -64,8 +64,8 @@ typedef struct measured {
   double share;
 } measured;
 static const measured shares[] = {
-    {WN_STAGE_WARMUP, true, 8192, 0.54},   {WN_STAGE_WARMUP, true, 131072, 0.47},  {WN_STAGE_ADAPT, true, 8192, 0.39},
-    {WN_STAGE_ADAPT, true, 131072, 0.35},  {WN_STAGE_PRETRAIN, true, 16384, 0.37}, {WN_STAGE_WARMUP, false, 512, 0.71},
+    {WN_STAGE_WARMUP, true, 8192, 0.57},   {WN_STAGE_WARMUP, true, 131072, 0.55},  {WN_STAGE_ADAPT, true, 8192, 0.39},
+    {WN_STAGE_ADAPT, true, 131072, 0.35},  {WN_STAGE_PRETRAIN, true, 16384, 0.41}, {WN_STAGE_WARMUP, false, 512, 0.71},
     {WN_STAGE_PRETRAIN, false, 512, 0.63}, {WN_STAGE_ADAPT, false, 512, 0.57},
 };
 
