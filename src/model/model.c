@@ -13,8 +13,29 @@ const char *wn_selection_name(wn_selection selection) {
   return selection_names[selection];
 }
 
+/* What the operations of a GPU are built for (kernels/cuda): wider ones would not fit a block's shared memory. The
+ * latents' width matters to sparse attention alone, and with it the rope's, which is no more than index_head_dim. */
+static wn_status check_gpu_widths(const wn_model_config *c) {
+  const struct {
+    const char *what;
+    int32_t is, most;
+  } widths[] = {
+      {"qk_nope_head_dim + qk_rope_head_dim", c->qk_nope_head_dim + c->qk_rope_head_dim, 256},
+      {"v_head_dim", c->v_head_dim, 256},
+      {"n_routed_experts", c->n_routed_experts, 2048},
+      {"index_head_dim", c->has_indexer ? c->index_head_dim : 0, 128},
+      {"kv_lora_rank", c->has_indexer ? c->kv_lora_rank : 0, 1024},
+  };
+  for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
+    if (widths[i].is > widths[i].most)
+      return WN_FAIL_HINT(WN_E_CONFIG, "use device: cpu", "%s is %d; on a GPU it may be %d at most", widths[i].what,
+                          widths[i].is, widths[i].most);
+  return NULL;
+}
+
 wn_status wn_model_create(wn_model **out, wn_device *device, const wn_model_config *config,
                           wn_param_settings settings) {
+  if (device->kind == WN_CUDA) WN_TRY(check_gpu_widths(config));
   wn_model *model = calloc(1, sizeof *model);
   if (!model) return WN_FAIL(WN_E_MEMORY, "no memory for the model");
   model->config = *config;

@@ -40,6 +40,7 @@ typedef struct wn_model {
  * takes at 128K. */
 enum { WN_MOE_ROWS = 1 << 15 };
 
+/* WN_E_CONFIG: widths that a GPU's operations are not built for; WN_E_MEMORY. */
 WN_MUST_USE wn_status wn_model_create(wn_model **out, wn_device *device, const wn_model_config *config,
                                       wn_param_settings settings);
 void wn_model_free(wn_model *model);

@@ -192,6 +192,40 @@ static void a_gpu_is_planned_without_one(void **state) {
   }
 }
 
+/* Widths that the GPU's operations are not built for are a sentence; the widest they are built for are planned. */
+static void widths_that_no_gpu_takes(void **state) {
+  static const char *const names[] = {"qk_nope_head_dim + qk_rope_head_dim", "v_head_dim", "n_routed_experts",
+                                      "index_head_dim", "kv_lora_rank"};
+  enum { N = sizeof names / sizeof *names };
+  const char *dir = *state;
+  wn_temp_path model = wn_temp(state, "wide");
+  wn_program p;
+  OK(wn_make_dirs(model.text));
+  for (int i = 0; i < 2 * N; i++) {
+    int32_t wider = i % 2;
+    wn_model_config config = tiny_config();
+    config.has_indexer = true;
+    config.index_n_heads = 2;
+    config.index_head_dim = i / 2 == 3 ? 128 + wider : 128;
+    config.index_topk = 16;
+    if (i / 2 == 0) config.qk_nope_head_dim = 256 - config.qk_rope_head_dim + wider;
+    if (i / 2 == 1) config.v_head_dim = 256 + wider;
+    if (i / 2 == 2) config.n_routed_experts = 2048 + wider * config.n_group;
+    if (i / 2 == 4) {
+      config.kv_lora_rank = 1024 + wider;
+      config.qk_rope_head_dim = 128;
+    }
+    OK(wn_model_config_save(&config, model.text, NULL, "float32"));
+    wn_winnow(&p, 1,
+              "plan %s/job.yaml run_dir=unused --stage adapt --ranks 1 --device h200 init=%s data.seq_len=448 "
+              "dsa.index_head_dim=%d",
+              dir, model.text, config.index_head_dim);
+    if (p.code == WN_E_DEVICE && strstr(p.err, "has no CUDA half")) skip();
+    if (p.code != (wider ? WN_E_CONFIG : 0) || (wider && !strstr(p.err, names[i / 2])))
+      fail_msg("%s, %s: code %d, %s", names[i / 2], wider ? "wider" : "widest", p.code, p.err);
+  }
+}
+
 static void refusals(void **state) {
   const char *dir = *state;
   wn_winnow_refuses(WN_E_USAGE, "--ranks is missing", "plan %s/job.yaml", dir);
@@ -208,15 +242,11 @@ static void refusals(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(memory_is_as_planned),
-      cmocka_unit_test(options_change_it),
-      cmocka_unit_test(fp8_bases_are_as_planned),
-      cmocka_unit_test(the_demo_is_as_planned),
-      cmocka_unit_test(traffic_is_counted),
-      cmocka_unit_test(what_does_not_fit_gets_remedies),
-      cmocka_unit_test(remedies_are_jobs),
-      cmocka_unit_test(a_gpu_is_planned_without_one),
-      cmocka_unit_test(refusals),
+      cmocka_unit_test(memory_is_as_planned),     cmocka_unit_test(options_change_it),
+      cmocka_unit_test(fp8_bases_are_as_planned), cmocka_unit_test(the_demo_is_as_planned),
+      cmocka_unit_test(traffic_is_counted),       cmocka_unit_test(what_does_not_fit_gets_remedies),
+      cmocka_unit_test(remedies_are_jobs),        cmocka_unit_test(a_gpu_is_planned_without_one),
+      cmocka_unit_test(widths_that_no_gpu_takes), cmocka_unit_test(refusals),
   };
   return cmocka_run_group_tests(tests, plan_setup, wn_temp_teardown);
 }
