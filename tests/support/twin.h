@@ -262,7 +262,7 @@ typedef struct twin_out {
 /* Twenty runs on the GPU from equal beginnings: every bit agrees. */
 static inline void twin_repeats(twin_bench *b, void (*run)(wn_device *, void *), void *context, const twin_out *outs,
                                 int32_t n_outs) {
-  wn_tensor first[8];
+  wn_tensor first[8] = {0};
   assert_true(n_outs <= 8);
   for (int trial = 0; trial < TWIN_REPEATS; trial++) {
     for (int32_t i = 0; i < n_outs; i++) {
