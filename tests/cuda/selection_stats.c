@@ -183,11 +183,13 @@ static void kl_near_convergence(void **state) {
   for (int64_t s = 0; s < 50; s++) {
     double got = wn_test_get(&stats, s * WN_N_STATS + WN_STAT_KL_DENSE);
     double want = wn_test_get(&c.stats.cpu, s * WN_N_STATS + WN_STAT_KL_DENSE);
+    double off = want > 0 ? fabs(got - want) / want : fabs(got);
+    if (!(off < 2e-3)) fail_msg("sample %lld: kl %.9g, the CPU has %.9g", (long long)s, got, want);
     total += want;
-    worst = fmax(worst, want > 0 ? fabs(got - want) / want : 0);
+    worst = fmax(worst, off);
   }
   print_message("  kl %.3e on average, off by at most %.1e of itself\n", total / 50, worst);
-  assert_true(total > 0 && total / 50 < 1e-4 && worst < 2e-3);
+  assert_true(total > 0 && total / 50 < 1e-4);
   free(stats.data);
   twin_end(b);
 }
