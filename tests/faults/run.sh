@@ -54,8 +54,7 @@ for fault in $faults; do
   case " $tests " in *" $test "*) ;; *) tests="$tests $test" ;; esac
 done
 
-# whole directories of run output are no part of the program
-git ls-files | grep -v '^checkpoints/' | tar -cf - -T - | tar -xf - -C "$work/clean" || exit 1
+git ls-files | tar -cf - -T - | tar -xf - -C "$work/clean" || exit 1
 cp -R tests/faults "$work/faults" # the copy's own may be older than what is being tried
 printf 'building without faults: %s\n' "$tests"
 # shellcheck disable=SC2086
