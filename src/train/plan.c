@@ -115,21 +115,13 @@ static void count_memory(wn_plan *plan) {
 static void count_time(wn_plan *plan, double share) {
   const wn_run *run = plan->run;
   const wn_machine *machine = &plan->machine;
-  const wn_step_sums *s = &plan->sums;
-  wn_flops_work work = {.rows = (double)s->rows,
-                        .visible_pairs = (double)s->pairs,
-                        .selected_pairs = (double)s->selected,
-                        .backward_base = run->recipe.train_base,
-                        .indexer = run->recipe.train_indexer,
-                        .head = run->recipe.train_base};
   bool one_host = plan->ranks <= machine->ranks_a_host;
   double bandwidth = one_host ? machine->link_bytes_s : machine->fabric_bytes_s;
-  plan->flops = wn_flops(&run->model->config, &work);
   plan->share = share > 0 ? share : measured_share(run->recipe.stage, machine->gpu, run->job.data.seq_len);
   if (machine->flops > 0) plan->compute_s = plan->flops / (machine->flops * plan->share * plan->ranks);
   if (bandwidth > 0) plan->transfer_s = (double)(plan->traffic.gathered_bytes + plan->traffic.summed_bytes) / bandwidth;
-  double step_s = plan->compute_s > plan->transfer_s ? plan->compute_s : plan->transfer_s;
-  plan->hours = step_s * (double)run->job.training.steps / 3600;
+  plan->step_s = plan->compute_s > plan->transfer_s ? plan->compute_s : plan->transfer_s;
+  plan->hours = plan->step_s * (double)run->job.training.steps / 3600;
   plan->rank_hours = plan->hours * plan->ranks;
 }
 
@@ -193,7 +185,7 @@ wn_status wn_plan_create(wn_plan **out, wn_recipe recipe, const wn_job *job, int
   WN_TRY_GOTO(status, fail, open_dry(&device, machine, job->threads));
   WN_TRY_GOTO(status, fail, wn_run_create_dry(&plan->run, recipe, job, plan->world, device));
   if (!machine->gpu) plan->own_bytes = process_bytes();
-  WN_TRY_GOTO(status, fail, wn_train_rehearse(plan->run, &plan->sums, &plan->traffic));
+  WN_TRY_GOTO(status, fail, wn_train_rehearse(plan->run, &plan->flops, &plan->traffic));
   WN_TRY_GOTO(status, fail, count_disk(plan));
   count_memory(plan);
   count_time(plan, share);
@@ -206,7 +198,6 @@ fail:
 
 void wn_plan_free(wn_plan *plan) {
   if (!plan) return;
-  wn_step_sums_free(&plan->sums);
   wn_run_free(plan->run);
   wn_world_free(plan->world);
   free(plan);

@@ -31,7 +31,6 @@ WN_MUST_USE wn_status wn_machine_here(wn_machine *out, const wn_job *job);
 typedef struct wn_plan {
   wn_world *world;
   wn_run *run; /* after its rehearsal: the device's arenas hold the table */
-  wn_step_sums sums;
   wn_machine machine;
   int32_t ranks;
   wn_traffic traffic;           /* of a step, a rank */
@@ -41,7 +40,8 @@ typedef struct wn_plan {
   bool fits;                    /* true too where the machine's memory is not known */
   double flops;                 /* counted work of a step, all ranks */
   double share;                 /* of the machine's rate, measured for this stage */
-  double compute_s, transfer_s; /* a step; they run side by side, so it takes the larger at least */
+  double compute_s, transfer_s; /* a step's work and traffic, which run side by side */
+  double step_s;                /* the larger of the two */
   double hours, rank_hours;     /* of the whole job */
   double written_bytes, linked_bytes; /* a checkpoint: new bytes; bytes linked from the base */
 } wn_plan;

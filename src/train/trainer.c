@@ -315,19 +315,18 @@ static wn_traffic step_traffic(const wn_run *run) {
   return (wn_traffic){traffic.gathered_bytes * times, traffic.summed_bytes * times};
 }
 
-wn_status wn_train_rehearse(wn_run *run, wn_step_sums *sums, wn_traffic *traffic) {
+wn_status wn_train_rehearse(wn_run *run, double *flops, wn_traffic *traffic) {
   trainer t = {.run = run};
   wn_train_row row = {0};
   WN_ASSERT(run->device->dry, "a rehearsal that would move weights");
-  WN_TRY(wn_step_sums_create(sums, &run->model->config));
-  t.sums = *sums;
+  WN_TRY(wn_step_sums_create(&t.sums, &run->model->config));
   wn_status status = wn_step_run(run, 0, run->job.metrics.layers_every > 0, &t.sums);
   *traffic = step_traffic(run);
+  *flops = step_flops(&t);
   if (!status) status = update(&t, 0, &row);
   if (!status) status = measure_peak(&t);
   if (!status && run->valid && run->job.metrics.eval_every > 0) status = evaluate(&t);
-  *sums = t.sums;
-  if (status) wn_step_sums_free(sums);
+  wn_step_sums_free(&t.sums);
   return status;
 }
 
