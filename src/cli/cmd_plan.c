@@ -3,12 +3,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/name_list.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
 #include "io/json.h"
 #include "io/yaml.h"
-#include "kernels/cuda/cuda.h"
 #include "stages/stages.h"
+#include "train/device.h"
 #include "train/plan.h"
 
 static const double giga = 1e9;
@@ -46,8 +47,7 @@ typedef struct request {
 /* The job's own choice where --device gives none: the GPU of a job for GPUs is an H200. */
 static wn_status find_machine(wn_machine *out, const request *r, const wn_job *job) {
   const char *name = r->device;
-  if (!name)
-    name = job->device == WN_JOB_CUDA || (job->device == WN_JOB_AUTO && wn_cuda_count(NULL) > 0) ? "h200" : "cpu";
+  if (!name) name = wn_chooses_gpu(job->device) ? "h200" : "cpu";
   WN_TRY(wn_machine_named(out, name, job->threads));
   if (r->memory_gb > 0) out->memory_bytes = r->memory_gb * giga;
   if (r->tflops > 0) out->flops = r->tflops * 1e12;
@@ -122,13 +122,13 @@ static const char *size_text(char out[32], double bytes) {
 }
 
 static void print_shape(const wn_arena_use *use) {
+  char shape[WN_SHAPE_TEXT_BYTES];
   if (use->rank == 0) {
     putchar('\n');
     return;
   }
-  printf("  %s [", wn_dtype_name((wn_dtype)use->dtype));
-  for (int32_t d = 0; d < use->rank; d++) printf("%s%lld", d ? ", " : "", (long long)use->dim[d]);
-  puts("]");
+  wn_shape_text(shape, use->rank, use->dim);
+  printf("  %s %s\n", wn_dtype_name((wn_dtype)use->dtype), shape);
 }
 
 /* Names that hold a hundredth of the arena or more, then the rest in one line. */
@@ -168,7 +168,6 @@ static void print_memory(const wn_plan *p) {
 static void print_time(const wn_plan *p, bool share_given) {
   char weights[32], gradients[32];
   const wn_job *job = &p->run->job;
-  double step_s = p->compute_s > p->transfer_s ? p->compute_s : p->transfer_s;
   printf("\na step      %.4g FLOP on %d rank%s at %.0f%% (%s) of %.4g TFLOP/s each: %.4g s\n", p->flops, p->ranks,
          p->ranks == 1 ? "" : "s", 100 * p->share, share_given ? "given" : "measured", p->machine.flops * 1e-12,
          p->compute_s);
@@ -177,7 +176,7 @@ static void print_time(const wn_plan *p, bool share_given) {
   printf("traffic     %s of weights to a rank, %s of gradients from it", weights + strspn(weights, " "),
          gradients + strspn(gradients, " "));
   if (p->transfer_s > 0) printf(": %.4g s beside the work", p->transfer_s);
-  printf("\nthe job     %lld steps of %.4g s: %.4g h, %.4g %s-hours\n", (long long)job->training.steps, step_s,
+  printf("\nthe job     %lld steps of %.4g s: %.4g h, %.4g %s-hours\n", (long long)job->training.steps, p->step_s,
          p->hours, p->rank_hours, p->machine.gpu ? "GPU" : "rank");
 }
 
