@@ -1,24 +1,10 @@
 /* One update of a whole model against AdamW written out in FP64, element by element: what base and indexer have of
  * their own (divisor, norm, clip, learning rate, clock), what decays, what stays. */
 #include "support/checkpoint.h"
+#include "support/one_world.h"
 #include "train/optimizer.h"
 
 #include <math.h>
-
-static wn_world *world;
-
-static int make_world(void **state) {
-  (void)state;
-  wn_status status = wn_world_create(&world, 60);
-  wn_status_free(status);
-  return status != NULL;
-}
-
-static int free_world(void **state) {
-  (void)state;
-  wn_world_free(world);
-  return 0;
-}
 
 enum { GRADIENT = WN_N_FIELDS }; /* a field of test_value's own */
 

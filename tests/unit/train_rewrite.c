@@ -3,22 +3,8 @@
 #include <math.h>
 
 #include "support/checkpoint.h"
+#include "support/one_world.h"
 #include "train/rewrite.h"
-
-static wn_world *world;
-
-static int make_world(void **state) {
-  (void)state;
-  wn_status status = wn_world_create(&world, 60);
-  wn_status_free(status);
-  return status != NULL;
-}
-
-static int free_world(void **state) {
-  (void)state;
-  wn_world_free(world);
-  return 0;
-}
 
 static const wn_param_settings warmup = {.train_indexer = true, .file_dtype = WN_F32};
 
