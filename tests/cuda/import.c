@@ -3,16 +3,6 @@
 #include "kernels/cuda/cuda.h"
 #include "support/fp8_model.h"
 
-static int setup(void **state) {
-  if (tiny_setup(state)) return -1;
-  wn_model_config config = tiny_config();
-  config.hidden_size = 144; /* off 128 in every direction */
-  config.moe_intermediate_size = 136;
-  fp8_model(wn_temp(state, "fp8").text, &config, 4, 5, true, true);
-  fp8_model(wn_temp(state, "bf16").text, &config, 4, 2, false, true);
-  return 0;
-}
-
 static void fp8_trains_as_what_it_stands_for(void **state) {
   const char *why, *dir = *state;
   if (wn_cuda_count(&why) <= 0) {
@@ -45,5 +35,5 @@ static void fp8_trains_as_what_it_stands_for(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(fp8_trains_as_what_it_stands_for)};
-  return cmocka_run_group_tests(tests, setup, wn_temp_teardown);
+  return cmocka_run_group_tests(tests, fp8_pair_setup, wn_temp_teardown);
 }

@@ -20,19 +20,10 @@ static wn_model_config base_config(void) {
   return config;
 }
 
-static void number_of_mtp(void **state, const char *dir, int n) {
-  char path[WN_PATH_BYTES];
-  OK(wn_path(path, "%s/%s/config.json", (const char *)*state, dir));
-  json_t *root = json_load_file(path, 0, NULL);
-  json_object_set_new(root, "num_nextn_predict_layers", json_integer(n));
-  assert_int_equal(json_dump_file(root, path, 0), 0);
-  json_decref(root);
-}
-
 static void make_base(void **state) {
   wn_model_config config = base_config(), deeper = config;
   wn_param_table table;
-  conv_tensors t = {0};
+  model_list t = {0};
   const conv_dir how = {.stored = CONV_F32};
   deeper.num_hidden_layers += 1;
   table = tiny_table(&deeper);
@@ -44,16 +35,10 @@ static void make_base(void **state) {
     free(values);
   }
   conv_mtp(&t, &how, &config, config.num_hidden_layers);
-  OK(wn_make_dirs(wn_temp(state, "base32").text));
-  conv_write_shards(wn_temp(state, "base32").text, &t, 3);
+  model_list_write(&t, wn_temp(state, "base32").text, 3);
   OK(wn_model_config_save(&config, wn_temp(state, "base32").text, NULL, "float32"));
-  number_of_mtp(state, "base32", 1);
-  for (int64_t i = 0; i < t.n; i++) {
-    free((char *)(uintptr_t)t.spec[i].name);
-    free(t.data[i]);
-  }
-  free(t.spec);
-  free(t.data);
+  model_set_mtp_layers(wn_temp(state, "base32").text, 1);
+  model_list_free(&t);
   wn_param_table_free(&table);
 }
 

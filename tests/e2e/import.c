@@ -5,16 +5,6 @@
 
 enum { V31_TENSORS = 91991, V31_SHARDS = 163 };
 
-static int setup(void **state) {
-  if (tiny_setup(state)) return -1;
-  wn_model_config config = tiny_config();
-  config.hidden_size = 144; /* off 128 in every direction */
-  config.moe_intermediate_size = 136;
-  fp8_model(wn_temp(state, "fp8").text, &config, 4, 5, true, true);
-  fp8_model(wn_temp(state, "bf16").text, &config, 4, 2, false, true);
-  return 0;
-}
-
 /* Every tensor that both checkpoints have as floats, bit for bit. Returns how many. */
 static int64_t expect_same_floats(const char *a, const char *b) {
   wn_hf_dir *x, *y;
@@ -77,11 +67,7 @@ static void fp8_trains_as_what_it_stands_for(void **state) {
 static void fp8_indexers_go_on(void **state) {
   static const char *const stages[] = {"warmup", "adapt"};
   const char *dir = *state;
-  wn_model_config config = tiny_config();
-  config.has_indexer = true;
-  config.index_n_heads = 2;
-  config.index_head_dim = 12;
-  config.index_topk = TINY_TOPK;
+  wn_model_config config = tiny_sparse_config();
   fp8_model(wn_temp(state, "v32-fp8").text, &config, 5, 3, true, false);
   fp8_model(wn_temp(state, "v32-bf16").text, &config, 5, 2, false, false);
   for (int32_t s = 0; s < 2; s++) {
@@ -187,5 +173,5 @@ int main(void) {
       cmocka_unit_test(layers_that_nobody_names),
       cmocka_unit_test(the_whole_list_of_tensors),
   };
-  return cmocka_run_group_tests(tests, setup, wn_temp_teardown);
+  return cmocka_run_group_tests(tests, fp8_pair_setup, wn_temp_teardown);
 }

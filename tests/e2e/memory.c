@@ -11,11 +11,7 @@ enum { LENGTHS = 4 };
 
 static int setup(void **state) {
   if (tiny_setup(state)) return -1;
-  wn_model_config config = tiny_config();
-  config.has_indexer = true;
-  config.index_n_heads = 2;
-  config.index_head_dim = 12;
-  config.index_topk = TINY_TOPK;
+  wn_model_config config = tiny_sparse_config();
   tiny_model(wn_temp(state, "sparse").text, &config, 1, 1, NULL);
   tiny_data(wn_temp(state, "long").text, TINY_VOCAB, 20000, 3);
   return 0;

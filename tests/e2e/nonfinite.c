@@ -38,10 +38,7 @@ static int setup(void **state) {
   wn_model_config config = tiny_config();
   tiny_model(wn_temp(state, "poisoned").text, &config, 1, 2, poison_all);
   tiny_model(wn_temp(state, "rare").text, &config, 1, 2, poison_token);
-  config.has_indexer = true;
-  config.index_n_heads = 2;
-  config.index_head_dim = 12;
-  config.index_topk = TINY_TOPK;
+  config = tiny_sparse_config();
   tiny_model(wn_temp(state, "sparse").text, &config, 1, 2, poison_all);
   tiny_model(wn_temp(state, "rare-sparse").text, &config, 1, 2, poison_token);
   rarely_poisoned(wn_temp(state, "mixed").text);

@@ -103,10 +103,7 @@ static void traffic_is_counted(void **state) {
   json_t *one = plan_of(words);
   assert_true(plan_number(one, "gathered_bytes") == 0 && plan_number(one, "summed_bytes") == 0);
   double gathered = plan_number(four, "gathered_bytes"), summed = plan_number(four, "summed_bytes");
-  wn_model_config config = tiny_config();
-  config.has_indexer = true;
-  config.index_n_heads = 2;
-  config.index_head_dim = 12;
+  wn_model_config config = tiny_sparse_config();
   wn_param_table table = tiny_table(&config);
   double weights = 0, indexer = 0;
   for (int32_t i = 0; i < table.n; i++) {

@@ -41,19 +41,10 @@ static void expect_untouched(const char *now, const char *before) {
   wn_list_free(names, n);
 }
 
-static wn_model_config sparse_config(void) {
-  wn_model_config config = tiny_config();
-  config.has_indexer = true;
-  config.index_n_heads = 2;
-  config.index_head_dim = 12;
-  config.index_topk = TINY_TOPK;
-  return config;
-}
-
 static int setup(void **state) {
   if (tiny_setup(state)) return -1;
   const char *dir = *state;
-  wn_model_config config = sparse_config();
+  wn_model_config config = tiny_sparse_config();
   OK(wn_make_dirs(wn_temp(state, "random").text));
   OK(wn_model_config_save(&config, wn_temp(state, "random").text, NULL, "float32"));
   wn_winnow_ends(0, 1, "warmup %s/job.yaml init=%s/base run_dir=%s/warm training.steps=4 checkpoint.interval=2", dir,
@@ -213,7 +204,7 @@ static void other_models_weights(void **state) {
   OK(wn_model_config_save(&ours, place.text, NULL, "float32"));
   refuse_model(state, WN_E_INPUT, "tensors missing: model.layers.2.input_layernorm.weight");
   OK(wn_remove_tree(place.text));
-  theirs = sparse_config();
+  theirs = tiny_sparse_config();
   tiny_model(place.text, &theirs, 1, 2, NULL);
   OK(wn_model_config_save(&ours, place.text, NULL, "float32"));
   wn_winnow_refuses(WN_E_INPUT, "15 tensors that this model does not have: model.layers.0.self_attn.indexer",

@@ -320,16 +320,6 @@ static void a_save_that_fails_loses_nothing(void **state) {
 
 /* ---- damage ---- */
 
-static void change_a_byte(const char *path) {
-  FILE *file = fopen(path, "r+b");
-  assert_non_null(file);
-  assert_int_equal(fseek(file, -5, SEEK_END), 0);
-  int was = fgetc(file);
-  assert_int_equal(fseek(file, -5, SEEK_END), 0);
-  fputc(was ^ 1, file);
-  assert_int_equal(fclose(file), 0);
-}
-
 /* The newest is passed over, whatever of it was damaged, and the run goes on from the one before. */
 static void a_damaged_checkpoint_is_passed_over(void **state) {
   static const char *const files[] = {"optimizer-00001-of-00001.safetensors", "state.json", "config.json",
@@ -342,7 +332,7 @@ static void a_damaged_checkpoint_is_passed_over(void **state) {
   for (size_t i = 0; i < 5; i++) {
     OK(wn_path(path, "%s/%s", tiny_step(state, "hurt", 6).text, files[i % 4]));
     if (i < 4)
-      change_a_byte(path);
+      wn_temp_flip(path, 5, 1);
     else
       assert_int_equal(truncate(path, 100), 0);
     start_line(&j, "hurt", line, sizeof line);
@@ -429,7 +419,7 @@ static void nor_does_death_while_replacing(void **state) {
     start_line(&j, run, line, sizeof line);
     run_to(&j, run, 4, 2);
     OK(wn_path(path, "%s/state.json", tiny_step(state, run, 4).text));
-    change_a_byte(path);
+    wn_temp_flip(path, 5, 1);
     if (i == 0)
       assert_false(wn_winnow_killed_at(INT64_MAX, &changes, "%s %s checkpoint.keep=1", line, four_steps));
     else

@@ -152,11 +152,7 @@ static void another_indexer(const wn_param_table *table, float **values) {
 static void teachers_do_not_know_the_indexer(void **state) {
   static const char *const columns[] = {"kl_uniform", "mass_best",      "mass_recent",
                                         "mass_sink",  "entropy_target", "expert_load_max"};
-  wn_model_config config = tiny_config();
-  config.has_indexer = true;
-  config.index_n_heads = 2;
-  config.index_head_dim = 12;
-  config.index_topk = TINY_TOPK;
+  wn_model_config config = tiny_sparse_config();
   char warm[WN_PATH_BYTES], one[WN_PATH_BYTES];
   OK(wn_path(warm, "%s/optimizer-00001-of-00001.safetensors", tiny_step(state, "warm", 6).text));
   OK(wn_path(one, "%s/optimizer-00001-of-00001.safetensors", tiny_step(state, "one", 6).text));
@@ -260,11 +256,7 @@ static void a_frozen_base_has_no_optimizer_state(void **state) {
 }
 
 static void nor_memory_for_it(void **state) {
-  wn_model_config config = tiny_config();
-  config.has_indexer = true;
-  config.index_n_heads = 2;
-  config.index_head_dim = 12;
-  config.index_topk = TINY_TOPK;
+  wn_model_config config = tiny_sparse_config();
   (void)state;
   wn_world *world;
   wn_device *device;

@@ -3,13 +3,11 @@
 #ifndef WN_TEST_CONVERSION_H
 #define WN_TEST_CONVERSION_H
 
-#include <jansson.h>
-
 #include "base/float8.h"
 #include "convert/convert.h"
 #include "io/hf_dir.h"
-#include "io/hf_write.h"
 #include "model/params.h"
+#include "support/model_list.h"
 #include "support/temp.h"
 
 /* ---- contents ---- */
@@ -65,12 +63,6 @@ typedef struct conv_dir {
   const char *extra; /* a tensor that no model has */
 } conv_dir;
 
-typedef struct conv_tensors {
-  wn_st_spec *spec;
-  void **data;
-  int64_t n;
-} conv_tensors;
-
 static inline bool conv_fp8(const char *name) {
   static const char *const kinds[] = {"_proj.weight", "_proj_with_mqa.weight", ".wq_b.weight", ".wk.weight"};
   if (strstr(name, "weights_proj") || strstr(name, "eh_proj")) return false;
@@ -85,35 +77,29 @@ static inline bool conv_f32(const char *name) {
   return strstr(name, "k_norm") || strstr(name, "e_score_correction_bias");
 }
 
-static inline void conv_add(conv_tensors *t, const conv_dir *how, const char *name, wn_dtype dtype, int32_t rank,
+static inline void conv_add(model_list *t, const conv_dir *how, const char *name, wn_dtype dtype, int32_t rank,
                             int64_t d0, int64_t d1, bool scales) {
   if (how->without && strstr(name, how->without)) return;
   int64_t n = rank == 2 ? d0 * d1 : d0, width = wn_dtype_bytes(dtype);
-  t->spec = realloc(t->spec, (size_t)(t->n + 1) * sizeof *t->spec);
-  t->data = realloc(t->data, (size_t)(t->n + 1) * sizeof(void *));
-  assert_true(t->spec && t->data);
-  char *data = malloc((size_t)(n * width) + 1);
-  assert_non_null(data);
+  char *data = model_list_add(t, name, dtype, rank, d0, d1);
   for (int64_t i = 0; i < n; i++) {
     conv_element(data + i * width, dtype, conv_seed(name), i, scales);
     if (scales && dtype == WN_F32 && how->powers) memset(data + i * 4, 0, 2), data[i * 4 + 2] &= (char)0x80;
   }
-  t->spec[t->n] = (wn_st_spec){.name = strdup(name), .dtype = dtype, .rank = rank, .dim = {d0, d1}};
-  t->data[t->n++] = data;
 }
 
-static inline void conv_weight(conv_tensors *t, const conv_dir *how, const char *name, int32_t rank, int64_t d0,
+static inline void conv_weight(model_list *t, const conv_dir *how, const char *name, int32_t rank, int64_t d0,
                                int64_t d1) {
   static const wn_dtype plain[] = {WN_BF16, WN_F32, WN_BF16, WN_F16};
   char beside[WN_NAME_BYTES + 16];
   bool fp8 = how->stored == CONV_RELEASED && rank == 2 && conv_fp8(name);
   conv_add(t, how, name, conv_f32(name) ? WN_F32 : fp8 ? WN_F8_E4M3 : plain[how->stored], rank, d0, d1, false);
   if (!fp8) return;
-  snprintf(beside, sizeof beside, "%s_scale_inv", name);
+  snprintf(beside, sizeof beside, "%s" WN_HF_SCALE_SUFFIX, name);
   conv_add(t, how, beside, how->scales, 2, wn_f8_blocks(d0), wn_f8_blocks(d1), true);
 }
 
-static inline void conv_mtp(conv_tensors *t, const conv_dir *how, const wn_model_config *c, int32_t layer) {
+static inline void conv_mtp(model_list *t, const conv_dir *how, const wn_model_config *c, int32_t layer) {
   char name[WN_NAME_BYTES];
 #define NAME(what) (snprintf(name, sizeof name, "model.layers.%d." what ".weight", layer), name)
   conv_weight(t, how, NAME("enorm"), 1, c->hidden_size, 0);
@@ -125,36 +111,16 @@ static inline void conv_mtp(conv_tensors *t, const conv_dir *how, const wn_model
 #undef NAME
 }
 
-static inline void conv_write_shards(const char *path, const conv_tensors *t, int32_t shards) {
-  char file[WN_PATH_BYTES], name[64];
-  wn_hf_index *index;
-  OK(wn_hf_index_create(&index));
-  for (int32_t s = 0; s < shards; s++) {
-    int64_t from = t->n * s / shards, to = t->n * (s + 1) / shards;
-    snprintf(name, sizeof name, "model-%05d-of-%06d.safetensors", s + 1, shards);
-    OK(wn_path(file, "%s/%s", path, name));
-    OK(wn_safetensors_write(file, t->spec + from, (const void *const *)t->data + from, to - from));
-    for (int64_t i = from; i < to; i++) OK(wn_hf_index_add(index, t->spec[i].name, 1, name));
-  }
-  OK(wn_hf_index_write(index, path));
-  wn_hf_index_free(index);
-}
-
 static inline void conv_write_config(const char *path, const wn_model_config *config, const conv_dir *how) {
-  char file[WN_PATH_BYTES];
   OK(how->stored == CONV_RELEASED ? wn_model_config_save_fp8(config, path, NULL, how->powers ? "ue8m0" : NULL)
                                   : wn_model_config_save(config, path, NULL, "float32"));
-  OK(wn_path(file, "%s/config.json", path));
-  json_t *root = json_load_file(file, 0, NULL);
-  json_object_set_new(root, "num_nextn_predict_layers", json_integer(how->mtp));
-  assert_int_equal(json_dump_file(root, file, JSON_INDENT(2)), 0);
-  json_decref(root);
+  model_set_mtp_layers(path, how->mtp);
 }
 
 static inline void conv_write_dir(const char *path, const wn_model_config *config, conv_dir how) {
   wn_param_table table;
   wn_model_config deeper = *config;
-  conv_tensors t = {0};
+  model_list t = {0};
   deeper.num_hidden_layers += how.mtp;
   OK(wn_param_table_create(&table, &deeper, (wn_param_settings){.file_dtype = WN_F32}));
   for (int32_t i = 0; i < table.n; i++) {
@@ -165,15 +131,9 @@ static inline void conv_write_dir(const char *path, const wn_model_config *confi
   }
   for (int32_t m = 0; m < how.mtp; m++) conv_mtp(&t, &how, config, config->num_hidden_layers + m);
   if (how.extra) conv_add(&t, &how, how.extra, WN_F32, 1, 3, 0, false);
-  OK(wn_make_dirs(path));
-  conv_write_shards(path, &t, how.shards);
+  model_list_write(&t, path, how.shards);
   conv_write_config(path, config, &how);
-  for (int64_t i = 0; i < t.n; i++) {
-    free((char *)(uintptr_t)t.spec[i].name);
-    free(t.data[i]);
-  }
-  free(t.spec);
-  free(t.data);
+  model_list_free(&t);
   wn_param_table_free(&table);
 }
 

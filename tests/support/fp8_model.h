@@ -4,6 +4,7 @@
 #define WN_TEST_FP8_MODEL_H
 
 #include "base/float8.h"
+#include "support/model_list.h"
 #include "support/tiny.h"
 
 /* V3.1's whole list of tensors, 91,991 of them with scales, in 22 MB: its depth, experts and groups, hardly any width.
@@ -26,31 +27,14 @@ static inline wn_model_config fp8_v31_config(void) {
   return config;
 }
 
-typedef struct fp8_list {
-  wn_st_spec *spec;
-  void **data;
-  char (*name)[WN_NAME_BYTES + 16];
-  int64_t n, room;
-} fp8_list;
-
-static inline void *fp8_add(fp8_list *list, const char *name, wn_dtype dtype, int32_t rank, int64_t d0, int64_t d1) {
-  assert_true(list->n < list->room);
-  int64_t i = list->n++, count = rank == 1 ? d0 : d0 * d1;
-  snprintf(list->name[i], sizeof *list->name, "%s", name);
-  list->spec[i] = (wn_st_spec){.name = list->name[i], .dtype = dtype, .rank = rank, .dim = {d0, d1}};
-  list->data[i] = calloc((size_t)count, (size_t)wn_dtype_bytes(dtype));
-  assert_non_null(list->data[i]);
-  return list->data[i];
-}
-
-static inline void fp8_add_bf16(fp8_list *list, const char *name, int32_t rank, int64_t d0, int64_t d1,
+static inline void fp8_add_bf16(model_list *list, const char *name, int32_t rank, int64_t d0, int64_t d1,
                                 const float *values) {
-  uint16_t *to = fp8_add(list, name, WN_BF16, rank, d0, d1);
+  uint16_t *to = model_list_add(list, name, WN_BF16, rank, d0, d1);
   wn_bf16s_from_f32(to, values, rank == 1 ? d0 : d0 * d1);
 }
 
 /* Quantised, and written as codes and scales or as the BF16 that these stand for. */
-static inline void fp8_add_matrix(fp8_list *list, const char *name, int64_t rows, int64_t cols, const float *values,
+static inline void fp8_add_matrix(model_list *list, const char *name, int64_t rows, int64_t cols, const float *values,
                                   bool fp8) {
   char scale_name[WN_NAME_BYTES + 16];
   int64_t down = wn_f8_blocks(rows), across = wn_f8_blocks(cols);
@@ -66,9 +50,9 @@ static inline void fp8_add_matrix(fp8_list *list, const char *name, int64_t rows
                            wide_by < WN_F8_BLOCK ? wide_by : WN_F8_BLOCK, cols, cols);
     }
   if (fp8) {
-    memcpy(fp8_add(list, name, WN_F8_E4M3, 2, rows, cols), codes, (size_t)(rows * cols));
+    memcpy(model_list_add(list, name, WN_F8_E4M3, 2, rows, cols), codes, (size_t)(rows * cols));
     snprintf(scale_name, sizeof scale_name, "%.*s" WN_HF_SCALE_SUFFIX, WN_NAME_BYTES, name);
-    memcpy(fp8_add(list, scale_name, WN_F32, 2, down, across), scales, (size_t)(down * across) * sizeof *scales);
+    memcpy(model_list_add(list, scale_name, WN_F32, 2, down, across), scales, (size_t)(down * across) * sizeof *scales);
   } else {
     wn_f8_dequantise(wide, codes, scales, cols, 0, rows * cols);
     fp8_add_bf16(list, name, 2, rows, cols, wide);
@@ -84,10 +68,10 @@ static inline bool fp8_is_quantised(const wn_param *p) {
          p->slot != WN_P_INDEX_WEIGHTS;
 }
 
-static inline void fp8_add_param(fp8_list *list, const wn_param *p, uint64_t seed, bool fp8) {
+static inline void fp8_add_param(model_list *list, const wn_param *p, uint64_t seed, bool fp8) {
   float *values = tiny_values(p, seed);
   if (p->slot == WN_P_ROUTER_BIAS || p->slot == WN_P_INDEX_K_NORM || p->slot == WN_P_INDEX_K_NORM_BIAS)
-    memcpy(fp8_add(list, p->hf_name, WN_F32, 1, p->dim[0], 0), values, (size_t)p->dim[0] * sizeof *values);
+    memcpy(model_list_add(list, p->hf_name, WN_F32, 1, p->dim[0], 0), values, (size_t)p->dim[0] * sizeof *values);
   else if (fp8_is_quantised(p))
     fp8_add_matrix(list, p->hf_name, p->dim[0], p->dim[1], values, fp8);
   else
@@ -96,7 +80,7 @@ static inline void fp8_add_param(fp8_list *list, const wn_param *p, uint64_t see
 }
 
 /* What a layer of multi-token prediction has besides a layer's tensors. */
-static inline void fp8_add_mtp(fp8_list *list, const wn_model_config *c) {
+static inline void fp8_add_mtp(model_list *list, const wn_model_config *c) {
   static const struct {
     const char *name;
     int32_t rank, heights, widths; /* of the hidden size; a height of 0: the vocabulary */
@@ -115,36 +99,10 @@ static inline void fp8_add_mtp(fp8_list *list, const wn_model_config *c) {
   }
 }
 
-/* Tensors dealt out in runs of equal counts: a weight and its scales may lie in two shards. */
-static inline void fp8_write_shards(const char *dir, const fp8_list *list, int32_t shards) {
-  char path[WN_PATH_BYTES], name[64];
-  OK(wn_path(path, "%s/model.safetensors.index.json", dir));
-  FILE *index = fopen(path, "w");
-  assert_non_null(index);
-  fprintf(index, "{\"metadata\": {}, \"weight_map\": {");
-  for (int32_t s = 0; s < shards; s++) {
-    int64_t from = list->n * s / shards, to = list->n * (s + 1) / shards;
-    snprintf(name, sizeof name, "model-%05d-of-%06d.safetensors", s + 1, shards);
-    OK(wn_path(path, "%s/%s", dir, name));
-    OK(wn_safetensors_write(path, list->spec + from, (const void *const *)list->data + from, to - from));
-    for (int64_t i = from; i < to; i++) fprintf(index, "%s\"%s\": \"%s\"", i ? ",\n" : "", list->name[i], name);
-  }
-  fprintf(index, "}}\n");
-  assert_int_equal(fclose(index), 0);
-}
-
 /* config.json, which says how many layers of multi-token prediction there are. */
 static inline void fp8_write_config(const char *dir, const wn_model_config *config, bool fp8, bool mtp) {
-  static const char key[] = "\"num_nextn_predict_layers\": ";
-  char path[WN_PATH_BYTES];
   OK(fp8 ? wn_model_config_save_fp8(config, dir, NULL, "ue8m0") : wn_model_config_save(config, dir, NULL, "bfloat16"));
-  OK(wn_path(path, "%s/config.json", dir));
-  tiny_file file = tiny_read(path);
-  char *at = strstr(file.text, key);
-  assert_non_null(at);
-  at[strlen(key)] = (char)('0' + mtp);
-  wn_temp_write(path, file.text, file.bytes);
-  free(file.text);
+  model_set_mtp_layers(dir, mtp);
 }
 
 /* fp8 false: the same weights, dequantised to BF16. Returns the number of tensors. */
@@ -153,22 +111,26 @@ static inline int64_t fp8_model(const char *dir, const wn_model_config *config, 
   wn_model_config deeper = *config;
   deeper.num_hidden_layers += mtp;
   wn_param_table table = tiny_table(&deeper);
-  fp8_list list = {.room = 2 * (int64_t)table.n + 16};
-  list.spec = calloc((size_t)list.room, sizeof *list.spec);
-  list.data = calloc((size_t)list.room, sizeof *list.data);
-  list.name = calloc((size_t)list.room, sizeof *list.name);
-  assert_true(list.spec && list.data && list.name);
-  OK(wn_make_dirs(dir));
+  model_list list = {0};
   for (int32_t i = 0; i < table.n; i++) fp8_add_param(&list, &table.params[i], seed * 100000 + (uint64_t)i, fp8);
   if (mtp) fp8_add_mtp(&list, config);
-  fp8_write_shards(dir, &list, shards);
+  model_list_write(&list, dir, shards);
   fp8_write_config(dir, config, fp8, mtp);
-  for (int64_t i = 0; i < list.n; i++) free(list.data[i]);
-  free(list.spec);
-  free(list.data);
-  free(list.name);
+  int64_t n = list.n;
+  model_list_free(&list);
   wn_param_table_free(&table);
-  return list.n;
+  return n;
+}
+
+/* Setup for tests of one base in two forms: tiny's, and DIR/fp8 and DIR/bf16, widths off 128 in every direction. */
+static inline int fp8_pair_setup(void **state) {
+  if (tiny_setup(state)) return -1;
+  wn_model_config config = tiny_config();
+  config.hidden_size = 144;
+  config.moe_intermediate_size = 136;
+  fp8_model(wn_temp(state, "fp8").text, &config, 4, 5, true, true);
+  fp8_model(wn_temp(state, "bf16").text, &config, 4, 2, false, true);
+  return 0;
 }
 
 #endif

@@ -14,11 +14,7 @@ enum { PLAN_ARENAS = 4 };
 /* DIR/sparse: the tiny base with an indexer, which counts as trained. */
 static inline int plan_setup(void **state) {
   if (tiny_setup(state)) return -1;
-  wn_model_config config = tiny_config();
-  config.has_indexer = true;
-  config.index_n_heads = 2;
-  config.index_head_dim = 12;
-  config.index_topk = TINY_TOPK;
+  wn_model_config config = tiny_sparse_config();
   tiny_model(wn_temp(state, "sparse").text, &config, 1, 1, NULL);
   return 0;
 }

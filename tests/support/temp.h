@@ -41,6 +41,17 @@ static inline void wn_temp_write(const char *path, const void *data, size_t byte
   assert_int_equal(fclose(file), 0);
 }
 
+/* Other bits of the byte that stands `from_end` before the file's end (1: its last). */
+static inline void wn_temp_flip(const char *path, long from_end, int bits) {
+  FILE *file = fopen(path, "r+b");
+  assert_non_null(file);
+  assert_int_equal(fseek(file, -from_end, SEEK_END), 0);
+  int was = fgetc(file);
+  assert_int_equal(fseek(file, -from_end, SEEK_END), 0);
+  assert_int_equal(fputc(was ^ bits, file), was ^ bits);
+  assert_int_equal(fclose(file), 0);
+}
+
 #define TEMP_TEST(name) cmocka_unit_test_setup_teardown(name, wn_temp_setup, wn_temp_teardown)
 
 #endif

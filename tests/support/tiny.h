@@ -45,6 +45,16 @@ static inline wn_model_config tiny_config(void) {
                            .eos_token_id = 0};
 }
 
+/* The same with an indexer: that of tiny_job. */
+static inline wn_model_config tiny_sparse_config(void) {
+  wn_model_config config = tiny_config();
+  config.has_indexer = true;
+  config.index_n_heads = 2;
+  config.index_head_dim = 12;
+  config.index_topk = TINY_TOPK;
+  return config;
+}
+
 static inline wn_param_table tiny_table(const wn_model_config *config) {
   wn_param_table table;
   OK(wn_param_table_create(&table, config,

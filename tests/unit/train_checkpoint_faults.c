@@ -1,6 +1,7 @@
 /* What can go wrong with a checkpoint: damage, kill -9 in the middle of a save, a full disk, a directory that cannot
  * be. */
 #include "support/checkpoint.h"
+#include "support/one_world.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -10,21 +11,6 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
-
-static wn_world *world;
-
-static int make_world(void **state) {
-  (void)state;
-  wn_status status = wn_world_create(&world, 60);
-  wn_status_free(status);
-  return status != NULL;
-}
-
-static int free_world(void **state) {
-  (void)state;
-  wn_world_free(world);
-  return 0;
-}
 
 static const wn_param_settings settings = {.train_base = true, .train_indexer = true, .file_dtype = WN_BF16};
 
@@ -72,22 +58,12 @@ static size_t entries(const char *dir) {
 
 typedef enum damage { FLIP, CUT, GROW, REMOVE, EXTRA, UNLISTED, NO_MANIFEST, N_DAMAGES } damage;
 
-static void flip_byte(const char *path, long from_end) {
-  FILE *file = fopen(path, "r+b");
-  assert_non_null(file);
-  assert_int_equal(fseek(file, -from_end, SEEK_END), 0);
-  int c = fgetc(file);
-  assert_int_equal(fseek(file, -from_end, SEEK_END), 0);
-  fputc(c ^ 0x10, file);
-  assert_int_equal(fclose(file), 0);
-}
-
 static void do_damage(damage what, const char *dir, const char *name) {
   char path[WN_PATH_BYTES], to[WN_PATH_BYTES];
   struct stat info;
   OK(wn_path(path, "%s/%s", dir, name));
   assert_int_equal(stat(path, &info), 0);
-  if (what == FLIP) flip_byte(path, 1 + (long)info.st_size / 2);
+  if (what == FLIP) wn_temp_flip(path, 1 + (long)info.st_size / 2, 0x10);
   if (what == CUT) assert_int_equal(truncate(path, info.st_size - 1), 0);
   if (what == GROW) assert_int_equal(truncate(path, info.st_size + 1), 0);
   if (what == REMOVE) assert_int_equal(unlink(path), 0);
@@ -191,9 +167,9 @@ static void any_byte_counts(void **state) {
     OK(wn_path(path, "%s/%s", dir, name));
     assert_int_equal(stat(path, &info), 0);
     long from_end = 1 + (long)wn_rng_below(1, WN_RNG_TEST, 2 * i + 1, (uint64_t)info.st_size);
-    flip_byte(path, from_end);
+    wn_temp_flip(path, from_end, 0x10);
     REFUSED(wn_checkpoint_verify(dir), WN_E_INPUT, name);
-    flip_byte(path, from_end);
+    wn_temp_flip(path, from_end, 0x10);
   }
   OK(wn_checkpoint_verify(dir));
   wn_list_free(names, n);
