@@ -1,13 +1,12 @@
 #include "convert/demo.h"
 
-#include <jansson.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "base/float8.h"
 #include "base/name_list.h"
 #include "io/files.h"
+#include "io/json.h"
 
 /* ---- names ---- */
 
@@ -241,10 +240,7 @@ wn_status wn_demo_write_config(const wn_convert_source *source, const char *dir)
   char path[WN_PATH_BYTES];
   WN_TRY(wn_path(path, "%s/" WN_DEMO_CONFIG_NAME, dir));
   json_t *root = make_config(source);
-  char *text = root ? json_dumps(root, JSON_INDENT(4) | JSON_REAL_PRECISION(15)) : NULL;
-  wn_status status =
-      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
-  free(text);
+  wn_status status = wn_json_write(root, path, JSON_INDENT(4) | JSON_REAL_PRECISION(15));
   json_decref(root);
   return status;
 }

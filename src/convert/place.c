@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -108,10 +107,7 @@ static wn_status remove_garbage(const wn_output_place *place, char *const *names
 }
 
 static wn_status begin(const wn_output_place *place, const json_t *record, const char *path) {
-  char *text = json_dumps(record, JSON_INDENT(1));
-  wn_status status =
-      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
-  free(text);
+  wn_status status = wn_json_write(record, path, JSON_INDENT(1));
   return status ? status : wn_sync_dir(place->dir);
 }
 

@@ -1,9 +1,10 @@
 #include "io/hf_write.h"
 
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+
+#include "io/json.h"
 
 /* ---- the index ---- */
 
@@ -38,10 +39,7 @@ wn_status wn_hf_index_write(const wn_hf_index *index, const char *dir) {
   char path[WN_PATH_BYTES];
   WN_TRY(wn_path(path, "%s/" WN_INDEX_NAME, dir));
   json_t *root = json_pack("{s{sI}sO}", "metadata", "total_size", index->total, "weight_map", index->map);
-  char *text = root ? json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS) : NULL;
-  wn_status status =
-      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
-  free(text);
+  wn_status status = wn_json_write(root, path, JSON_INDENT(2) | JSON_SORT_KEYS);
   json_decref(root);
   return status;
 }

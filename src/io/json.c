@@ -1,6 +1,7 @@
 #include "io/json.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "io/files.h"
 
@@ -24,4 +25,12 @@ wn_status wn_json_load(json_t **out, const char *path, size_t most_bytes, wn_cod
   *out = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
   free(text);
   return *out ? NULL : WN_FAIL(code, "%s:%d: bad JSON: %s", path, error.line, error.text);
+}
+
+wn_status wn_json_write(const json_t *root, const char *path, size_t flags) {
+  char *text = root ? json_dumps(root, flags) : NULL;
+  wn_status status =
+      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
+  free(text);
+  return status;
 }

@@ -17,5 +17,7 @@ bool wn_json_modest(const char *text, size_t bytes);
  * json_decref. `code`, naming file and line, when it is not JSON or not modest; WN_E_IO; WN_E_INPUT when it is too
  * long. */
 WN_MUST_USE wn_status wn_json_load(json_t **out, const char *path, size_t most_bytes, wn_code code);
+/* Writes `root` (NULL: it could not be made, WN_E_MEMORY) atomically, with jansson's flags. */
+WN_MUST_USE wn_status wn_json_write(const json_t *root, const char *path, size_t flags);
 
 #endif

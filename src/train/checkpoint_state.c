@@ -1,5 +1,4 @@
 #include <inttypes.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "base/version.h"
@@ -40,10 +39,7 @@ wn_status wn_state_write(const wn_checkpoint_plan *plan, const wn_state *state, 
           json_object_set_new(root, "seed", json_string(seed)) ||
           json_object_set_new(root, "code_version", json_string(WN_VERSION)) ||
           json_object_set_new(root, "written_by_ranks", json_integer(wn_world_size(plan->world)));
-  char *text = bad ? NULL : json_dumps(root, JSON_INDENT(2));
-  wn_status status =
-      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
-  free(text);
+  wn_status status = wn_json_write(bad ? NULL : root, path, JSON_INDENT(2));
   json_decref(root);
   return status;
 }

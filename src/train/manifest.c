@@ -76,10 +76,7 @@ wn_status wn_manifest_write(wn_manifest *manifest, const char *dir) {
   }
   json_t *root = json_pack("{si ss so}", "format", FORMAT, "hash", "XXH3-128 of the XXH3-128 digests of 4 MiB chunks",
                            "files", files);
-  char *text = bad || !root ? NULL : json_dumps(root, JSON_INDENT(1));
-  wn_status status =
-      text ? wn_write_file_atomic(path, text, strlen(text)) : WN_FAIL(WN_E_MEMORY, "out of memory writing %s", path);
-  free(text);
+  wn_status status = wn_json_write(bad ? NULL : root, path, JSON_INDENT(1));
   json_decref(root);
   return status;
 }
