@@ -343,6 +343,17 @@ wn_status wn_model_config_mtp_layers(int32_t *out, const char *dir) {
   return NULL;
 }
 
+wn_status wn_model_config_text(char out[WN_CONFIG_TEXT_BYTES], const char *dir, const char *section, const char *key) {
+  char path[WN_PATH_BYTES];
+  json_t *root;
+  WN_TRY(wn_path(path, "%s/config.json", dir));
+  WN_TRY(wn_model_config_parse(&root, path));
+  const char *text = json_string_value(json_object_get(section ? json_object_get(root, section) : root, key));
+  snprintf(out, WN_CONFIG_TEXT_BYTES, "%s", text ? text : "");
+  json_decref(root);
+  return NULL;
+}
+
 /* "low" and "high" are the pairs that turn beta_fast and beta_slow times over the original context; between them the
  * frequencies go linearly from as they are to divided by the factor. Every step is rounded where transformers rounds
  * (_compute_yarn_parameters): bounds in FP64, tensors in FP32. Casts keep products and sums from being fused. */

@@ -37,6 +37,11 @@ WN_MUST_USE wn_status wn_model_config_load(wn_model_config *out, const char *dir
 /* num_nextn_predict_layers of DIR/config.json: how many layers for multi-token prediction stand behind the model's
  * last. 0 where it is absent or null. WN_E_CONFIG unless it is a whole number from 0 to 64. */
 WN_MUST_USE wn_status wn_model_config_mtp_layers(int32_t *out, const char *dir);
+/* A text of DIR/config.json that is not the model's shape, of `section` (NULL: of the whole); "" where it is absent,
+ * cut where it is longer. */
+enum { WN_CONFIG_TEXT_BYTES = 64 };
+WN_MUST_USE wn_status wn_model_config_text(char out[WN_CONFIG_TEXT_BYTES], const char *dir, const char *section,
+                                           const char *key);
 /* Writes DIR/config.json atomically with the released key set and order: deepseek_v32 when it has an indexer, else
  * deepseek_v3. `source_dir` may be NULL; keys of its config.json that Winnow does not know are carried over, but for
  * auto_map and quantization_config. num_nextn_predict_layers is carried over too (0 without a source).

@@ -5,21 +5,6 @@
 
 #include "base/name_list.h"
 #include "io/files.h"
-#include "io/json.h"
-
-/* ---- what config.json says besides the shape ---- */
-
-static wn_status read_scale_format(wn_convert_source *s, const char *path) {
-  enum { MOST_CONFIG_BYTES = 16 << 20 };
-  char file[WN_PATH_BYTES];
-  json_t *root;
-  WN_TRY(wn_path(file, "%s/config.json", path));
-  WN_TRY(wn_json_load(&root, file, MOST_CONFIG_BYTES, WN_E_CONFIG));
-  const char *format = json_string_value(json_object_get(json_object_get(root, "quantization_config"), "scale_fmt"));
-  s->scale_ue8m0 = format && strcmp(format, "ue8m0") == 0;
-  json_decref(root);
-  return NULL;
-}
 
 /* ---- MTP layers ---- */
 
@@ -182,9 +167,11 @@ static wn_status gather(gathering *g, int32_t named_mtp, wn_log *log) {
 
 static wn_status open_source(wn_convert_source *s, const char *path, wn_log *log) {
   int32_t named_mtp;
+  char scale_format[WN_CONFIG_TEXT_BYTES];
   WN_TRY(wn_model_config_load(&s->config, path));
   WN_TRY(wn_model_config_mtp_layers(&named_mtp, path));
-  WN_TRY(read_scale_format(s, path));
+  WN_TRY(wn_model_config_text(scale_format, path, "quantization_config", "scale_fmt"));
+  s->scale_ue8m0 = strcmp(scale_format, "ue8m0") == 0;
   WN_TRY(wn_hf_dir_open(&s->dir, path));
   wn_model_config deeper = s->config; /* MTP layers have the weights of a further layer with experts */
   deeper.num_hidden_layers += named_mtp;

@@ -11,8 +11,6 @@
 #include "train/checkpoint_dirs.h"
 #include "train/checkpoint_parts.h"
 
-enum { MOST_CONFIG_BYTES = 1 << 20 };
-
 /* An object under construction; `bad` once anything could not be added. */
 typedef struct facts {
   json_t *root;
@@ -46,22 +44,11 @@ static facts new_facts(void) {
 
 /* ---- the model, from config.json ---- */
 
-static wn_status read_model_type(char type[64], const char *dir) {
-  char path[WN_PATH_BYTES];
-  json_t *root;
-  WN_TRY(wn_path(path, "%s/config.json", dir));
-  WN_TRY(wn_json_load(&root, path, MOST_CONFIG_BYTES, WN_E_CONFIG));
-  const char *name = json_string_value(json_object_get(root, "model_type"));
-  snprintf(type, 64, "%s", name ? name : "");
-  json_decref(root);
-  return NULL;
-}
-
 static wn_status describe_model(facts *f, const wn_model_config *config, const char *dir) {
   wn_model_counts counts;
   int32_t mtp_layers;
-  char type[64];
-  WN_TRY(read_model_type(type, dir));
+  char type[WN_CONFIG_TEXT_BYTES];
+  WN_TRY(wn_model_config_text(type, dir, NULL, "model_type"));
   WN_TRY(wn_model_config_mtp_layers(&mtp_layers, dir));
   WN_TRY(wn_model_count(&counts, config, mtp_layers));
   facts model = new_facts(), parts = new_facts();

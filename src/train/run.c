@@ -7,12 +7,11 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-#include "io/json.h"
 #include "train/checkpoint_dirs.h"
 #include "train/device.h"
 #include "train/rewrite.h"
 
-enum { SHARD_BYTES_LOG2 = 32, MOST_CONFIG_BYTES = 1 << 20 };
+enum { SHARD_BYTES_LOG2 = 32 };
 
 /* ---- what model the job means ---- */
 
@@ -223,13 +222,9 @@ static wn_status load_weights(wn_run *run, bool init_indexer_trained) {
 
 /* Of weights that are not there yet config.json says what they are stored as. */
 static wn_status keep_fp8_as_configured(wn_param_table *table, const char *dir) {
-  char path[WN_PATH_BYTES];
-  json_t *root;
-  WN_TRY(wn_path(path, "%s/config.json", dir));
-  WN_TRY(wn_json_load(&root, path, MOST_CONFIG_BYTES, WN_E_CONFIG));
-  const json_t *method = json_object_get(json_object_get(root, "quantization_config"), "quant_method");
-  bool fp8 = json_is_string(method) && strcmp(json_string_value(method), "fp8") == 0;
-  json_decref(root);
+  char method[WN_CONFIG_TEXT_BYTES];
+  WN_TRY(wn_model_config_text(method, dir, "quantization_config", "quant_method"));
+  bool fp8 = strcmp(method, "fp8") == 0;
   for (int32_t i = 0; fp8 && i < table->n; i++)
     table->params[i].fp8 = table->params[i].kind == WN_FROZEN && wn_slot_released_fp8((wn_slot)table->params[i].slot);
   return NULL;
