@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include "base/bits.h"
+
 static const struct {
   const char *name;
   int64_t bytes;
@@ -109,33 +111,21 @@ wn_status wn_tensor_alloc(wn_tensor *out, wn_arena *arena, const char *name, wn_
 
 /* ---- conversions: by bits and free of branches, so that their loops become vector code */
 
-static inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-static inline float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 static inline uint16_t narrow(float x) {
-  uint32_t bits = bits_of(x), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  uint32_t bits = wn_bits_of(x), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
   return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded >> 16);
 }
 
 static inline float widen(uint16_t x) {
-  return float_of((uint32_t)x << 16);
+  return wn_float_of((uint32_t)x << 16);
 }
 
 static inline float widen_f16(uint16_t x) {
   uint32_t sign = (uint32_t)(x & 0x8000u) << 16, magnitude = x & 0x7fffu;
   uint32_t normal = (magnitude << 13) + (112u << 23), infinite = 0x7f800000u | magnitude << 13;
-  uint32_t subnormal = bits_of((float)(int32_t)magnitude * 0x1p-24f); /* exact */
+  uint32_t subnormal = wn_bits_of((float)(int32_t)magnitude * 0x1p-24f); /* exact */
   uint32_t bits = magnitude < 0x0400u ? subnormal : normal;
-  return float_of(sign | (magnitude >= 0x7c00u ? infinite : bits));
+  return wn_float_of(sign | (magnitude >= 0x7c00u ? infinite : bits));
 }
 
 uint16_t wn_bf16_from_f32(float x) {
