@@ -103,7 +103,7 @@ wn_status WN_CPU(dequantise)(wn_device *device, wn_tensor *w, const wn_tensor *c
     float wide[AT_ONCE];
     for (int64_t at = row * cols, n; at < (row + 1) * cols; at += n) {
       n = wn_cpu_min(AT_ONCE, (row + 1) * cols - at);
-      wn_f8_dequantise(wide, codes->data, scale->data, cols, at, n);
+      wn_f8_dequantise(wide, (const uint8_t *)codes->data + at, scale->data, cols, at, n);
       if (w->dtype == WN_BF16) {
         wn_bf16s_from_f32((uint16_t *)w->data + at, wide, n);
       } else {

@@ -48,8 +48,8 @@ float wn_f8_scale(float amax) {
   return wn_float_of(exponent << EXPONENT_SHIFT);
 }
 
-void wn_f8_dequantise_from(float *out, const uint8_t *codes, const float *scales, int64_t n_cols, int64_t first,
-                           int64_t count) {
+void wn_f8_dequantise(float *out, const uint8_t *codes, const float *scales, int64_t n_cols, int64_t first,
+                      int64_t count) {
   const int64_t blocks = wn_f8_blocks(n_cols);
   for (int64_t done = 0, n; done < count; done += n) { /* n: what is left of a block's row */
     int64_t row = (first + done) / n_cols, col = (first + done) % n_cols, left = n_cols - col;
@@ -62,11 +62,6 @@ void wn_f8_dequantise_from(float *out, const uint8_t *codes, const float *scales
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) to[i] = decode(from[i]) * scale;
   }
-}
-
-void wn_f8_dequantise(float *out, const uint8_t *codes, const float *scales, int64_t n_cols, int64_t first,
-                      int64_t count) {
-  wn_f8_dequantise_from(out, codes + first, scales, n_cols, first, count);
 }
 
 void wn_f8_quantise_block(uint8_t *codes, float *scale, const float *x, int64_t rows, int64_t cols, int64_t stride_out,

@@ -22,14 +22,11 @@ static inline int64_t wn_f8_blocks(int64_t n) {
   return (n + WN_F8_BLOCK - 1) / WN_F8_BLOCK;
 }
 
-/* out[i] = FP32(code * scale) for flat elements first .. first + count - 1 of a dense [rows, n_cols] matrix, whose
- * `codes` and `scales` [ceil(rows/128), ceil(n_cols/128)] are given from their beginnings. weight_dequant rounds this
- * on to BF16; the caller does. */
+/* out[i] = FP32(code * scale) for flat elements first .. first + count - 1 of a dense [rows, n_cols] matrix: `codes`
+ * begins with that of element `first`, `scales` [ceil(rows/128), ceil(n_cols/128)] with the matrix's own first.
+ * weight_dequant rounds this on to BF16; the caller does. */
 void wn_f8_dequantise(float *out, const uint8_t *codes, const float *scales, int64_t n_cols, int64_t first,
                       int64_t count);
-/* The same where `codes` begins with that of element `first`. */
-void wn_f8_dequantise_from(float *out, const uint8_t *codes, const float *scales, int64_t n_cols, int64_t first,
-                           int64_t count);
 
 /* One block of rows x cols, each at most 128, with row strides in elements: its scale by wn_f8_scale, its codes
  * E4M3(x / scale). x finite. */

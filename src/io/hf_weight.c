@@ -124,7 +124,7 @@ static wn_status read_floats(float *out, const source *in, int64_t first, int64_
   for (int64_t done = 0, n; done < count; done += n) { /* while it is in the cache */
     n = count - done < CHUNK ? count - done : CHUNK;
     WN_TRY(read_codes(raw, entry, first + done, n));
-    wn_f8_dequantise_from(out + done, raw, in->scales, entry->dim[1], first + done - skipped, n);
+    wn_f8_dequantise(out + done, raw, in->scales, entry->dim[1], first + done - skipped, n);
     wn_f32s_round_to_bf16(out + done, n);
   }
   return NULL;
