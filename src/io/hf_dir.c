@@ -11,7 +11,6 @@
 #include "io/json.h"
 
 #define SINGLE_NAME "model.safetensors"
-#define INDEX_NAME "model.safetensors.index.json"
 
 enum { MOST_INDEX_BYTES = 256 << 20, MOST_SHARDS = 100000 };
 
@@ -102,7 +101,7 @@ static wn_status open_shards(wn_hf_dir *dir, const char *const *names, int32_t n
   }
   if (absent.n)
     return WN_FAIL_HINT(WN_E_INPUT, "the directory may be an incomplete download",
-                        "%s: " INDEX_NAME " names %lld file%s that %s absent: %s", dir->path, (long long)absent.n,
+                        "%s: " WN_INDEX_NAME " names %lld file%s that %s absent: %s", dir->path, (long long)absent.n,
                         plural(&absent), absent.n == 1 ? "is" : "are", absent.text);
   allow_open_files(n);
   for (int32_t i = 0; i < n; i++) {
@@ -160,8 +159,8 @@ static wn_status compare_with_index(const wn_hf_dir *dir, json_t *map) {
     if (strcmp(found, claimed) != 0) wn_name_list_add(&elsewhere, "%s (%s, but it lies in %s)", tensor, claimed, found);
   }
   if (elsewhere.n)
-    return WN_FAIL(WN_E_INPUT, "%s: " INDEX_NAME " places %lld tensor%s wrongly: %s", dir->path, (long long)elsewhere.n,
-                   plural(&elsewhere), elsewhere.text);
+    return WN_FAIL(WN_E_INPUT, "%s: " WN_INDEX_NAME " places %lld tensor%s wrongly: %s", dir->path,
+                   (long long)elsewhere.n, plural(&elsewhere), elsewhere.text);
   for (int64_t i = 0; i < dir->n; i++) {
     const char *name = dir->places[i].entry->name;
     if (!json_object_get(map, name))
@@ -169,7 +168,7 @@ static wn_status compare_with_index(const wn_hf_dir *dir, json_t *map) {
                        file_name(wn_safetensors_path(dir->shards[dir->places[i].shard])));
   }
   if (unlisted.n == 0) return NULL;
-  return WN_FAIL(WN_E_INPUT, "%s: the shards hold %lld tensor%s that " INDEX_NAME " does not list: %s", dir->path,
+  return WN_FAIL(WN_E_INPUT, "%s: the shards hold %lld tensor%s that " WN_INDEX_NAME " does not list: %s", dir->path,
                  (long long)unlisted.n, plural(&unlisted), unlisted.text);
 }
 
@@ -195,13 +194,13 @@ static wn_status open_dir(wn_hf_dir *dir) {
   if (!wn_path_exists(dir->path)) return WN_FAIL(WN_E_INPUT, "model directory %s is absent", dir->path);
   if (!wn_path_is_dir(dir->path)) return WN_FAIL(WN_E_INPUT, "%s is not a directory", dir->path);
   WN_TRY(wn_path(single, "%s/" SINGLE_NAME, dir->path));
-  WN_TRY(wn_path(index, "%s/" INDEX_NAME, dir->path));
+  WN_TRY(wn_path(index, "%s/" WN_INDEX_NAME, dir->path));
   bool has_single = wn_path_exists(single), has_index = wn_path_exists(index);
   if (has_single && has_index)
-    return WN_FAIL_HINT(WN_E_INPUT, "keep the one that is meant", "%s holds both " SINGLE_NAME " and " INDEX_NAME,
+    return WN_FAIL_HINT(WN_E_INPUT, "keep the one that is meant", "%s holds both " SINGLE_NAME " and " WN_INDEX_NAME,
                         dir->path);
   if (!has_single && !has_index)
-    return WN_FAIL_HINT(WN_E_INPUT, "a Hugging Face directory holds " SINGLE_NAME ", or shards and " INDEX_NAME,
+    return WN_FAIL_HINT(WN_E_INPUT, "a Hugging Face directory holds " SINGLE_NAME ", or shards and " WN_INDEX_NAME,
                         "%s holds no weights", dir->path);
   if (has_index) return open_indexed(dir, index);
   const char *const names[] = {SINGLE_NAME};
@@ -235,7 +234,7 @@ void wn_hf_dir_close(wn_hf_dir *dir) {
 }
 
 bool wn_hf_dir_has_weights(const char *path) {
-  static const char *const names[] = {SINGLE_NAME, INDEX_NAME};
+  static const char *const names[] = {SINGLE_NAME, WN_INDEX_NAME};
   char file[WN_PATH_BYTES];
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
     int length = snprintf(file, sizeof file, "%s/%s", path, names[i]);

@@ -5,6 +5,8 @@
 
 #include "io/safetensors.h"
 
+#define WN_INDEX_NAME "model.safetensors.index.json"
+
 typedef struct wn_hf_dir wn_hf_dir;
 
 /* Opens every shard. WN_E_INPUT with names: no weights, both forms at once, index.json that is not one, names a file

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "io/hf_dir.h"
 #include "io/json.h"
 
 /* ---- the index ---- */

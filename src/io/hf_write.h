@@ -5,8 +5,6 @@
 #include "base/log.h"
 #include "io/files.h"
 
-#define WN_INDEX_NAME "model.safetensors.index.json"
-
 /* model.safetensors.index.json under way: {"metadata": {"total_size": bytes of all tensors}, "weight_map": {...}}. */
 typedef struct wn_hf_index wn_hf_index;
 WN_MUST_USE wn_status wn_hf_index_create(wn_hf_index **out);
