@@ -46,13 +46,6 @@ static bool readable(wn_dtype dtype) {
   return dtype == WN_F32 || dtype == WN_F16 || dtype == WN_BF16 || dtype == WN_F8_E4M3;
 }
 
-static bool shaped(const wn_convert_weight *w, const wn_st_entry *entry) {
-  if (w->rank != entry->rank) return false;
-  for (int32_t d = 0; d < w->rank; d++)
-    if (w->dim[d] != entry->dim[d]) return false;
-  return true;
-}
-
 /* Adds the weight to the list where it is there and sound. */
 static wn_status gather_one(gathering *g, wn_convert_weight w, bool optional) {
   char theirs[WN_SHAPE_TEXT_BYTES], ours[WN_SHAPE_TEXT_BYTES];
@@ -61,7 +54,7 @@ static wn_status gather_one(gathering *g, wn_convert_weight w, bool optional) {
     if (!optional) wn_name_list_add(&g->missing, "%s", w.name);
     return NULL;
   }
-  if (!shaped(&w, entry)) {
+  if (!wn_st_shaped(entry, w.rank, w.dim)) {
     wn_shape_text(theirs, entry->rank, entry->dim);
     wn_shape_text(ours, w.rank, w.dim);
     wn_name_list_add(&g->shape, "%s %s instead of %s", w.name, theirs, ours);

@@ -283,6 +283,10 @@ const wn_st_entry *wn_safetensors_find(const wn_safetensors *file, const char *n
   return found ? *found : NULL;
 }
 
+bool wn_st_shaped(const wn_st_entry *entry, int32_t rank, const int64_t *dim) {
+  return entry->rank == rank && memcmp(entry->dim, dim, (size_t)rank * sizeof *dim) == 0;
+}
+
 wn_status wn_st_read(void *out, const wn_st_entry *entry, uint64_t first, uint64_t count) {
   const wn_safetensors *file = entry->file;
   uint64_t begin = (uint64_t)((const unsigned char *)entry->data - file->map) + first;

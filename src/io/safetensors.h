@@ -27,6 +27,7 @@ const char *wn_safetensors_path(const wn_safetensors *file);
 int64_t wn_safetensors_count(const wn_safetensors *file);
 const wn_st_entry *wn_safetensors_at(const wn_safetensors *file, int64_t i);          /* in file order */
 const wn_st_entry *wn_safetensors_find(const wn_safetensors *file, const char *name); /* NULL: absent */
+bool wn_st_shaped(const wn_st_entry *entry, int32_t rank, const int64_t *dim);
 /* Copies bytes first .. first + count - 1 of the tensor, by read calls: several times as fast as having the kernel map
  * the pages in, and nothing stays mapped. WN_E_IO, also where the file has become shorter since it was opened. */
 WN_MUST_USE wn_status wn_st_read(void *out, const wn_st_entry *entry, uint64_t first, uint64_t count);

@@ -43,13 +43,6 @@ bool wn_scaled_name(char weight[WN_NAME_BYTES], const char *name) {
   return true;
 }
 
-bool wn_param_shaped(const wn_param *p, const wn_st_entry *entry) {
-  if (p->rank != entry->rank) return false;
-  for (int32_t d = 0; d < p->rank; d++)
-    if (p->dim[d] != entry->dim[d]) return false;
-  return true;
-}
-
 const char *wn_field_suffix(wn_field field) {
   static const char *const suffixes[WN_N_FIELDS] = {"", ".master", ".m", ".v"};
   return suffixes[field];
@@ -160,7 +153,7 @@ static void link_shards(wn_checkpoint_layout *layout, bool *linked, const wn_nam
 }
 
 static wn_status check_frozen(const wn_param *p, const wn_st_entry *entry, const wn_hf_dir *source) {
-  if (wn_param_shaped(p, entry)) return NULL;
+  if (wn_st_shaped(entry, p->rank, p->dim)) return NULL;
   return WN_FAIL(WN_E_INPUT, "%s: tensor %s has another shape than when this run started", wn_hf_dir_path(source),
                  p->hf_name);
 }

@@ -27,8 +27,6 @@ int32_t wn_names_find(const wn_names *names, const char *hf_name); /* -1: no suc
  */
 bool wn_scaled_name(char weight[WN_NAME_BYTES], const char *name);
 
-bool wn_param_shaped(const wn_param *p, const wn_st_entry *entry);
-
 /* What of a trained parameter is stored, and how its optimizer tensors are called: hf_name + suffix. */
 typedef enum wn_field { WN_FIELD_WEIGHT, WN_FIELD_MASTER, WN_FIELD_M, WN_FIELD_V, WN_N_FIELDS } wn_field;
 enum { WN_FIELD_NAME_BYTES = WN_NAME_BYTES + 8 };

@@ -99,7 +99,7 @@ static bool readable(const wn_st_entry *entry) {
 }
 
 static void check_param(faults *found, const wn_hf_dir *dir, const wn_param *p, const wn_st_entry *entry) {
-  if (!wn_param_shaped(p, entry)) misshapen(found, entry, p->rank, p->dim);
+  if (!wn_st_shaped(entry, p->rank, p->dim)) misshapen(found, entry, p->rank, p->dim);
   if (!readable(entry)) wn_name_list_add(&found->dtype, "%s (%s)", p->hf_name, wn_dtype_name(entry->dtype));
   if (entry->dtype != WN_F8_E4M3 || entry->rank != 2) return;
   const wn_st_entry *scale = wn_hf_scale_entry(dir, p->hf_name);
@@ -235,7 +235,7 @@ wn_status wn_optimizer_check(const wn_st_entry *entry, const wn_param *p, wn_fie
   char name[WN_FIELD_NAME_BYTES];
   wn_field_name(name, p, field);
   if (!entry) return WN_FAIL(WN_E_INPUT, "%s: the optimizer files lack tensor %s", dir, name);
-  if (!wn_param_shaped(p, entry))
+  if (!wn_st_shaped(entry, p->rank, p->dim))
     return WN_FAIL(WN_E_INPUT, "%s: tensor %s has another shape than its parameter", dir, name);
   bool narrow = entry->dtype == WN_BF16 && (field == WN_FIELD_M || field == WN_FIELD_V);
   if (entry->dtype != WN_F32 && !narrow)
