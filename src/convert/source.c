@@ -3,8 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/name_list.h"
-#include "io/files.h"
+#include "io/hf_faults.h"
 
 /* ---- MTP layers ---- */
 
@@ -32,7 +31,7 @@ static bool has_any_of(const wn_convert_source *s, int32_t layer) {
 
 typedef struct gathering {
   wn_convert_source *s;
-  wn_name_list missing, shape, dtype, surplus;
+  wn_hf_faults found;
   const wn_st_entry **claimed;
   int64_t n_claimed;
 } gathering;
@@ -48,20 +47,17 @@ static bool readable(wn_dtype dtype) {
 
 /* Adds the weight to the list where it is there and sound. */
 static wn_status gather_one(gathering *g, wn_convert_weight w, bool optional) {
-  char theirs[WN_SHAPE_TEXT_BYTES], ours[WN_SHAPE_TEXT_BYTES];
   const wn_st_entry *entry = wn_hf_dir_find(g->s->dir, w.name, NULL);
   if (!entry) {
-    if (!optional) wn_name_list_add(&g->missing, "%s", w.name);
+    if (!optional) wn_name_list_add(&g->found.missing, "%s", w.name);
     return NULL;
   }
   if (!wn_st_shaped(entry, w.rank, w.dim)) {
-    wn_shape_text(theirs, entry->rank, entry->dim);
-    wn_shape_text(ours, w.rank, w.dim);
-    wn_name_list_add(&g->shape, "%s %s instead of %s", w.name, theirs, ours);
+    wn_hf_misshapen(&g->found, entry, w.rank, w.dim);
     return NULL;
   }
   if (!readable(entry->dtype)) {
-    wn_name_list_add(&g->dtype, "%s (%s)", w.name, wn_dtype_name(entry->dtype));
+    wn_hf_mistyped(&g->found, entry);
     return NULL;
   }
   WN_TRY(wn_hf_weight_find(&w.from, g->s->dir, w.name));
@@ -126,14 +122,8 @@ static void find_surplus(gathering *g) {
   for (int64_t i = 0; i < wn_hf_dir_count(g->s->dir); i++) {
     const wn_st_entry *entry = wn_hf_dir_at(g->s->dir, i, NULL);
     if (!bsearch(&entry, g->claimed, (size_t)g->n_claimed, sizeof *g->claimed, by_address))
-      wn_name_list_add(&g->surplus, "%s", entry->name);
+      wn_name_list_add(&g->found.surplus, "%s", entry->name);
   }
-}
-
-static wn_status complain(const gathering *g, const char *what, const wn_name_list *list, const char *hint) {
-  if (list->n == 0) return NULL;
-  return WN_FAIL_HINT(WN_E_INPUT, hint, "%s: %lld %s%s: %s", wn_hf_dir_path(g->s->dir), (long long)list->n,
-                      list->n == 1 ? "tensor " : "tensors ", what, list->text);
 }
 
 static wn_status gather(gathering *g, int32_t named_mtp, wn_log *log) {
@@ -148,10 +138,7 @@ static wn_status gather(gathering *g, int32_t named_mtp, wn_log *log) {
   }
   WN_TRY(gather_params(g, s->table.first[layers + named_mtp + 1], s->table.n, false, false));
   find_surplus(g);
-  WN_TRY(complain(g, "of a type that cannot be read", &g->dtype, "weights are read from F32, F16, BF16 and F8_E4M3"));
-  WN_TRY(complain(g, "missing", &g->missing, "config.json may be another model's, or the directory incomplete"));
-  WN_TRY(complain(g, "misshapen", &g->shape, "config.json may be another model's"));
-  WN_TRY(complain(g, "that this model does not have", &g->surplus, "config.json may be another model's"));
+  WN_TRY(wn_hf_refuse(&g->found, s->dir));
   if (absent)
     wn_warn(log, "%s: of the %d MTP layers that config.json names, %d are absent", wn_hf_dir_path(s->dir), named_mtp,
             absent);

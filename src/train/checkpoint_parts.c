@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "base/float8.h"
-#include "base/name_list.h"
+#include "io/hf_faults.h"
 #include "kernels/kernels.h"
 #include "train/checkpoint_dirs.h"
 #include "train/rewrite.h"
@@ -75,41 +75,23 @@ wn_status wn_part_write(wn_device *device, const wn_part *part, wn_field field, 
 
 /* ---- checks of a directory against the parameter table ---- */
 
-static wn_status complain(const wn_hf_dir *dir, const char *what, const wn_name_list *list, const char *hint) {
-  if (list->n == 0) return NULL;
-  return WN_FAIL_HINT(WN_E_INPUT, hint, "%s: %lld %s%s: %s", wn_hf_dir_path(dir), (long long)list->n,
-                      list->n == 1 ? "tensor " : "tensors ", what, list->text);
-}
-
-/* What is wrong with a directory, by kind. */
-typedef struct faults {
-  wn_name_list missing, shape, dtype, surplus;
-} faults;
-
-static void misshapen(faults *found, const wn_st_entry *entry, int32_t rank, const int64_t *dim) {
-  char theirs[WN_SHAPE_TEXT_BYTES], ours[WN_SHAPE_TEXT_BYTES];
-  wn_shape_text(theirs, entry->rank, entry->dim);
-  wn_shape_text(ours, rank, dim);
-  wn_name_list_add(&found->shape, "%s %s instead of %s", entry->name, theirs, ours);
-}
-
 static bool readable(const wn_st_entry *entry) {
   return entry->dtype == WN_F32 || entry->dtype == WN_F16 || entry->dtype == WN_BF16 ||
          (entry->dtype == WN_F8_E4M3 && entry->rank == 2);
 }
 
-static void check_param(faults *found, const wn_hf_dir *dir, const wn_param *p, const wn_st_entry *entry) {
-  if (!wn_st_shaped(entry, p->rank, p->dim)) misshapen(found, entry, p->rank, p->dim);
-  if (!readable(entry)) wn_name_list_add(&found->dtype, "%s (%s)", p->hf_name, wn_dtype_name(entry->dtype));
+static void check_param(wn_hf_faults *found, const wn_hf_dir *dir, const wn_param *p, const wn_st_entry *entry) {
+  if (!wn_st_shaped(entry, p->rank, p->dim)) wn_hf_misshapen(found, entry, p->rank, p->dim);
+  if (!readable(entry)) wn_hf_mistyped(found, entry);
   if (entry->dtype != WN_F8_E4M3 || entry->rank != 2) return;
   const wn_st_entry *scale = wn_hf_scale_entry(dir, p->hf_name);
   const int64_t blocks[2] = {wn_f8_blocks(entry->dim[0]), wn_f8_blocks(entry->dim[1])};
   if (!scale)
     wn_name_list_add(&found->missing, "%s" WN_HF_SCALE_SUFFIX, p->hf_name);
   else if (!wn_hf_scale_readable(scale))
-    wn_name_list_add(&found->dtype, "%s (%s)", scale->name, wn_dtype_name(scale->dtype));
+    wn_hf_mistyped(found, scale);
   else if (!wn_hf_scale_fits(scale, entry))
-    misshapen(found, scale, 2, blocks);
+    wn_hf_misshapen(found, scale, 2, blocks);
 }
 
 /* Whether the tensor is a parameter, or the scales of one that is FP8. */
@@ -123,7 +105,7 @@ static bool belongs(const wn_hf_dir *dir, const wn_names *names, const char *nam
 
 wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules, bool *indexer_absent,
                        int64_t *passed_over) {
-  faults found = {0};
+  wn_hf_faults found = {0};
   int64_t indexer_found = 0, indexer_wanted = 0;
   *passed_over = 0;
   for (int32_t i = 0; i < names->n; i++) {
@@ -147,11 +129,7 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
     else if (!belongs(dir, names, name))
       wn_name_list_add(&found.surplus, "%s", name);
   }
-  WN_TRY(complain(dir, "of a type that cannot be read", &found.dtype,
-                  "weights are read from F32, F16, BF16, and F8_E4M3 with scales in F32, BF16 or F8_E8M0"));
-  WN_TRY(complain(dir, "missing", &found.missing, "config.json may be another model's, or the directory incomplete"));
-  WN_TRY(complain(dir, "misshapen", &found.shape, "config.json may be another model's"));
-  return complain(dir, "that this model does not have", &found.surplus, "config.json may be another model's");
+  return wn_hf_refuse(&found, dir);
 }
 
 static bool opens(const char *path) {
