@@ -113,31 +113,6 @@ __device__ __forceinline__ void wn_gather(uint32_t tile, const wn_view<wn_bf16> 
                 kv.width, pieces, threadIdx.x & 7, aligned, kv.data);
 }
 
-/* The same where a tile is whole panels of aligned rows, one panel at a time, so that copies can go between products.
- */
-typedef struct wn_panel_gather {
-  const wn_bf16 *from[2];
-  uint32_t at[2], bytes[2]; /* 0 where there is no pick */
-} wn_panel_gather;
-
-__device__ __forceinline__ wn_panel_gather wn_gather_panels(uint32_t tile, const wn_view<wn_bf16> &kv,
-                                                            const int32_t key[2]) {
-  wn_panel_gather g;
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    g.from[r] = kv.data + (key[r] >= 0 ? key[r] * kv.row : 0) + (threadIdx.x & 7) * WN_PIECE_COLUMNS;
-    g.at[r] = tile + wn_tile_at(WN_SPARSE_KEYS, (threadIdx.x >> 3) + 32 * r, threadIdx.x & 7);
-    g.bytes[r] = key[r] >= 0 ? 16 : 0;
-  }
-  return g;
-}
-__device__ __forceinline__ void wn_gather_panel(const wn_panel_gather &g, int panel) {
-#pragma unroll
-  for (int r = 0; r < 2; r++)
-    wn_cp_async_16(g.at[r] + panel * WN_SPARSE_KEYS * WN_PANEL_ROW_BYTES, g.from[r] + panel * WN_PANEL_COLUMNS,
-                   g.bytes[r]);
-}
-
 /* How many of pick[k] there are (-1 stands at the end only). `shared` is a word of shared memory that holds 0. Ends
  * with a barrier. */
 __device__ __forceinline__ int wn_count_picks(int *shared, const int32_t *pick, int k) {
