@@ -50,13 +50,6 @@ template <int MT> __device__ __forceinline__ uint32_t wn_block_at(int head, int 
   return (uint32_t)((wn * S::HEADS + head) * (S::NI * 16) + ((piece ^ swizzle) << 4));
 }
 
-__device__ __forceinline__ void wn_store_shared_16(uint32_t at, uint4 x) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-__device__ __forceinline__ void wn_store_shared_4(uint32_t at, uint32_t x) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
-}
-
 /* One row into a tile by eight threads (`eighth` 0 .. 7): `width` elements of `from` (NULL: zeros), zeros up to column
  * 8 `pieces`. aligned: from is a multiple of 16 bytes; `valid` is a row that may be named. */
 __device__ __forceinline__ void wn_load_row(uint32_t tile, int rows, int row, const wn_bf16 *from, int width,

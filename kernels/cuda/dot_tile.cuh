@@ -56,9 +56,7 @@ __device__ __forceinline__ void wn_dot_load(uint32_t shared, const wn_dot_rows &
         const float hi = 2 * p + 1 < left ? __bfloat162float(from[2 * p + 1]) : 0.0f;
         pair[p] = wn_pack_bf16(lo, hi);
       }
-      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(pair[0]), "r"(pair[1]), "r"(pair[2]),
-                   "r"(pair[3])
-                   : "memory");
+      wn_store_shared_16(to, make_uint4(pair[0], pair[1], pair[2], pair[3]));
     }
   }
 }

@@ -106,8 +106,7 @@ __device__ __forceinline__ void wn_dense_kl_copy_8(uint32_t shared, const wn_vie
 #pragma unroll
   for (int e = 0; e < 8; e++)
     if (exists && column + e < v.width) x[e / 2] |= (uint32_t)from[e] << (e % 2 * 16);
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-               : "memory");
+  wn_store_shared_16(shared, make_uint4(x[0], x[1], x[2], x[3]));
 }
 
 #endif

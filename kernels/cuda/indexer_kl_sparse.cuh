@@ -69,8 +69,7 @@ __device__ __forceinline__ void wn_sparse_stage(uint32_t to, const wn_bf16 *from
     pair[i] = wn_pack_bf16(at < width ? __bfloat162float(from[at]) : 0.0f,
                            at + 1 < width ? __bfloat162float(from[at + 1]) : 0.0f);
   }
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(pair[0]), "r"(pair[1]), "r"(pair[2]), "r"(pair[3])
-               : "memory");
+  wn_store_shared_16(to, make_uint4(pair[0], pair[1], pair[2], pair[3]));
 }
 
 /* The exponent of the unit of bounds: a bound is an integer times 2^-unit_exponent. */

@@ -1,6 +1,6 @@
 /* Small named helpers for the warp-level tensor-core path: shared-memory matrix loads, bf16 products, asynchronous
- * copies. PTX ISA 9.0, sections "mma.sync.aligned.m16n8k16", "ldmatrix", "movmatrix", "cp.async", "cvt", "ex2". All
- * lanes of a warp call what loads, transposes or multiplies matrices; any thread calls the rest. */
+ * copies. PTX ISA 9.0, sections "mma.sync.aligned.m16n8k16", "ldmatrix", "movmatrix", "st", "cp.async", "cvt", "ex2".
+ * All lanes of a warp call what loads, transposes or multiplies matrices; any thread calls the rest. */
 #ifndef WN_KERNELS_CUDA_PTX_MMA_CUH
 #define WN_KERNELS_CUDA_PTX_MMA_CUH
 
@@ -57,6 +57,14 @@ __device__ __forceinline__ uint32_t wn_pack_bf16(float lo, float hi) {
   uint32_t out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
   return out;
+}
+
+/* 16 bytes to shared memory, or 4. st.shared */
+__device__ __forceinline__ void wn_store_shared_16(uint32_t at, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ void wn_store_shared_4(uint32_t at, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
 
 /* 16 bytes from global to shared memory, asynchronously; of them `bytes` (0 .. 16) are read, the rest become zeros. A
