@@ -9,6 +9,7 @@
  *
  * The key kernel's blocks own (128 keys, a fixed range of the chunk's rows); their shares are added in order. */
 #include "kernels/cuda/indexer_kl_dense.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 enum { THREADS = 128, WARPS = 4, STREAMED = 64, STAGES = 3, ALIGN_BYTES = 1024, MAX_WIDTH = 256 };
 /* rows of g in shared memory are padded by 8 floats: eight of them read side by side fall into different banks */
@@ -215,8 +216,7 @@ __global__ static void __launch_bounds__(THREADS, 2) query_kernel(const gradient
   }
 #pragma unroll
   for (int slot = 0; slot < S::slots; slot++) {
-    dw[slot] += __shfl_xor_sync(~0u, dw[slot], 1);
-    dw[slot] += __shfl_xor_sync(~0u, dw[slot], 2);
+    dw[slot] = wn_quad_sum(dw[slot]);
     const int32_t pair = warp_row + slot * 8, t = pair / a.heads, h = h0 + pair % a.heads;
     if (t >= a.group || t0 + t >= a.in.chunk.n_rows || h >= a.in.q.heads) continue;
     write_dq<WIDTH>(a, sum[slot / 2], slot % 2, t0 + t, h);

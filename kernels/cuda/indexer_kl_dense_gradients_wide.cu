@@ -10,6 +10,7 @@
 #include "kernels/cuda/ptx/tile_copy.cuh"
 #include "kernels/cuda/ptx/warpgroup.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
+#include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/tensor_map.cuh"
 
 enum { TILE = 128, WIDTH = 128, SLICE = 64, STAGES = 4, GROUPS = 2, THREADS = (GROUPS + 1) * 128 };
@@ -180,8 +181,7 @@ __device__ static void write_queries(const wide_params &a, const task &job, cons
   const int32_t lane = threadIdx.x % 32;
 #pragma unroll
   for (int slot = 0; slot < 2; slot++) {
-    float whole = dw[slot] + __shfl_xor_sync(~0u, dw[slot], 1);
-    whole += __shfl_xor_sync(~0u, whole, 2);
+    const float whole = wn_quad_sum(dw[slot]);
     const int32_t pair = own + slot * 8, t = job.t0 + (pair >> a.log_heads), h = pair & ((1 << a.log_heads) - 1);
     if (t >= a.in.chunk.n_rows) continue;
     const float factor = a.in.factor * a.in.w.data[t * a.in.w.row + h];
