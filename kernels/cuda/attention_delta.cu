@@ -54,7 +54,7 @@ __global__ static void __launch_bounds__(THREADS)
 
 /* Two columns at a time: all widths and strides even, all addresses on pairs. */
 template <typename T> static bool pairs_of(const wn_view<T> &x) {
-  return (uintptr_t)x.data % (2 * sizeof(T)) == 0 && x.row % 2 == 0 && x.head % 2 == 0 && x.width % 2 == 0;
+  return wn_view_aligned(x, 2 * sizeof(T)) && x.width % 2 == 0;
 }
 
 wn_status wn_cuda_attention_delta(wn_device *device, wn_tensor *delta, wn_tensor *o, const wn_tensor *unrounded,

@@ -199,10 +199,10 @@ __device__ __forceinline__ wn_two wn_load_pair(const wn_bf16 *row, int column, b
 
 /* Rows that cp.async may read; pairs that one 4-byte store may write. */
 static inline bool wn_gather_aligned(const wn_view<wn_bf16> &v) {
-  return (uintptr_t)v.data % 16 == 0 && v.row % 8 == 0 && v.head % 8 == 0;
+  return wn_view_aligned(v, 16);
 }
 static inline bool wn_pairs_aligned(const wn_view<wn_bf16> &v) {
-  return (uintptr_t)v.data % 4 == 0 && v.row % 2 == 0 && v.head % 2 == 0;
+  return wn_view_aligned(v, 4);
 }
 
 #endif

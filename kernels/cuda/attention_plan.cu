@@ -99,7 +99,7 @@ wn_status wn_attend_plan_words(wn_device *device, wn_attend_job *job, const wn_v
 
 wn_status wn_attend_operand(wn_device *device, wn_view<wn_bf16> *view, const wn_tensor *t) {
   *view = wn_view_of<wn_bf16>(t);
-  if ((uintptr_t)view->data % 16 == 0 && view->row % 8 == 0 && view->head % 8 == 0) return NULL;
+  if (wn_view_aligned(*view, 16)) return NULL;
   wn_tensor copy;
   WN_TRY(wn_tensor_alloc(&copy, device->scratch, "aligned operand", WN_BF16, 3, t->dim[0], t->dim[1],
                          wn_ceil_div(t->dim[2], 8) * 8, 0));
