@@ -65,7 +65,7 @@ typedef struct driver {
   decltype(&cuMemSetAccess) set_access;
 } driver;
 
-static wn_status entry_point(const char *name, void **out) {
+wn_status wn_cuda_entry_point(const char *name, void **out) {
   cudaDriverEntryPointQueryResult found;
   WN_CUDA_TRY(cudaGetDriverEntryPointByVersion(name, out, 12000, cudaEnableDefault, &found));
   if (found == cudaDriverEntryPointSuccess) return NULL;
@@ -73,13 +73,13 @@ static wn_status entry_point(const char *name, void **out) {
 }
 
 static wn_status load_driver(driver *d) {
-  WN_TRY(entry_point("cuMemAddressReserve", (void **)&d->reserve));
-  WN_TRY(entry_point("cuMemAddressFree", (void **)&d->free_address));
-  WN_TRY(entry_point("cuMemCreate", (void **)&d->create));
-  WN_TRY(entry_point("cuMemRelease", (void **)&d->release));
-  WN_TRY(entry_point("cuMemMap", (void **)&d->map));
-  WN_TRY(entry_point("cuMemUnmap", (void **)&d->unmap));
-  return entry_point("cuMemSetAccess", (void **)&d->set_access);
+  WN_TRY(wn_cuda_entry_point("cuMemAddressReserve", (void **)&d->reserve));
+  WN_TRY(wn_cuda_entry_point("cuMemAddressFree", (void **)&d->free_address));
+  WN_TRY(wn_cuda_entry_point("cuMemCreate", (void **)&d->create));
+  WN_TRY(wn_cuda_entry_point("cuMemRelease", (void **)&d->release));
+  WN_TRY(wn_cuda_entry_point("cuMemMap", (void **)&d->map));
+  WN_TRY(wn_cuda_entry_point("cuMemUnmap", (void **)&d->unmap));
+  return wn_cuda_entry_point("cuMemSetAccess", (void **)&d->set_access);
 }
 
 /* The device with what only this file needs. */

@@ -59,6 +59,9 @@ extern "C" WN_MUST_USE wn_status wn_cublas_check(cublasStatus_t error, const cha
 #define WN_CUDA_LAUNCHED(operation)                                                                                    \
   WN_TRY(wn_cuda_check(cudaGetLastError(), "launching " operation, __FILE__, __LINE__))
 
+/* A function of the driver, by name, since the program starts without one; WN_E_DEVICE where it has no such. */
+extern "C" WN_MUST_USE wn_status wn_cuda_entry_point(const char *name, void **out);
+
 /* The one way for the host to wait: until `event` has happened, with the device's watch looked after. */
 extern "C" WN_MUST_USE wn_status wn_cuda_await(wn_device *device, cudaEvent_t event);
 

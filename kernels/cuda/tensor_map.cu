@@ -1,15 +1,13 @@
 #include "kernels/cuda/tensor_map.cuh"
 
-/* Looked up once a process, not once a launch; by name, since the program starts without a driver. */
+/* Looked up once a process, not once a launch. */
 static wn_status find_encoder(decltype(&cuTensorMapEncodeTiled) *out) {
-  static decltype(&cuTensorMapEncodeTiled) encode;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
-  if (!encode)
-    WN_CUDA_TRY(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
-  *out = encode;
-  if (encode && found == cudaDriverEntryPointSuccess) return NULL;
-  return WN_FAIL_HINT(WN_E_DEVICE, "install a newer driver", "the GPU's driver has no cuTensorMapEncodeTiled");
+  static void *encode;
+  void *found = encode;
+  if (!found) WN_TRY(wn_cuda_entry_point("cuTensorMapEncodeTiled", &found));
+  encode = found;
+  *out = (decltype(&cuTensorMapEncodeTiled))found;
+  return NULL;
 }
 
 wn_status wn_cuda_tensor_map(CUtensorMap *map, wn_dtype dtype, const void *data, int32_t rank, const int64_t *dim,
