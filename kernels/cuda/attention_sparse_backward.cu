@@ -300,7 +300,7 @@ __device__ static void load_row(const backward_args &a, const backward_layout<MT
   if (threadIdx.x >= HEADS) return;
   const int head = first_head + threadIdx.x;
   const bool there = head < a.q.heads;
-  l.lse[threadIdx.x] = there ? a.lse.data[row * a.lse.row + head] * 1.44269504088896340736f : INFINITY;
+  l.lse[threadIdx.x] = there ? a.lse.data[row * a.lse.row + head] * WN_LOG2E : INFINITY;
   l.delta[threadIdx.x] = there && a.what != ONLY_P ? a.delta.data[row * a.delta.row + head] : 0;
 }
 

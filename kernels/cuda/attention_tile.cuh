@@ -25,8 +25,6 @@ enum {
   WN_GROUP_THREADS = WN_MAKERS + 128 /* with the warpgroup that starts copies */
 };
 
-#define WN_LOG2E 1.4426950408889634f
-
 /* Over 64 rows. Rows that see nothing (or lie past the end) do not count in the first two and make the last two such
  * that no tile passes for wholly visible. */
 typedef struct wn_tile_bounds {

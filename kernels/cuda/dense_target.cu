@@ -161,7 +161,7 @@ wn_status wn_cuda_dense_target(wn_device *device, float *p, int64_t pitch, const
   j.k = wn_dot_rows_of(k, 0, k.n);
   j.q_head = q.head;
   j.k_head = k.heads == 1 ? 0 : k.head;
-  j.scale = (float)(scale * 1.4426950408889634074);
+  j.scale = (float)(scale * M_LOG2E);
   j.n_heads = q.heads;
   j.n_rows = rows->n_rows;
   j.least = least;

@@ -248,7 +248,7 @@ typedef struct soft_sum {
 
 /* e^(x - top) */
 __device__ static float lifted(float x, float top) {
-  return wn_exp2((x - top) * 1.44269504f);
+  return wn_exp2((x - top) * WN_LOG2E);
 }
 
 __device__ static soft_sum joined(soft_sum a, soft_sum b) {

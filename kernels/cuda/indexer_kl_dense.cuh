@@ -34,8 +34,6 @@ typedef struct wn_dense_kl_sum {
   bool x_vectors, y_vectors;
 } wn_dense_kl_sum;
 
-#define WN_DENSE_KL_LOG2_E 1.4426950408889634
-
 /* One head's product z into the sum. Target: scale and t = lse come multiplied by log2(e); scores: t = w * scale / 2.
  */
 template <bool TARGET> __device__ __forceinline__ float wn_dense_kl_folded(float sum, float z, float t, float scale) {
@@ -43,7 +41,7 @@ template <bool TARGET> __device__ __forceinline__ float wn_dense_kl_folded(float
   return sum + wn_exp2(fmaf(z, scale, -t));
 }
 template <bool TARGET> __device__ __forceinline__ float wn_dense_kl_term(float term, float scale) {
-  return term * (TARGET ? (float)WN_DENSE_KL_LOG2_E : 0.5f * scale);
+  return term * (TARGET ? WN_LOG2E : 0.5f * scale);
 }
 
 /* The two for operands of 16-byte rows, by warpgroups. indexer_kl_dense_scores_wide.cu */

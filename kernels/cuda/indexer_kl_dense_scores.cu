@@ -5,6 +5,8 @@
  * the sum over heads in registers and walks through (head, slice of 64 columns) with a ring of shared-memory stages. No
  * head's logits ever leave the registers. All blocks are at about the same head at the same time, so that what they
  * read is in the second-level cache. */
+#include <math.h>
+
 #include "kernels/cuda/indexer_kl_dense.cuh"
 
 enum { THREADS = 256, SLICE = 64, STAGES = 5, M_TILES = 4, N_BLOCKS = 4 };
@@ -163,7 +165,7 @@ wn_status wn_dense_kl_scores(wn_device *device, const wn_dense_kl_chunk *chunk, 
                             lse.data,
                             lse.row,
                             chunk->p,
-                            (float)(attention_scale * WN_DENSE_KL_LOG2_E),
+                            (float)(attention_scale * M_LOG2E),
                             wn_view_vectors(qa),
                             wn_view_vectors(ka)};
   if (ka.heads == 1) target.y.head = 0;

@@ -85,6 +85,9 @@ template <int LEFT> __device__ __forceinline__ void wn_cp_async_wait(void) {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+/* log2(e): wn_exp2(x * WN_LOG2E) is exp(x). */
+#define WN_LOG2E 1.4426950408889634f
+
 /* 2^x, the special-function unit's (2 ulp; 0 for -inf). ex2.approx */
 __device__ __forceinline__ float wn_exp2(float x) {
   float y;
