@@ -334,6 +334,17 @@ template <typename Launch> static inline wn_status wn_with_widths(int32_t dq, in
   return launch.template run<256, 256>();
 }
 
+/* operands: the job, and what else the kernel takes */
+template <typename Kernel, typename... Operands>
+static inline wn_status wn_attend_launch(wn_device *device, Kernel kernel, int64_t blocks, int threads, int bytes,
+                                         const Operands &...operands) {
+  if (blocks == 0) return NULL;
+  WN_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<(unsigned)blocks, threads, bytes, wn_cuda_stream(device)>>>(operands...);
+  WN_CUDA_LAUNCHED("attention");
+  return NULL;
+}
+
 /* With the operands described for the copy engine as well. */
 template <typename Kernel>
 static inline wn_status wn_attend_launch_fetching(wn_device *device, Kernel kernel, int64_t blocks, int threads,
@@ -342,20 +353,7 @@ static inline wn_status wn_attend_launch_fetching(wn_device *device, Kernel kern
   wn_attend_maps maps;
   if (blocks == 0) return NULL;
   WN_TRY(wn_attend_describe(&maps, &job, box_rows, box_keys));
-  WN_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<(unsigned)blocks, threads, bytes, wn_cuda_stream(device)>>>(job, maps);
-  WN_CUDA_LAUNCHED("attention");
-  return NULL;
-}
-
-template <typename Kernel>
-static inline wn_status wn_attend_launch(wn_device *device, Kernel kernel, int64_t blocks, int threads, int bytes,
-                                         const wn_attend_job &job) {
-  if (blocks == 0) return NULL;
-  WN_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<(unsigned)blocks, threads, bytes, wn_cuda_stream(device)>>>(job);
-  WN_CUDA_LAUNCHED("attention");
-  return NULL;
+  return wn_attend_launch(device, kernel, blocks, threads, bytes, job, maps);
 }
 
 #endif
