@@ -16,6 +16,16 @@ typedef struct wn_product {
   int64_t batch, c_step, a_step, b_step; /* batch 0: one product */
 } wn_product;
 
+/* c = a b, of matrices as they are stored. Whoever has a transposed says so, and that k is its rows. */
+static inline wn_product wn_product_of(const wn_tensor *c, const wn_tensor *a, const wn_tensor *b) {
+  wn_product p = {};
+  p.c = c->data, p.a = a->data, p.b = b->data;
+  p.c_dtype = c->dtype;
+  p.m = c->dim[0], p.n = c->dim[1], p.k = a->dim[1];
+  p.c_stride = c->stride[0], p.a_stride = a->stride[0], p.b_stride = b->stride[0];
+  return p;
+}
+
 /* Enqueued on the compute queue. The algorithm is a function of shapes, strides and alignment alone, and cuBLAS has one
  * queue and our workspace: the same bits each time. Nothing to add (m, n or batch 0; k 0 with accumulate) is fine. */
 extern "C" WN_MUST_USE wn_status wn_cuda_product(wn_device *device, const wn_product *product);

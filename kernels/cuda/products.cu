@@ -26,23 +26,13 @@ static wn_dtype output_dtype(const wn_tensor *t) {
   return t->dtype == WN_F32 ? WN_F32 : WN_BF16;
 }
 
-/* c = a b, of matrices as they are stored. */
-static wn_product of_matrices(const wn_tensor *c, const wn_tensor *a, const wn_tensor *b) {
-  wn_product p = {};
-  p.c = c->data, p.a = a->data, p.b = b->data;
-  p.c_dtype = c->dtype;
-  p.m = c->dim[0], p.n = c->dim[1], p.k = a->dim[1];
-  p.c_stride = c->stride[0], p.a_stride = a->stride[0], p.b_stride = b->stride[0];
-  return p;
-}
-
 /* y = x w^T */
 static wn_product forward_of(const wn_tensor *y, const wn_tensor *x, const wn_tensor *w, bool accumulate) {
   const int64_t n = x->dim[0], inputs = w->dim[1], outputs = w->dim[0];
   WN_CUDA_EXPECT(y, output_dtype(y), 2, n, outputs, 0);
   WN_CUDA_EXPECT(x, WN_BF16, 2, n, inputs, 0);
   WN_CUDA_EXPECT(w, WN_BF16, 2, outputs, inputs, 0);
-  wn_product p = of_matrices(y, x, w);
+  wn_product p = wn_product_of(y, x, w);
   p.transpose_b = true;
   p.accumulate = accumulate;
   return p;
@@ -54,7 +44,7 @@ static wn_product backward_input_of(const wn_tensor *dx, const wn_tensor *dy, co
   WN_CUDA_EXPECT(dx, output_dtype(dx), 2, n, inputs, 0);
   WN_CUDA_EXPECT(dy, WN_BF16, 2, n, outputs, 0);
   WN_CUDA_EXPECT(w, WN_BF16, 2, outputs, inputs, 0);
-  wn_product p = of_matrices(dx, dy, w);
+  wn_product p = wn_product_of(dx, dy, w);
   p.accumulate = accumulate;
   return p;
 }
@@ -65,7 +55,7 @@ static wn_product backward_weight_of(const wn_tensor *dw, const wn_tensor *dy, c
   WN_CUDA_EXPECT(dw, WN_F32, 2, outputs, inputs, 0);
   WN_CUDA_EXPECT(dy, WN_BF16, 2, n, outputs, 0);
   WN_CUDA_EXPECT(x, WN_BF16, 2, n, inputs, 0);
-  wn_product p = of_matrices(dw, dy, x);
+  wn_product p = wn_product_of(dw, dy, x);
   p.k = n; /* over the rows */
   p.transpose_a = true;
   p.accumulate = true;

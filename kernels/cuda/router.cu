@@ -265,17 +265,7 @@ wn_status wn_cuda_router(wn_device *device, wn_tensor *scores, wn_tensor *index,
   if (balance) expect_whole_sequences(n, c.rows_per_sequence);
   if (n == 0) return NULL;
   const wn_view<float> sv = wn_view_of<float>(scores);
-  wn_product logits = {};
-  logits.c = sv.data;
-  logits.a = x->data;
-  logits.b = w->data;
-  logits.c_dtype = WN_F32;
-  logits.m = n;
-  logits.n = n_experts;
-  logits.k = width;
-  logits.c_stride = sv.row;
-  logits.a_stride = x->stride[0];
-  logits.b_stride = w->stride[0];
+  wn_product logits = wn_product_of(scores, x, w);
   logits.transpose_b = true;
   WN_TRY(wn_cuda_product(device, &logits));
   const size_t mark = wn_arena_mark(device->scratch);
@@ -348,25 +338,8 @@ __global__ static void logits_gradient_kernel(wn_view<wn_bf16> dz, wn_view<float
   }
 }
 
-/* c += a b, a sum of k; row strides as given */
-static wn_product product_of(wn_tensor *c, const wn_bf16 *a, int64_t a_row, const void *b, int64_t b_row, int64_t k) {
-  wn_product p = {};
-  p.c = c->data;
-  p.a = a;
-  p.b = b;
-  p.c_dtype = c->dtype;
-  p.m = c->dim[0];
-  p.n = c->dim[1];
-  p.k = k;
-  p.c_stride = c->stride[0];
-  p.a_stride = a_row;
-  p.b_stride = b_row;
-  p.accumulate = true;
-  return p;
-}
-
 /* dx += dz w, one product over both parts of dz, so that dx is rounded once: w stands there twice. */
-static wn_status backward_input(wn_device *device, wn_tensor *dx, const wn_view<wn_bf16> &dz, const wn_tensor *w) {
+static wn_status backward_input(wn_device *device, wn_tensor *dx, const wn_tensor *dz, const wn_tensor *w) {
   const int64_t n_experts = w->dim[0], width = w->dim[1];
   const size_t row_bytes = (size_t)width * sizeof(wn_bf16);
   wn_tensor twice;
@@ -375,15 +348,19 @@ static wn_status backward_input(wn_device *device, wn_tensor *dx, const wn_view<
     WN_CUDA_TRY(cudaMemcpy2DAsync((wn_bf16 *)twice.data + part * n_experts * width, row_bytes, w->data,
                                   (size_t)w->stride[0] * sizeof(wn_bf16), row_bytes, (size_t)n_experts,
                                   cudaMemcpyDeviceToDevice, wn_cuda_stream(device)));
-  const wn_product input = product_of(dx, dz.data, dz.row, twice.data, width, 2 * n_experts);
+  const wn_tensor both = wn_tensor_slice(*dz, 1, 0, 2 * n_experts);
+  wn_product input = wn_product_of(dx, &both, &twice);
+  input.accumulate = true;
   return wn_cuda_product(device, &input);
 }
 
 /* dw += dz^T x, part by part */
-static wn_status backward_weight(wn_device *device, wn_tensor *dw, const wn_view<wn_bf16> &dz, const wn_tensor *x) {
+static wn_status backward_weight(wn_device *device, wn_tensor *dw, const wn_tensor *dz, const wn_tensor *x) {
   for (int64_t part = 0; part < 2; part++) {
-    wn_product matrix = product_of(dw, dz.data + part * dw->dim[0], dz.row, x->data, x->stride[0], x->dim[0]);
-    matrix.transpose_a = true;
+    const wn_tensor own = wn_tensor_slice(*dz, 1, part * dw->dim[0], dw->dim[0]);
+    wn_product matrix = wn_product_of(dw, &own, x);
+    matrix.k = x->dim[0];
+    matrix.transpose_a = matrix.accumulate = true;
     WN_TRY(wn_cuda_product(device, &matrix));
   }
   return NULL;
@@ -415,15 +392,14 @@ wn_status wn_cuda_router_backward(wn_device *device, wn_tensor *dx, wn_tensor *d
   wn_tensor dz; /* rows padded, so that the products may load vectors */
   WN_TRY(
       wn_tensor_alloc(&dz, device->scratch, "router gradient", WN_BF16, 2, n, wn_ceil_div(2 * n_experts, 8) * 8, 0, 0));
-  const wn_view<wn_bf16> dzv = wn_view_of<wn_bf16>(&dz);
   size_t bytes;
   WN_TRY(ask_shared(device, (const void *)logits_gradient_kernel, n_experts, &bytes));
-  logits_gradient_kernel<<<blocks, WARP * WARPS, bytes, stream>>>(dzv, wn_view_of<float>(dweight),
+  logits_gradient_kernel<<<blocks, WARP * WARPS, bytes, stream>>>(wn_view_of<wn_bf16>(&dz), wn_view_of<float>(dweight),
                                                                   wn_view_of<float>(scores), wn_view_of<int32_t>(index),
                                                                   counts, (float)params->balance_coeff, c);
   WN_CUDA_LAUNCHED("router_backward");
-  WN_TRY(backward_input(device, dx, dzv, w));
-  WN_TRY(backward_weight(device, dw, dzv, x));
+  WN_TRY(backward_input(device, dx, &dz, w));
+  WN_TRY(backward_weight(device, dw, &dz, x));
   wn_arena_release(device->scratch, mark);
   return NULL;
 }
