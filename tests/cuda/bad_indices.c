@@ -3,6 +3,7 @@
  * the case's number. */
 #include <stdio.h>
 
+#include "support/gpu.h"
 #include "support/program.h"
 #include "support/twin.h"
 
@@ -145,12 +146,8 @@ static int misuse(size_t i) {
 }
 
 static void the_device_refuses(void **state) {
-  const char *why;
   (void)state;
-  if (wn_cuda_count(&why) == 0) {
-    print_message("skipped: %s\n", why);
-    skip();
-  }
+  wn_needs_gpus(1);
   for (size_t i = 0; i < sizeof misuses / sizeof *misuses; i++) {
     wn_program p;
     wn_winnow_wait(wn_command_start(1, "/proc/self/exe", "%zu", i), &p);

@@ -1,14 +1,11 @@
 /* Released FP8 directories into training on a GPU: the codes stay codes on the device, and what they train is what the
  * BF16 that they stand for trains. */
-#include "kernels/cuda/cuda.h"
 #include "support/fp8_model.h"
+#include "support/gpu.h"
 
 static void fp8_trains_as_what_it_stands_for(void **state) {
-  const char *why, *dir = *state;
-  if (wn_cuda_count(&why) <= 0) {
-    print_message("skipped: %s\n", why);
-    skip();
-  }
+  wn_needs_gpus(1);
+  const char *dir = *state;
   for (int32_t fp8 = 0; fp8 < 2; fp8++)
     wn_winnow_ends(0, 1, "warmup %s/job.yaml device=cuda init=%s/%s run_dir=%s/%s-run training.steps=4", dir, dir,
                    fp8 ? "fp8" : "bf16", dir, fp8 ? "fp8" : "bf16");

@@ -1,15 +1,8 @@
 /* Whole jobs on a GPU: every stage, evaluation and dumps, against the CPU's; repeated and resumed byte for byte. */
 #include "io/safetensors.h"
-#include "kernels/cuda/cuda.h"
 #include "model/model.h"
+#include "support/gpu.h"
 #include "support/tiny.h"
-
-static void needs_a_gpu(void) {
-  const char *why;
-  if (wn_cuda_count(&why) > 0) return;
-  print_message("skipped: %s\n", why);
-  skip();
-}
 
 /* A trained model, so that what BF16 leaves equal can be asked for: the random one of the other tests amplifies a
  * rounding to a percent. Its vocabulary holds theirs. */
@@ -41,7 +34,7 @@ static void expect_near(void **state, const char *run, const char *other, const 
 }
 
 static void stages_agree_with_the_cpu(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   const char *dir = *state;
   char steady[WN_PATH_BYTES + 128], calm[WN_PATH_BYTES + 256];
   /* On text, which the model knows: on the other tests' random tokens its gradients are so large and so curved that
@@ -85,23 +78,23 @@ static void expect_repeats_and_resumes(void **state, const char *stage, const ch
 }
 
 static void pretrain_repeats_and_resumes(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   expect_repeats_and_resumes(state, "pretrain", "base", "");
 }
 
 static void warmup_repeats_and_resumes(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   expect_repeats_and_resumes(state, "warmup", "base", "");
 }
 
 static void adapt_repeats_and_resumes(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   expect_repeats_and_resumes(state, "adapt", "warmup-a/checkpoints/step-000009", "");
 }
 
 /* The same in the absorbed form, which sequences of this length take. */
 static void absorbed_adapt_repeats_and_resumes(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   static const char longer[] = "data.seq_len=448 training.micro_batch_seqs=1 training.seed=9";
   wn_model_config config = tiny_config();
   assert_int_equal(wn_model_attention_form(&config, 64, 448, TINY_TOPK), WN_FORM_ABSORBED);
@@ -130,14 +123,14 @@ static void expect_keeps_the_bits(void **state, const char *stage, const char *i
 
 /* A backward that takes attention's output, or all, from the forward makes the bits of one that computes it again. */
 static void what_is_kept_changes_nothing(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   expect_keeps_the_bits(state, "pretrain", "base", "data.seq_len=200");
   expect_keeps_the_bits(state, "adapt", "warmup-a/checkpoints/step-000009", "data.seq_len=200");
 }
 
 /* The same with BF16 checkpoints, whose masters stand beside. */
 static void bf16_checkpoints_resume(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   run_job(state, "pretrain", "cuda", "base", "half-a", 8, "checkpoint.dtype=bf16");
   run_job(state, "pretrain", "cuda", "base", "half-b", 3, "checkpoint.dtype=bf16");
   run_job(state, "pretrain", "cuda", "base", "half-b", 8, "checkpoint.dtype=bf16");
@@ -145,7 +138,7 @@ static void bf16_checkpoints_resume(void **state) {
 }
 
 static void every_selection_evaluates(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   static const char *const selections[] = {"dense", "indexer", "best", "recent", "sink", "random"};
   const char *dir = *state;
   for (int gpu = 0; gpu < 2; gpu++)
@@ -220,7 +213,7 @@ static void expect_same_dump(void **state, const char *model, const char *attent
 }
 
 static void dumps_agree_with_the_cpu(void **state) {
-  needs_a_gpu();
+  wn_needs_gpus(1);
   static const char model[] = "warm-cpu/checkpoints/step-000006";
   expect_same_dump(state, model, "dense", "base");
   expect_same_dump(state, model, "dense", "indexer");

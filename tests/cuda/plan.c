@@ -1,15 +1,7 @@
 /* `winnow plan` for GPUs, made without touching one, against what runs on them take: the allocator's table, and the
  * memory that the driver counts. */
-#include "kernels/cuda/cuda.h"
+#include "support/gpu.h"
 #include "support/plan.h"
-
-static void needs_gpus(int32_t n) {
-  const char *why;
-  int32_t found = wn_cuda_count(&why);
-  if (found >= n) return;
-  print_message("skipped: %d GPUs are needed, %d are there (%s)\n", n, found, why);
-  skip();
-}
 
 static double held_bytes(const json_t *plan) {
   double bytes = 0;
@@ -56,18 +48,18 @@ static void stages(void **state, int32_t ranks) {
 }
 
 static void one_gpu(void **state) {
-  needs_gpus(1);
+  wn_needs_gpus(1);
   stages(state, 1);
 }
 
 static void two_gpus(void **state) {
-  needs_gpus(2);
+  wn_needs_gpus(2);
   stages(state, 2);
 }
 
 /* A model of 70 million parameters at 8192 tokens: gigabytes, not pages. */
 static void a_larger_model(void **state) {
-  needs_gpus(1);
+  wn_needs_gpus(1);
   char job[1024];
   const char *dir = *state;
   snprintf(job, sizeof job, "configs/jobs/mini/pretrain.yaml data.train=%s/long data.valid= metrics.eval_every=0", dir);

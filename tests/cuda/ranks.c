@@ -1,14 +1,11 @@
 /* One GPU and two compute the same, and each holds half. */
-#include "kernels/cuda/cuda.h"
+#include "support/gpu.h"
 #include "support/ranks.h"
 
 #include <signal.h>
 
 static void needs_two_gpus(void) {
-  const char *why;
-  if (wn_cuda_count(&why) >= 2) return;
-  print_message("skipped: two GPUs are needed (%s)\n", *why ? why : "there is one");
-  skip();
+  wn_needs_gpus(2);
 }
 
 static void run_to(void **state, const char *run, int32_t ranks, int64_t steps) {

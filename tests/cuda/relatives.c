@@ -4,19 +4,12 @@
  * in BF16 differ from their FP32 by up to 1.5% in these outputs and 3.3% in gradients (a single row that is routed
  * elsewhere makes 5% of it). */
 #include "io/safetensors.h"
-#include "kernels/cuda/cuda.h"
 #include "model/model.h"
+#include "support/gpu.h"
 #include "support/tiny.h"
 
 enum { N_TOKENS = 150 };
 static const double rounding = 6e-2;
-
-static bool gpu_is_absent(void) {
-  const char *why;
-  if (wn_cuda_count(&why) > 0) return false;
-  print_message("skipped: %s\n", why);
-  return true;
-}
 
 static wn_model_config glm(void) {
   wn_model_config config = tiny_config();
@@ -115,7 +108,7 @@ static void compare(void **state, const char *model, const char *options) {
 }
 
 static void wide_heads(void **state) {
-  if (gpu_is_absent()) skip();
+  wn_needs_gpus(1);
   wn_model_config narrow = absorbed(), wide = with_indexer(glm());
   assert_int_equal(wn_model_attention_form(&narrow, 64, N_TOKENS, N_TOKENS), WN_FORM_ABSORBED);
   assert_int_equal(wn_model_attention_form(&wide, 64, N_TOKENS, N_TOKENS), WN_FORM_MASKED);
@@ -128,7 +121,7 @@ static void wide_heads(void **state) {
 }
 
 static void queries_without_a_low_rank(void **state) {
-  if (gpu_is_absent()) skip();
+  wn_needs_gpus(1);
   compare(state, "whole", "--grads base");
 }
 
@@ -149,7 +142,7 @@ static void near(void **state, const char *run, const char *table, const char *c
 
 /* Stages on both devices; on the GPU twice, to the byte. The statistics are those of 256-wide heads. */
 static void stages(void **state) {
-  if (gpu_is_absent()) skip();
+  wn_needs_gpus(1);
   static const char *const models[] = {"glm", "whole"};
   for (int m = 0; m < 2; m++) {
     char warm[64], sparse[64], init[64];
@@ -188,7 +181,7 @@ static void stages(void **state) {
 }
 
 static void best_selection(void **state) {
-  if (gpu_is_absent()) skip();
+  wn_needs_gpus(1);
   static const char *const devices[] = {"cpu", "cuda"};
   const char *dir = *state;
   char metrics[WN_PATH_BYTES];
