@@ -7,7 +7,7 @@
 
 /* First line of such a test: where there are fewer, it is skipped, aloud. */
 static inline void wn_needs_gpus(int32_t n) {
-  const char *why;
+  static const char *why;
   const int32_t found = wn_cuda_count(&why);
   if (found >= n) return;
   if (found > 0)
