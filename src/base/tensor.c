@@ -147,31 +147,69 @@ static inline uint16_t half_at(const void *from, int64_t i) {
 /* Whole weights pass here once, and are next used when others have taken the cache: written past it, they need not be
  * fetched before they are overwritten. */
 #ifdef __AVX2__
-static int64_t stream_widened(float *out, const void *from, int64_t n) {
-  int64_t i = 0;
-  for (; i < n && (uintptr_t)(out + i) % 32 != 0; i++) out[i] = widen(half_at(from, i));
-  for (; i + 8 <= n; i += 8) {
+/* n a multiple of 8, out on a multiple of 32 bytes */
+static uint16_t widen_past_the_cache(float *out, const void *from, int64_t n) {
+  const __m128i unsigned_part = _mm_set1_epi16(0x7fff);
+  __m128i most = _mm_setzero_si128();
+  for (int64_t i = 0; i < n; i += 8) {
     __m128i halves = _mm_loadu_si128((const void *)((const char *)from + 2 * i));
+    most = _mm_max_epu16(most, _mm_and_si128(halves, unsigned_part));
     _mm256_stream_si256((void *)(out + i), _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   }
   _mm_sfence();
-  return i;
+  /* SSE has a least of eight, and the complement makes it the largest */
+  const __m128i ones = _mm_set1_epi16(-1);
+  return (uint16_t)~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(most, ones)), 0);
+}
+static int64_t streamed(const float *out, int64_t n, int64_t *first) {
+  int64_t before = (int64_t)(-(uintptr_t)out / sizeof(float) % 8);
+  *first = before < n ? before : n;
+  return (n - *first) / 8 * 8;
 }
 #else
-static int64_t stream_widened(float *out, const void *from, int64_t n) {
+static uint16_t widen_past_the_cache(float *out, const void *from, int64_t n) {
   (void)out, (void)from, (void)n;
+  return 0;
+}
+static int64_t streamed(const float *out, int64_t n, int64_t *first) {
+  (void)out, (void)n;
+  *first = 0;
   return 0;
 }
 #endif
 
-void wn_f32s_from_bf16(float *out, const void *from, int64_t n) {
-#pragma omp simd
-  for (int64_t i = stream_widened(out, from, n); i < n; i++) out[i] = widen(half_at(from, i));
+static uint16_t widen_all(float *out, const void *from, int64_t n) {
+  uint16_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; i++) {
+    uint16_t half = half_at(from, i), magnitude = half & 0x7fff;
+    most = magnitude > most ? magnitude : most;
+    out[i] = widen(half);
+  }
+  return most;
 }
 
-void wn_f32s_from_f16(float *out, const void *from, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) out[i] = widen_f16(half_at(from, i));
+static uint16_t larger(uint16_t a, uint16_t b) {
+  return a > b ? a : b;
+}
+
+uint16_t wn_f32s_from_bf16(float *out, const void *from, int64_t n) {
+  const char *halves = from;
+  int64_t before, past = streamed(out, n, &before), after = before + past;
+  uint16_t most = widen_all(out, from, before);
+  most = larger(most, widen_past_the_cache(out + before, halves + 2 * before, past));
+  return larger(most, widen_all(out + after, halves + 2 * after, n - after));
+}
+
+uint16_t wn_f32s_from_f16(float *out, const void *from, int64_t n) {
+  uint16_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; i++) {
+    uint16_t half = half_at(from, i), magnitude = half & 0x7fff;
+    most = magnitude > most ? magnitude : most;
+    out[i] = widen_f16(half);
+  }
+  return most;
 }
 
 void wn_bf16s_from_f32(uint16_t *out, const float *from, int64_t n) {

@@ -56,9 +56,12 @@ WN_MUST_USE wn_status wn_tensor_alloc(wn_tensor *out, wn_arena *arena, const cha
 uint16_t wn_bf16_from_f32(float x);
 float wn_f32_from_bf16(uint16_t x);
 float wn_f32_from_f16(uint16_t x);
-/* The same for n at a time; `from` need not be aligned. */
-void wn_f32s_from_bf16(float *out, const void *from, int64_t n);
-void wn_f32s_from_f16(float *out, const void *from, int64_t n);
+/* The same for n at a time; `from` need not be aligned. Returned is the largest without its sign, as it is stored (0 of
+ * none): from WN_BF16_INFINITY or WN_F16_INFINITY on, some are infinite or NaN. */
+#define WN_BF16_INFINITY 0x7f80
+#define WN_F16_INFINITY 0x7c00
+uint16_t wn_f32s_from_bf16(float *out, const void *from, int64_t n);
+uint16_t wn_f32s_from_f16(float *out, const void *from, int64_t n);
 void wn_bf16s_from_f32(uint16_t *out, const float *from, int64_t n);
 void wn_f32s_round_to_bf16(float *x, int64_t n); /* each to the nearest value that BF16 has, in place */
 

@@ -1,6 +1,5 @@
 #include "convert/write.h"
 
-#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -86,26 +85,12 @@ static wn_status copy_bytes(char *out, const work *w, tile t) {
 
 /* ---- making ---- */
 
-static wn_status not_finite(const work *w, tile t, int64_t i, float x, const char *what) {
-  return WN_FAIL(WN_E_INPUT, "%s: tensor %s: element [%lld, %lld] is %g%s", wn_safetensors_path(w->entry->file),
-                 w->output->weight->name, (long long)(w->first_row + t.row + i / t.cols),
-                 (long long)(w->first_col + t.col + i % t.cols), (double)x, what);
-}
-
-static wn_status check_finite(const work *w, tile t, const float *x) {
-  float sum = 0; /* of x * 0: NaN where any x is not finite */
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < t.rows * t.cols; i++) sum += x[i] * 0;
-  if (sum == 0) return NULL;
-  int64_t i = 0;
-  while (isfinite(x[i])) i++;
-  return not_finite(w, t, i, x[i], "; weights are finite numbers");
-}
-
 static wn_status round_to_bf16(const work *w, tile t, char *out, const float *x) {
   for (int64_t i = 0; i < t.rows * t.cols; i++) {
     uint16_t rounded = wn_bf16_from_f32(x[i]);
-    if ((rounded & 0x7f80u) == 0x7f80u) return not_finite(w, t, i, x[i], ", beyond the range of BF16");
+    int64_t row = w->first_row + t.row + i / t.cols, col = w->first_col + t.col + i % t.cols;
+    if ((rounded & 0x7f80u) == 0x7f80u)
+      return wn_hf_refuse_number(w->entry, row * w->stored_cols + col, x[i], WN_HF_BEYOND_BF16);
     memcpy(out + 2 * i, &rounded, sizeof rounded);
   }
   return NULL;
@@ -118,8 +103,7 @@ static void make_blocks(room *in, tile t) {
 }
 
 static wn_status make_tile(const work *w, tile t, room *in) {
-  WN_TRY(read_values(in->values, w, t));
-  WN_TRY(check_finite(w, t, in->values));
+  WN_TRY(read_values(in->values, w, t)); /* which looks at every number, also of what is copied */
   switch (w->output->making) {
   case WN_MAKE_COPY:
   case WN_COPY_SCALES: return copy_bytes(in->bytes, w, t);

@@ -52,8 +52,12 @@ bool wn_hf_scale_fits(const wn_st_entry *scale, const wn_st_entry *weight);
 WN_MUST_USE wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t first, int64_t count);
 /* Copies elements first .. first + count - 1 (flat, row-major), converted to `dtype`: F32, F64, or BF16 (to nearest,
  * even). Stored F32, F16 and BF16 are read exactly; FP8 is code * scale in FP32, rounded to BF16, as DeepSeek's
- * weight_dequant leaves it. As F8_E4M3 an FP8 weight gives its codes. WN_E_INPUT, naming the tensor: other stored
- * dtypes, NaN in FP8, what wn_hf_read_scales refuses. */
+ * weight_dequant leaves it. As F8_E4M3 an FP8 weight gives its codes. WN_E_INPUT, naming the tensor and the element:
+ * other stored dtypes, NaN and infinities, numbers that BF16 was asked of and does not reach, what wn_hf_read_scales
+ * refuses. */
 WN_MUST_USE wn_status wn_hf_read(void *out, wn_dtype dtype, const wn_hf_weight *weight, int64_t first, int64_t count);
+/* WN_E_INPUT: element i (flat) of the tensor is x, and `why` that will not do. */
+WN_MUST_USE wn_status wn_hf_refuse_number(const wn_st_entry *entry, int64_t i, float x, const char *why);
+#define WN_HF_BEYOND_BF16 ", beyond the range of BF16"
 
 #endif

@@ -2,7 +2,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/bits.h"
 #include "base/float8.h"
+#include "base/name_list.h"
 #include "io/hf_dir.h"
 
 #define MOST_SCALE (0x1.fep127f / 448) /* the largest BF16 by the largest code */
@@ -54,19 +56,79 @@ wn_status wn_hf_weight_find(wn_hf_weight *out, const wn_hf_dir *dir, const char 
   return NULL;
 }
 
+/* ---- finite numbers ---- */
+
+wn_status wn_hf_refuse_number(const wn_st_entry *entry, int64_t i, float x, const char *why) {
+  int64_t place[WN_MAX_RANK] = {0};
+  char text[WN_SHAPE_TEXT_BYTES];
+  for (int32_t axis = entry->rank - 1; axis >= 0; i /= entry->dim[axis--]) place[axis] = i % entry->dim[axis];
+  wn_shape_text(text, entry->rank, place);
+  return WN_FAIL(WN_E_INPUT, "%s: tensor %s: element %s is %g%s", wn_safetensors_path(entry->file), entry->name, text,
+                 (double)x, why);
+}
+
+#define NOT_FINITE "; weights are finite numbers"
+
+/* Every NaN and infinity has larger bits than any number, so a maximum of integers finds one. */
+static wn_status check_singles(const wn_st_entry *entry, const float *x, int64_t first, int64_t n) {
+  uint32_t most = 0, infinite = 0x7f800000u;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t magnitude = wn_bits_of(x[i]) & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  if (most < infinite) return NULL;
+  while ((wn_bits_of(*x) & 0x7fffffffu) < infinite) x++, first++;
+  return wn_hf_refuse_number(entry, first, *x, NOT_FINITE);
+}
+
+static uint16_t largest_of(const uint16_t *x, int64_t n) {
+  uint16_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; i++) {
+    uint16_t magnitude = x[i] & 0x7fff;
+    most = magnitude > most ? magnitude : most;
+  }
+  return most;
+}
+
+/* x: BF16, or F16 where the entry is that; most: the largest of them. */
+static wn_status check_halves(const wn_st_entry *entry, uint16_t most, const uint16_t *x, int64_t first) {
+  bool brain = entry->dtype == WN_BF16;
+  uint16_t infinite = brain ? WN_BF16_INFINITY : WN_F16_INFINITY;
+  if (most < infinite) return NULL;
+  while ((*x & 0x7fff) < infinite) x++, first++;
+  return wn_hf_refuse_number(entry, first, brain ? wn_f32_from_bf16(*x) : wn_f32_from_f16(*x), NOT_FINITE);
+}
+
+/* rounded: what x became as BF16. */
+static wn_status check_range(const wn_st_entry *entry, const uint16_t *rounded, const float *x, int64_t first,
+                             int64_t n) {
+  if (largest_of(rounded, n) < WN_BF16_INFINITY) return NULL;
+  while ((*rounded & 0x7fff) < WN_BF16_INFINITY) rounded++, x++, first++;
+  return wn_hf_refuse_number(entry, first, *x, WN_HF_BEYOND_BF16);
+}
+
 /* ---- reading ---- */
 
-/* Elements first .. first + count - 1 of an F32, BF16 or F16 tensor, as floats. */
-static wn_status read_plain(float *out, const wn_st_entry *entry, int64_t first, int64_t count) {
+static wn_status read_halves(uint16_t *out, const wn_st_entry *entry, int64_t first, int64_t count) {
+  return wn_st_read(out, entry, 2 * (uint64_t)first, 2 * (uint64_t)count);
+}
+
+/* Elements first .. first + count - 1 of an F32, BF16 or F16 tensor, as floats; checked: which are finite. */
+static wn_status read_plain(float *out, const wn_st_entry *entry, int64_t first, int64_t count, bool checked) {
   uint16_t raw[CHUNK];
-  if (entry->dtype == WN_F32) return wn_st_read(out, entry, 4 * (uint64_t)first, 4 * (uint64_t)count);
   for (int64_t done = 0, n; done < count; done += n) {
     n = count - done < CHUNK ? count - done : CHUNK;
-    WN_TRY(wn_st_read(raw, entry, 2 * (uint64_t)(first + done), 2 * (uint64_t)n));
-    if (entry->dtype == WN_BF16)
-      wn_f32s_from_bf16(out + done, raw, n);
-    else
-      wn_f32s_from_f16(out + done, raw, n);
+    if (entry->dtype == WN_F32) {
+      WN_TRY(wn_st_read(out + done, entry, 4 * (uint64_t)(first + done), 4 * (uint64_t)n));
+      if (checked) WN_TRY(check_singles(entry, out + done, first + done, n));
+      continue;
+    }
+    WN_TRY(read_halves(raw, entry, first + done, n));
+    bool brain = entry->dtype == WN_BF16;
+    uint16_t most = brain ? wn_f32s_from_bf16(out + done, raw, n) : wn_f32s_from_f16(out + done, raw, n);
+    if (checked) WN_TRY(check_halves(entry, most, raw, first + done));
   }
   return NULL;
 }
@@ -83,7 +145,8 @@ static wn_status read_powers(float *out, const wn_st_entry *entry, int64_t first
 
 wn_status wn_hf_read_scales(float *out, const wn_hf_weight *weight, int64_t first, int64_t count) {
   const wn_st_entry *scale = weight->scale;
-  WN_TRY(scale->dtype == WN_F8_E8M0 ? read_powers(out, scale, first, count) : read_plain(out, scale, first, count));
+  WN_TRY(scale->dtype == WN_F8_E8M0 ? read_powers(out, scale, first, count)
+                                    : read_plain(out, scale, first, count, false));
   for (int64_t i = 0; i < count; i++)
     if (!(out[i] > 0 && out[i] <= MOST_SCALE))
       return WN_FAIL(WN_E_INPUT, "%s: tensor %s: scale [%lld, %lld] is %g; scales lie above 0 and below 7.6e35",
@@ -119,7 +182,7 @@ typedef struct source {
 static wn_status read_floats(float *out, const source *in, int64_t first, int64_t count) {
   const wn_st_entry *entry = in->entry;
   uint8_t raw[CHUNK];
-  if (!in->scales) return read_plain(out, entry, first, count);
+  if (!in->scales) return read_plain(out, entry, first, count, true);
   int64_t skipped = in->block_row * WN_F8_BLOCK * entry->dim[1];
   for (int64_t done = 0, n; done < count; done += n) { /* while it is in the cache */
     n = count - done < CHUNK ? count - done : CHUNK;
@@ -133,14 +196,19 @@ static wn_status read_floats(float *out, const source *in, int64_t first, int64_
 static wn_status read_as(void *out, wn_dtype dtype, const source *in, int64_t first, int64_t count) {
   float buffer[CHUNK];
   if (dtype == WN_F32) return read_floats(out, in, first, count);
-  if (dtype == in->entry->dtype) return wn_st_read(out, in->entry, 2 * (uint64_t)first, 2 * (uint64_t)count);
+  if (dtype == in->entry->dtype) {
+    WN_TRY(read_halves(out, in->entry, first, count));
+    return check_halves(in->entry, largest_of(out, count), out, first);
+  }
   for (int64_t done = 0, n; done < count; done += n) {
     n = count - done < CHUNK ? count - done : CHUNK;
     WN_TRY(read_floats(buffer, in, first + done, n));
-    if (dtype == WN_BF16)
+    if (dtype == WN_BF16) {
       wn_bf16s_from_f32((uint16_t *)out + done, buffer, n);
-    else
+      WN_TRY(check_range(in->entry, (const uint16_t *)out + done, buffer, first + done, n));
+    } else {
       for (int64_t i = 0; i < n; i++) ((double *)out)[done + i] = (double)buffer[i];
+    }
   }
   return NULL;
 }

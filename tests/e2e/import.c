@@ -97,15 +97,17 @@ static void fp8_runs_resume(void **state) {
   tiny_expect_same_tables(state, "whole", "halves");
 }
 
-/* NaN in a slice that only the last rank reads ends all of them, with its sentence. */
-static void what_one_rank_finds_ends_all(void **state) {
+/* NaN in the last element of a model in one file, which only the last rank reads, ends all of them with its sentence.
+ */
+static void refuse_nan(void **state, bool fp8, int32_t ranks, const char *sentence) {
   static const char last[] = "model.layers.2.mlp.experts.3.down_proj.weight";
   const char *dir = *state;
   wn_model_config config = tiny_config();
   wn_program program;
   char path[WN_PATH_BYTES];
   wn_hf_dir *model;
-  fp8_model(wn_temp(state, "nan").text, &config, 4, 1, true, false);
+  OK(wn_remove_tree(wn_temp(state, "nan").text));
+  fp8_model(wn_temp(state, "nan").text, &config, 4, 1, fp8, false);
   OK(wn_path(path, "%s/nan/model-00001-of-000001.safetensors", dir));
   OK(wn_hf_dir_open(&model, wn_temp(state, "nan").text));
   const wn_st_entry *entry = wn_hf_dir_find(model, last, NULL),
@@ -115,12 +117,20 @@ static void what_one_rank_finds_ends_all(void **state) {
   wn_hf_dir_close(model);
   FILE *file = fopen(path, "r+b");
   assert_non_null(file);
-  assert_int_equal(fseek(file, -at, SEEK_END), 0);
+  assert_int_equal(fseek(file, fp8 ? -at : -at - 1, SEEK_END), 0);
+  if (!fp8) fputc(0xc0, file);
   fputc(0x7f, file);
   assert_int_equal(fclose(file), 0);
-  wn_winnow(&program, 2, "warmup %s/job.yaml init=%s/nan run_dir=%s/never", dir, dir, dir);
+  wn_winnow(&program, ranks, "warmup %s/job.yaml init=%s/nan run_dir=%s/never", dir, dir, dir);
   assert_int_equal(program.code, WN_E_INPUT);
-  if (!strstr(program.err, "experts.3.down_proj.weight holds NaN")) fail_msg("%s", program.err);
+  if (!strstr(program.err, sentence)) fail_msg("%s", program.err);
+}
+
+static void what_one_rank_finds_ends_all(void **state) {
+  for (int32_t ranks = 1; ranks <= 2; ranks++) {
+    refuse_nan(state, true, ranks, "experts.3.down_proj.weight holds NaN");
+    refuse_nan(state, false, ranks, "experts.3.down_proj.weight: element [31, 11] is nan; weights are finite numbers");
+  }
 }
 
 /* A config.json of fewer layers than there are: what lies behind them and its prediction layer is told of. */

@@ -1,4 +1,5 @@
 /* One safetensors file, and as the only one of a model directory: the input is the file. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,6 +18,7 @@ static void read_elements(const wn_hf_weight *weight) {
   WN_ASSERT(out, "no memory for %lld elements", (long long)n);
   wn_status status = wn_hf_read(out, WN_F32, weight, 0, first);
   if (!status) status = wn_hf_read(out + first, WN_F32, weight, first, n - first);
+  for (int64_t i = 0; !status && i < n; i++) FUZZ_CHECK(isfinite(out[i]));
   if (status) fuzz_refused(status, WN_E_INPUT);
   free(out);
 }

@@ -189,7 +189,7 @@ static void halves_that_are_not_finite(void **state) {
   conv_dir how = released;
   make(state, how);
   poke(state, "model.norm.weight", 2 * 149, &bf16, 2);
-  REFUSED(convert(state, WN_TO_FP8), WN_E_INPUT, "tensor model.norm.weight: element [0, 149] is nan");
+  REFUSED(convert(state, WN_TO_FP8), WN_E_INPUT, "tensor model.norm.weight: element [149] is nan");
   how.stored = CONV_F16;
   make(state, how);
   poke(state, "lm_head.weight", 2 * 36 * 150, &f16, 2);

@@ -60,7 +60,7 @@ static wn_hf_weight find(const wn_hf_dir *dir, const char *name) {
 
 static void floats(void **state) {
   static const float f32[3] = {1.5f, -0.f, 3e38f};
-  static const uint16_t bf16[3] = {0x3fc0, 0xff80, 0x0001}, f16[3] = {0x3e00, 0x0001, 0xfc00};
+  static const uint16_t bf16[3] = {0x3fc0, 0xff7f, 0x0001}, f16[3] = {0x3e00, 0x0001, 0xfbff};
   static const uint8_t odd[1] = {7}, f8[3] = {1, 2, 3};
   written w = {0};
   add(&w, "odd", WN_U8, 1, 1, 0, odd); /* the odd byte leaves everything after it unaligned */
@@ -81,14 +81,14 @@ static void floats(void **state) {
   assert_true(narrow[0] == 0x3fc0 && narrow[1] == 0x8000);
   weight = find(dir, "bf16");
   OK(wn_hf_read(single, WN_F32, &weight, 0, 3));
-  assert_true(single[0] == 1.5f && single[1] == -INFINITY && single[2] == 0x1p-133f);
+  assert_true(single[0] == 1.5f && single[1] == -0x1.fep127f && single[2] == 0x1p-133f);
   OK(wn_hf_read(wide, WN_F64, &weight, 0, 1));
   assert_true(wide[0] == 1.5);
   OK(wn_hf_read(narrow, WN_BF16, &weight, 1, 2));
   assert_memory_equal(narrow, bf16 + 1, 4);
   weight = find(dir, "f16");
   OK(wn_hf_read(single, WN_F32, &weight, 1, 2));
-  assert_true(single[0] == 0x1p-24f && single[1] == -INFINITY);
+  assert_true(single[0] == 0x1p-24f && single[1] == -65504);
   OK(wn_hf_read(wide, WN_F64, &weight, 3, 0));
   weight = find(dir, "odd");
   REFUSED(wn_hf_read(single, WN_F32, &weight, 0, 1), WN_E_INPUT, "odd is stored as U8");
@@ -119,6 +119,80 @@ static void every_f16(void **state) {
   }
   free(halves);
   free(singles);
+}
+
+/* ---- what is no number ---- */
+
+enum { TALL = 300, WIDE = 331, ALL = TALL * WIDE }; /* more than is on its way at a time */
+
+/* `bits` at element [299, 329] of a matrix of ones: whoever reads it is told, in every precision, and nobody else. */
+static void refuse_element(void **state, wn_dtype dtype, uint32_t bits, const char *is) {
+  const int64_t at = ALL - 2, width = wn_dtype_bytes(dtype);
+  const uint32_t one = dtype == WN_F32 ? 0x3f800000 : dtype == WN_BF16 ? 0x3f80 : 0x3c00;
+  char *data = malloc((size_t)(ALL * width)), sentence[128];
+  double *out = malloc(ALL * sizeof *out);
+  written w = {0};
+  assert_true(data && out);
+  for (int64_t i = 0; i < ALL; i++) memcpy(data + i * width, i == at ? &bits : &one, (size_t)width);
+  add(&w, "w", dtype, 2, TALL, WIDE, data);
+  wn_hf_dir *dir = open_written(state, &w, 0);
+  wn_hf_weight weight = find(dir, "w");
+  static const wn_dtype as[] = {WN_F32, WN_F64, WN_BF16};
+  for (size_t i = 0; i < sizeof as / sizeof *as; i++) {
+    snprintf(sentence, sizeof sentence, "/model.safetensors: tensor w: element [299, 329] is %s", is);
+    REFUSED(wn_hf_read(out, as[i], &weight, 0, ALL), WN_E_INPUT, sentence);
+    REFUSED(wn_hf_read(out, as[i], &weight, at, 1), WN_E_INPUT, sentence);
+    OK(wn_hf_read(out, as[i], &weight, 0, at));
+    OK(wn_hf_read(out, as[i], &weight, at + 1, 1));
+  }
+  wn_hf_dir_close(dir);
+  free(data);
+  free(out);
+}
+
+static void elements_that_are_no_numbers(void **state) {
+  static const struct {
+    wn_dtype dtype;
+    uint32_t bits;
+    const char *is;
+  } bad[] = {{WN_F32, 0x7f800000, "inf; weights are finite"},
+             {WN_F32, 0xff800000, "-inf"},
+             {WN_F32, 0x7f800001, "nan"},
+             {WN_F32, 0xffffffff, "-nan"},
+             {WN_BF16, 0x7f80, "inf; weights are finite"},
+             {WN_BF16, 0xff80, "-inf"},
+             {WN_BF16, 0x7f81, "nan"},
+             {WN_BF16, 0xffff, "-nan"},
+             {WN_F16, 0x7c00, "inf; weights are finite"},
+             {WN_F16, 0xfc00, "-inf"},
+             {WN_F16, 0x7c01, "nan"},
+             {WN_F16, 0xffff, "-nan"}};
+  for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) refuse_element(state, bad[i].dtype, bad[i].bits, bad[i].is);
+}
+
+/* The largest numbers of each form are none of these; BF16's range ends below FP32's. */
+static void the_largest_numbers(void **state) {
+  static const float f32[2] = {0x1.fep127f, 3.4e38f}; /* the second rounds up to infinity */
+  static const uint16_t bf16[2] = {0x7f7f, 0xff7f}, f16[2] = {0x7bff, 0xfbff};
+  written w = {0};
+  float single[2];
+  uint16_t narrow[2];
+  add(&w, "f32", WN_F32, 1, 2, 0, f32);
+  add(&w, "bf16", WN_BF16, 1, 2, 0, bf16);
+  add(&w, "f16", WN_F16, 1, 2, 0, f16);
+  wn_hf_dir *dir = open_written(state, &w, 0);
+  wn_hf_weight weight = find(dir, "bf16");
+  OK(wn_hf_read(single, WN_F32, &weight, 0, 2));
+  OK(wn_hf_read(narrow, WN_BF16, &weight, 0, 2));
+  assert_memory_equal(narrow, bf16, 4);
+  weight = find(dir, "f16");
+  OK(wn_hf_read(narrow, WN_BF16, &weight, 0, 2));
+  weight = find(dir, "f32");
+  OK(wn_hf_read(single, WN_F32, &weight, 0, 2));
+  OK(wn_hf_read(narrow, WN_BF16, &weight, 0, 1));
+  REFUSED(wn_hf_read(narrow, WN_BF16, &weight, 0, 2), WN_E_INPUT,
+          "tensor f32: element [1] is 3.4e+38, beyond the range of BF16");
+  wn_hf_dir_close(dir);
 }
 
 /* ---- FP8 ---- */
@@ -249,6 +323,8 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       TEMP_TEST(floats),
       TEMP_TEST(every_f16),
+      TEMP_TEST(elements_that_are_no_numbers),
+      TEMP_TEST(the_largest_numbers),
       TEMP_TEST(fp8),
       TEMP_TEST(scales_that_do_not_fit),
       TEMP_TEST(values_that_are_none),
