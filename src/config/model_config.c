@@ -287,12 +287,24 @@ static wn_status read_q_lora_rank(reader in, wn_model_config *out) {
   return NULL;
 }
 
+static wn_status read_mtp_layers(reader in, wn_model_config *out) {
+  enum { MOST_MTP_LAYERS = 64 };
+  const json_t *layers = get(in, "num_nextn_predict_layers");
+  json_int_t n = json_integer_value(layers);
+  if (layers && (!json_is_integer(layers) || n < 0 || n > MOST_MTP_LAYERS))
+    return WN_FAIL(WN_E_CONFIG, "%s: num_nextn_predict_layers is not a whole number from 0 to %d", in.path,
+                   MOST_MTP_LAYERS);
+  out->num_nextn_predict_layers = (int32_t)n;
+  return NULL;
+}
+
 static wn_status read_config(reader in, wn_model_config *out) {
   WN_TRY(read_model_type(in, out));
   WN_TRY(check_single_forms(in));
   WN_TRY(read_ints(in, wn_model_ints, out));
   WN_TRY(read_q_lora_rank(in, out));
   WN_TRY(read_layer_kinds(in, out));
+  WN_TRY(read_mtp_layers(in, out));
   const json_t *norm = get(in, "norm_topk_prob");
   if (!json_is_boolean(norm)) return WN_FAIL(WN_E_CONFIG, "%s: norm_topk_prob is not true or false", in.path);
   out->norm_topk_prob = json_is_true(norm);
@@ -324,23 +336,6 @@ wn_status wn_model_config_load(wn_model_config *out, const char *dir) {
   wn_status status = read_config((reader){path, "", root}, out);
   json_decref(root);
   return wn_status_trail(status, __FILE__, __LINE__);
-}
-
-wn_status wn_model_config_mtp_layers(int32_t *out, const char *dir) {
-  enum { MOST_MTP_LAYERS = 64 };
-  char path[WN_PATH_BYTES];
-  json_t *root;
-  WN_TRY(wn_path(path, "%s/config.json", dir));
-  WN_TRY(wn_model_config_parse(&root, path));
-  const json_t *layers = json_object_get(root, "num_nextn_predict_layers");
-  bool none = !layers || json_is_null(layers), whole = none || json_is_integer(layers);
-  json_int_t n = json_integer_value(layers);
-  json_decref(root);
-  if (!whole || n < 0 || n > MOST_MTP_LAYERS)
-    return WN_FAIL(WN_E_CONFIG, "%s: num_nextn_predict_layers is not a whole number from 0 to %d", path,
-                   MOST_MTP_LAYERS);
-  *out = (int32_t)n;
-  return NULL;
 }
 
 wn_status wn_model_config_text(char out[WN_CONFIG_TEXT_BYTES], const char *dir, const char *section, const char *key) {

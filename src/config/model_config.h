@@ -10,6 +10,7 @@
 typedef struct wn_model_config {
   int32_t vocab_size, hidden_size, intermediate_size, moe_intermediate_size;
   int32_t num_hidden_layers, first_k_dense_replace, num_attention_heads;
+  int32_t num_nextn_predict_layers; /* for multi-token prediction, behind the model's last; absent or null: 0 */
   int32_t n_routed_experts, n_shared_experts, num_experts_per_tok, n_group, topk_group;
   bool norm_topk_prob;
   double routed_scaling_factor;
@@ -34,9 +35,6 @@ typedef struct wn_model_config {
  * scoring_func other than sigmoid, attention_bias, tied embeddings, other rope types, YaRN that scales cos and sin...).
  */
 WN_MUST_USE wn_status wn_model_config_load(wn_model_config *out, const char *dir);
-/* num_nextn_predict_layers of DIR/config.json: how many layers for multi-token prediction stand behind the model's
- * last. 0 where it is absent or null. WN_E_CONFIG unless it is a whole number from 0 to 64. */
-WN_MUST_USE wn_status wn_model_config_mtp_layers(int32_t *out, const char *dir);
 /* A text of DIR/config.json that is not the model's shape, of `section` (NULL: of the whole); "" where it is absent,
  * cut where it is longer. */
 enum { WN_CONFIG_TEXT_BYTES = 64 };
@@ -44,7 +42,7 @@ WN_MUST_USE wn_status wn_model_config_text(char out[WN_CONFIG_TEXT_BYTES], const
                                            const char *key);
 /* Writes DIR/config.json atomically with the released key set and order: deepseek_v32 when it has an indexer, else
  * deepseek_v3. `source_dir` may be NULL; keys of its config.json that Winnow does not know are carried over, but for
- * auto_map and quantization_config. num_nextn_predict_layers is carried over too (0 without a source).
+ * auto_map and quantization_config.
  * torch_dtype is "bfloat16" or "float32". WN_E_IO, WN_E_CONFIG for a source that is no JSON object. */
 WN_MUST_USE wn_status wn_model_config_save(const wn_model_config *config, const char *dir, const char *source_dir,
                                            const char *torch_dtype);

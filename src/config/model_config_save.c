@@ -23,9 +23,7 @@ static const struct {
 };
 
 /* Of the released key set, but nothing Winnow knows of: written where the source does not say. */
-static const struct {
-  const char *key, *json;
-} defaults[] = {{"ep_size", "1"}, {"num_nextn_predict_layers", "0"}, {"use_cache", "true"}};
+static const struct { const char *key, *json; } defaults[] = {{"ep_size", "1"}, {"use_cache", "true"}};
 
 static int set(json_t *object, const char *key, json_t *value) {
   return json_object_set_new(object, key, value);
@@ -109,6 +107,7 @@ static int set_all(json_t *root, const wn_model_config *c, const char *torch_dty
   bad |= set(root, "model_type", json_string(c->has_indexer ? "deepseek_v32" : "deepseek_v3"));
   bad |= set_ints(root, c, wn_model_ints);
   if (c->has_indexer) bad |= set_ints(root, c, wn_model_index_ints);
+  bad |= set(root, "num_nextn_predict_layers", json_integer(c->num_nextn_predict_layers));
   bad |= set(root, "first_k_dense_replace", json_integer(c->first_k_dense_replace));
   bad |= set(root, "q_lora_rank", c->q_lora_rank ? json_integer(c->q_lora_rank) : json_null());
   bad |= set(root, "num_key_value_heads", json_integer(c->num_attention_heads));

@@ -111,6 +111,7 @@ static wn_status write_model_files(const conversion *c) {
   const wn_convert_source *s = &c->source;
   wn_model_config config = s->config;
   if (job->form == WN_TO_V3) config.has_indexer = false;
+  config.num_nextn_predict_layers = s->mtp_layers;
   WN_TRY(wn_hf_copy_companions(job->in, job->out, false, c->log));
   WN_TRY(write_generation_config(c));
   if (job->form == WN_TO_FP8)

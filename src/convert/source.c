@@ -21,12 +21,6 @@ static const struct {
 };
 enum { MTP_WEIGHTS = sizeof mtp_weights / sizeof *mtp_weights };
 
-static bool has_any_of(const wn_convert_source *s, int32_t layer) {
-  for (int64_t i = 0; i < wn_hf_dir_count(s->dir); i++)
-    if (wn_name_layer(wn_hf_dir_at(s->dir, i, NULL)->name) == layer) return true;
-  return false;
-}
-
 /* ---- the list ---- */
 
 typedef struct gathering {
@@ -126,30 +120,25 @@ static void find_surplus(gathering *g) {
   }
 }
 
-static wn_status gather(gathering *g, int32_t named_mtp, wn_log *log) {
+static wn_status gather(gathering *g, wn_log *log) {
   wn_convert_source *s = g->s;
-  int32_t layers = s->config.num_hidden_layers, absent = 0;
+  int32_t layers = s->config.num_hidden_layers, named = s->config.num_nextn_predict_layers, there;
+  WN_TRY(wn_mtp_layers_there(&there, s->dir, &s->config));
   WN_TRY(gather_params(g, 0, s->table.first[layers + 1], false, false));
-  for (int32_t i = 0; i < named_mtp; i++) {
-    if (has_any_of(s, layers + i))
-      WN_TRY(gather_mtp(g, layers + i, log));
-    else
-      absent++;
-  }
-  WN_TRY(gather_params(g, s->table.first[layers + named_mtp + 1], s->table.n, false, false));
+  for (int32_t i = 0; i < there; i++) WN_TRY(gather_mtp(g, layers + i, log));
+  WN_TRY(gather_params(g, s->table.first[layers + named + 1], s->table.n, false, false));
   find_surplus(g);
   WN_TRY(wn_hf_refuse(&g->found, s->dir));
-  if (absent)
-    wn_warn(log, "%s: of the %d MTP layers that config.json names, %d are absent", wn_hf_dir_path(s->dir), named_mtp,
-            absent);
+  if (there < named)
+    wn_warn(log, "%s: of the %d MTP layers that config.json names, %d are absent", wn_hf_dir_path(s->dir), named,
+            named - there);
   return NULL;
 }
 
 static wn_status open_source(wn_convert_source *s, const char *path, wn_log *log) {
-  int32_t named_mtp;
   char scale_format[WN_CONFIG_TEXT_BYTES];
   WN_TRY(wn_model_config_load(&s->config, path));
-  WN_TRY(wn_model_config_mtp_layers(&named_mtp, path));
+  int32_t named_mtp = s->config.num_nextn_predict_layers;
   WN_TRY(wn_model_config_text(scale_format, path, "quantization_config", "scale_fmt"));
   s->scale_ue8m0 = strcmp(scale_format, "ue8m0") == 0;
   WN_TRY(wn_hf_dir_open(&s->dir, path));
@@ -163,7 +152,7 @@ static wn_status open_source(wn_convert_source *s, const char *path, wn_log *log
   if (g) g->claimed = calloc(2 * most, sizeof *g->claimed);
   if (g) g->s = s;
   wn_status status = g && g->claimed && s->weights && s->mtp_names
-                         ? gather(g, named_mtp, log)
+                         ? gather(g, log)
                          : WN_FAIL(WN_E_MEMORY, "out of memory for the weights of %s", path);
   if (g) free(g->claimed);
   free(g);

@@ -205,6 +205,26 @@ int64_t wn_name_layer(const char *name) {
   return *end == '.' ? (int64_t)layer : -1;
 }
 
+static bool has_layer(const wn_hf_dir *dir, int32_t layer) {
+  for (int64_t i = 0; i < wn_hf_dir_count(dir); i++)
+    if (wn_name_layer(wn_hf_dir_at(dir, i, NULL)->name) == layer) return true;
+  return false;
+}
+
+wn_status wn_mtp_layers_there(int32_t *out, const wn_hf_dir *dir, const wn_model_config *config) {
+  int32_t n = 0, first = config->num_hidden_layers;
+  for (int32_t i = 0; i < config->num_nextn_predict_layers; i++) {
+    if (!has_layer(dir, first + i)) continue;
+    if (n != i)
+      return WN_FAIL_HINT(WN_E_INPUT, "readers count such layers from the model's last on",
+                          "%s: layer %d (multi-token prediction) is absent, and layer %d is there", wn_hf_dir_path(dir),
+                          first + n, first + i);
+    n++;
+  }
+  *out = n;
+  return NULL;
+}
+
 bool wn_slot_released_fp8(wn_slot slot) {
   switch (slot) {
   case WN_P_Q:

@@ -4,6 +4,7 @@
 
 #include "config/model_config.h"
 #include "dist/store.h"
+#include "io/hf_dir.h"
 
 typedef enum wn_slot {
   WN_P_EMBED, /* model.embed_tokens.weight [V,D] */
@@ -66,6 +67,9 @@ bool wn_slot_of_indexer(int32_t slot);
 
 /* The number in a name that begins with "model.layers.N."; -1: it does not. */
 int64_t wn_name_layer(const char *name);
+/* Of the layers for multi-token prediction that the configuration counts, how many the directory has. WN_E_INPUT for
+ * one that is absent before one that is there. */
+WN_MUST_USE wn_status wn_mtp_layers_there(int32_t *out, const wn_hf_dir *dir, const wn_model_config *config);
 
 /* A layer's tensors by slot (experts as arrays); absent ones have data NULL. Used for weights and for gradients. */
 typedef struct wn_layer_tensors {

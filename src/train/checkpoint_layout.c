@@ -15,7 +15,10 @@ wn_status wn_names_create(wn_names *out, const wn_param *params, int32_t n) {
   *out = (wn_names){.params = params, .n = n};
   out->sorted = calloc((size_t)n + 1, sizeof(const wn_param *));
   if (!out->sorted) return WN_FAIL(WN_E_MEMORY, "out of memory for the names of %d parameters", n);
-  for (int32_t i = 0; i < n; i++) out->sorted[i] = &params[i];
+  for (int32_t i = 0; i < n; i++) {
+    out->sorted[i] = &params[i];
+    out->fp8 = out->fp8 || params[i].fp8;
+  }
   qsort(out->sorted, (size_t)n, sizeof(const wn_param *), by_name);
   return NULL;
 }
@@ -59,12 +62,18 @@ wn_tensor *wn_field_of(wn_piece *piece, wn_field field) {
 
 /* ---- lists of tensors, cut into files ---- */
 
-/* Unchanged: what the source holds is what the checkpoint shall hold. Tensors that are no parameters (MTP layers)
- * always are; FP8 scales go with their weight, and with one that trains, which is written as floats, they go. */
-static bool unchanged(const wn_names *names, const wn_st_entry *entry) {
+static bool is_fp8(const wn_st_entry *entry) {
+  return entry && entry->dtype == WN_F8_E4M3;
+}
+
+wn_fate wn_source_fate(const wn_names *names, const wn_hf_dir *source, const wn_st_entry *entry) {
   char weight[WN_NAME_BYTES];
-  int32_t p = wn_names_find(names, wn_scaled_name(weight, entry->name) ? weight : entry->name);
-  return p < 0 || names->params[p].kind == WN_FROZEN;
+  bool scale = wn_scaled_name(weight, entry->name);
+  int32_t p = wn_names_find(names, scale ? weight : entry->name);
+  if (p >= 0 && names->params[p].kind != WN_FROZEN) return WN_LEFT;
+  if (names->fp8) return WN_CARRIED;
+  if (is_fp8(entry)) return WN_WIDENED;
+  return scale && is_fp8(wn_hf_dir_find(source, weight, NULL)) ? WN_LEFT : WN_CARRIED;
 }
 
 static void add_param(wn_checkpoint_layout *layout, int64_t *n, const wn_param *params, int32_t p, wn_field field,
@@ -75,11 +84,12 @@ static void add_param(wn_checkpoint_layout *layout, int64_t *n, const wn_param *
   wn_field_name(t->name, &params[p], field);
 }
 
-static wn_status add_source(wn_checkpoint_layout *layout, int64_t *n, const wn_st_entry *entry) {
+static wn_status add_source(wn_checkpoint_layout *layout, int64_t *n, const wn_st_entry *entry, wn_fate fate) {
   wn_file_tensor *t = &layout->tensors[(*n)++];
   if (strlen(entry->name) >= sizeof t->name)
     return WN_FAIL(WN_E_INPUT, "the name of tensor %s is longer than %zu bytes", entry->name, sizeof t->name - 1);
-  *t = (wn_file_tensor){.dtype = entry->dtype, .rank = entry->rank, .param = -1, .source = entry};
+  wn_dtype dtype = fate == WN_WIDENED ? WN_BF16 : entry->dtype;
+  *t = (wn_file_tensor){.dtype = dtype, .rank = entry->rank, .param = -1, .source = entry};
   for (int32_t d = 0; d < t->rank; d++) t->dim[d] = entry->dim[d];
   memcpy(t->name, entry->name, strlen(entry->name) + 1);
   return NULL;
@@ -137,7 +147,7 @@ static wn_status cut(wn_checkpoint_layout *layout, int64_t from, int64_t to, int
 
 /* ---- the three parts of the model, then the optimizer ---- */
 
-/* Shards of nothing but unchanged tensors become linked files; linked[shard] says which. */
+/* Shards of nothing but tensors that are carried become linked files; linked[shard] says which. */
 static void link_shards(wn_checkpoint_layout *layout, bool *linked, const wn_names *names, const wn_hf_dir *source) {
   int32_t shard, n_shards = wn_hf_dir_shards(source);
   for (int64_t i = 0; i < wn_hf_dir_count(source); i++) {
@@ -145,7 +155,7 @@ static void link_shards(wn_checkpoint_layout *layout, bool *linked, const wn_nam
     linked[shard] = true; /* an empty shard is left out */
   }
   for (int64_t i = 0; i < wn_hf_dir_count(source); i++)
-    if (!unchanged(names, wn_hf_dir_at(source, i, &shard))) linked[shard] = false;
+    if (wn_source_fate(names, source, wn_hf_dir_at(source, i, &shard)) != WN_CARRIED) linked[shard] = false;
   for (int32_t s = 0; s < n_shards; s++)
     if (wn_hf_dir_renamed(source, s)) linked[s] = false;
   for (int32_t s = 0; s < n_shards; s++)
@@ -165,7 +175,8 @@ static wn_status lay_out_model(wn_checkpoint_layout *layout, int64_t *n, const w
   for (int64_t i = 0; source && i < wn_hf_dir_count(source); i++) {
     int32_t shard;
     const wn_st_entry *entry = wn_hf_dir_at(source, i, &shard);
-    if (!linked[shard] && unchanged(names, entry)) WN_TRY(add_source(layout, n, entry));
+    wn_fate fate = wn_source_fate(names, source, entry);
+    if (!linked[shard] && fate != WN_LEFT) WN_TRY(add_source(layout, n, entry, fate));
   }
   for (int32_t p = 0; p < names->n; p++) {
     if (params[p].kind != WN_FROZEN) continue;

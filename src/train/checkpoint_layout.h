@@ -2,9 +2,9 @@
  * of the headers of the source directory, so every rank computes the same without a word.
  *
  * The source is the directory that unchanged tensors come from. Its shards that hold nothing but unchanged tensors are
- * linked; unchanged tensors out of other shards are copied byte for byte into "carried" files; what trains is written
- * from the store. In that order the model files are numbered, so that a checkpoint made from an earlier one of the same
- * run has the same files. */
+ * linked; unchanged tensors out of other shards are copied byte for byte (or widened: wn_fate) into "carried" files;
+ * what trains is written from the store. In that order the model files are numbered, so that a checkpoint made from an
+ * earlier one of the same run has the same files. */
 #ifndef WN_TRAIN_CHECKPOINT_LAYOUT_H
 #define WN_TRAIN_CHECKPOINT_LAYOUT_H
 
@@ -18,6 +18,7 @@
 typedef struct wn_names {
   const wn_param *params, **sorted;
   int32_t n;
+  bool fp8; /* some are held as FP8 */
 } wn_names;
 WN_MUST_USE wn_status wn_names_create(wn_names *out, const wn_param *params, int32_t n);
 void wn_names_free(wn_names *names);
@@ -36,6 +37,16 @@ wn_tensor *wn_field_of(wn_piece *piece, wn_field field); /* the flat FP32 tensor
 
 /* ---- the files ---- */
 
+/* What becomes of a tensor of the source. Where a frozen base stays FP8, FP8 travels as it is and config.json says so.
+ * Where nothing else is FP8 any more, no reader would take what is left of it (prediction layers) for FP8: it is
+ * written as the BF16 that it stands for. */
+typedef enum wn_fate {
+  WN_CARRIED, /* its bytes */
+  WN_WIDENED, /* FP8 that becomes BF16 */
+  WN_LEFT     /* a weight that trains, which is written from the store; scales of what is no longer FP8 */
+} wn_fate;
+wn_fate wn_source_fate(const wn_names *names, const wn_hf_dir *source, const wn_st_entry *entry);
+
 typedef struct wn_file_tensor {
   char name[WN_FIELD_NAME_BYTES];
   wn_dtype dtype;
@@ -43,7 +54,7 @@ typedef struct wn_file_tensor {
   int64_t dim[WN_MAX_RANK];
   int32_t param; /* of the table; -1 where `source` is copied */
   wn_field field;
-  const wn_st_entry *source; /* not NULL: these bytes, as they are */
+  const wn_st_entry *source; /* not NULL: these bytes, as they are, or FP8 widened to `dtype` */
 } wn_file_tensor;
 
 typedef struct wn_checkpoint_file {

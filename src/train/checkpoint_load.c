@@ -134,6 +134,7 @@ static wn_status load_local(load *l, const wn_checkpoint_plan *plan, const char 
                         "%s was written by %s; it cannot be continued by %s", path, wn_stage_name(stage),
                         wn_stage_name(plan->stage));
   WN_TRY(wn_dir_check(l->dir, &l->names, rules, &indexer_absent, &passed_over));
+  WN_TRY(wn_check_widened(l->dir, &l->names, wn_world_rank(plan->world), wn_world_size(plan->world)));
   for (int32_t p = 0; p < l->n_params; p++) WN_TRY(want_param(l, p));
   WN_TRY(read_wanted(l, "reading the checkpoint"));
   *state = read;

@@ -80,18 +80,22 @@ static bool readable(const wn_st_entry *entry) {
          (entry->dtype == WN_F8_E4M3 && entry->rank == 2);
 }
 
-static void check_param(wn_hf_faults *found, const wn_hf_dir *dir, const wn_param *p, const wn_st_entry *entry) {
-  if (!wn_st_shaped(entry, p->rank, p->dim)) wn_hf_misshapen(found, entry, p->rank, p->dim);
-  if (!readable(entry)) wn_hf_mistyped(found, entry);
+static void check_scale(wn_hf_faults *found, const wn_hf_dir *dir, const wn_st_entry *entry) {
   if (entry->dtype != WN_F8_E4M3 || entry->rank != 2) return;
-  const wn_st_entry *scale = wn_hf_scale_entry(dir, p->hf_name);
+  const wn_st_entry *scale = wn_hf_scale_entry(dir, entry->name);
   const int64_t blocks[2] = {wn_f8_blocks(entry->dim[0]), wn_f8_blocks(entry->dim[1])};
   if (!scale)
-    wn_name_list_add(&found->missing, "%s" WN_HF_SCALE_SUFFIX, p->hf_name);
+    wn_name_list_add(&found->missing, "%s" WN_HF_SCALE_SUFFIX, entry->name);
   else if (!wn_hf_scale_readable(scale))
     wn_hf_mistyped(found, scale);
   else if (!wn_hf_scale_fits(scale, entry))
     wn_hf_misshapen(found, scale, 2, blocks);
+}
+
+static void check_param(wn_hf_faults *found, const wn_hf_dir *dir, const wn_param *p, const wn_st_entry *entry) {
+  if (!wn_st_shaped(entry, p->rank, p->dim)) wn_hf_misshapen(found, entry, p->rank, p->dim);
+  if (!readable(entry)) wn_hf_mistyped(found, entry);
+  check_scale(found, dir, entry);
 }
 
 /* Whether the tensor is a parameter, or the scales of one that is FP8. */
@@ -123,13 +127,34 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
       wn_name_list_add(&found.missing, "%s", p->hf_name);
   }
   for (int64_t i = 0; i < wn_hf_dir_count(dir); i++) {
-    const char *name = wn_hf_dir_at(dir, i, NULL)->name;
-    if (wn_name_layer(name) >= rules.n_layers)
+    const wn_st_entry *entry = wn_hf_dir_at(dir, i, NULL);
+    if (wn_name_layer(entry->name) >= rules.n_layers) {
       (*passed_over)++;
-    else if (!belongs(dir, names, name))
-      wn_name_list_add(&found.surplus, "%s", name);
+      if (entry->dtype == WN_F8_E4M3 && entry->rank != 2) wn_hf_mistyped(&found, entry);
+      check_scale(&found, dir, entry);
+    } else if (!belongs(dir, names, entry->name)) {
+      wn_name_list_add(&found.surplus, "%s", entry->name);
+    }
   }
   return wn_hf_refuse(&found, dir);
+}
+
+wn_status wn_check_widened(const wn_hf_dir *dir, const wn_names *names, int32_t rank, int32_t size) {
+  wn_status status = NULL;
+  uint16_t *scratch = malloc(WN_COPY_ELEMENTS * sizeof *scratch);
+  if (!scratch) return WN_FAIL(WN_E_MEMORY, "out of memory for a buffer");
+  for (int64_t i = rank; !status && i < wn_hf_dir_count(dir); i += size) {
+    const wn_st_entry *entry = wn_hf_dir_at(dir, i, NULL);
+    wn_hf_weight weight = {entry, wn_hf_scale_entry(dir, entry->name)};
+    int64_t count = (int64_t)entry->bytes; /* codes, where it matters */
+    if (wn_source_fate(names, dir, entry) != WN_WIDENED) continue;
+    for (int64_t done = 0, n; !status && done < count; done += n) {
+      n = count - done < WN_COPY_ELEMENTS ? count - done : WN_COPY_ELEMENTS;
+      status = wn_hf_read(scratch, WN_BF16, &weight, done, n);
+    }
+  }
+  free(scratch);
+  return status;
 }
 
 static bool opens(const char *path) {

@@ -35,10 +35,14 @@ typedef struct wn_dir_rules {
   int32_t n_layers;         /* tensors of model.layers.N with N >= n_layers are MTP layers, and passed over */
 } wn_dir_rules;
 /* Every parameter there (but for those that wn_rewrite_makes) and of its shape, in F32, F16, BF16 or FP8 with its
- * scales, and nothing else. *indexer_absent: as the rules allow; *passed_over: tensors of MTP layers. WN_E_INPUT with
- * up to five names and the count. */
+ * scales, which FP8 in MTP layers has too, and nothing else. *indexer_absent: as the rules allow; *passed_over: tensors
+ * of MTP layers. WN_E_INPUT with up to five names and the count. */
 WN_MUST_USE wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules,
                                    bool *indexer_absent, int64_t *passed_over);
+
+/* Reads this rank's share of what wn_source_fate has widened into checkpoints, so that a value that is none is refused
+ * at the start (WN_E_INPUT) and not at the first save. */
+WN_MUST_USE wn_status wn_check_widened(const wn_hf_dir *dir, const wn_names *names, int32_t rank, int32_t size);
 
 /* Where a run's frozen weights stand: in its newest checkpoint before `step` that opens, which holds them whatever has
  * become of init since; else in init ("" where that is ""). */

@@ -119,7 +119,7 @@ static const char *stored_dtype(const save *s) {
     if (s->params[p].slot != WN_P_EMBED) continue;
     const wn_st_entry *entry = s->source ? wn_hf_dir_find(s->source, s->params[p].hf_name, NULL) : NULL;
     wn_dtype dtype = s->params[p].kind != WN_FROZEN ? s->params[p].file_dtype : entry ? entry->dtype : WN_F32;
-    return dtype == WN_BF16 ? "bfloat16" : "float32";
+    return dtype == WN_BF16 || dtype == WN_F8_E4M3 ? "bfloat16" : "float32";
   }
   return "float32";
 }
@@ -135,15 +135,35 @@ static wn_status create_files(save *s) {
   WN_TRY(wn_checkpoint_write_index(s->layout, s->source, s->at.temporary));
   bool fp8 = false;
   for (int32_t p = 0; p < s->n_params; p++) fp8 = fp8 || s->params[p].fp8;
-  const wn_model_config *config = &s->plan->model->config;
-  if (fp8) /* kept, so there is a source */
-    WN_TRY(wn_model_config_save_kept(config, s->at.temporary, s->at.source));
+  wn_model_config config = s->plan->model->config;
+  int32_t *mtp_layers = &config.num_nextn_predict_layers; /* what is there, whatever init's configuration says */
+  if (s->source)
+    WN_TRY(wn_mtp_layers_there(mtp_layers, s->source, &config));
   else
-    WN_TRY(wn_model_config_save(config, s->at.temporary, s->source ? s->at.source : NULL, stored_dtype(s)));
+    *mtp_layers = 0;
+  if (fp8) /* kept, so there is a source */
+    WN_TRY(wn_model_config_save_kept(&config, s->at.temporary, s->at.source));
+  else
+    WN_TRY(wn_model_config_save(&config, s->at.temporary, s->source ? s->at.source : NULL, stored_dtype(s)));
   return wn_state_write(s->plan, s->state, s->at.temporary);
 }
 
 /* ---- every rank writes ---- */
+
+/* What comes from the source: its bytes, or its codes as the BF16 that they stand for. */
+static wn_status write_source(const save *s, const wn_file_tensor *t, int fd, const char *path, uint64_t offset,
+                              uint16_t *scratch) {
+  wn_hf_weight weight;
+  if (t->dtype == t->source->dtype) return wn_write_at(fd, path, t->source->data, t->source->bytes, offset);
+  WN_TRY(wn_hf_weight_find(&weight, s->source, t->name));
+  int64_t count = (int64_t)t->source->bytes, width = wn_dtype_bytes(t->dtype);
+  for (int64_t done = 0, n; done < count; done += n) {
+    n = count - done < WN_COPY_ELEMENTS ? count - done : WN_COPY_ELEMENTS;
+    WN_TRY(wn_hf_read(scratch, t->dtype, &weight, done, n));
+    WN_TRY(wn_write_at(fd, path, scratch, (size_t)(n * width), offset + (uint64_t)(done * width)));
+  }
+  return NULL;
+}
 
 static wn_status write_file(const save *s, const wn_checkpoint_file *file, float *buffer, uint16_t *scratch) {
   char path[WN_PATH_BYTES];
@@ -158,7 +178,7 @@ static wn_status write_file(const save *s, const wn_checkpoint_file *file, float
     uint64_t offset = wn_st_layout_offset(file->layout, i);
     bool mine = t->source ? i % size == rank : s->parts[t->param].piece != NULL;
     if (!mine) continue;
-    status = t->source ? wn_write_at(fd, path, t->source->data, t->source->bytes, offset)
+    status = t->source ? write_source(s, t, fd, path, offset, scratch)
                        : wn_part_write(s->plan->model->device, &s->parts[t->param], t->field, t->dtype, fd, path,
                                        offset, buffer, scratch);
     wrote = true;

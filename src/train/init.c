@@ -90,17 +90,22 @@ static wn_status read_weights(init *in, wn_reads *reads, bool *rewritten) {
 
 /* Tensors behind the model's last layer are its prediction layers, or the rest of a model that config.json has less of.
  */
-static wn_status tell_of_passed_over(const init *in, int64_t passed_over) {
+static void tell_of_passed_over(const init *in, int64_t passed_over, int32_t there) {
   const char *dir = wn_hf_dir_path(in->dir);
   wn_log *log = in->plan->log;
-  int32_t n_layers = in->plan->model->config.num_hidden_layers, named;
+  int32_t n_layers = in->plan->model->config.num_hidden_layers;
+  int32_t named = in->plan->model->config.num_nextn_predict_layers;
   int64_t unknown = 0;
-  if (!passed_over) return NULL;
+  if (there < named)
+    wn_warn(log,
+            "%s: of the %d layers for multi-token prediction that config.json names %d are absent; checkpoints will "
+            "name those that are there",
+            dir, named, named - there);
+  if (!passed_over) return;
   wn_info(log,
           "%s: %lld tensors of layers from %d on (multi-token prediction) are not trained; checkpoints carry them "
           "through",
           dir, (long long)passed_over, n_layers);
-  WN_TRY(wn_model_config_mtp_layers(&named, dir));
   for (int64_t i = 0; i < wn_hf_dir_count(in->dir); i++)
     unknown += wn_name_layer(wn_hf_dir_at(in->dir, i, NULL)->name) >= n_layers + named;
   if (unknown)
@@ -108,23 +113,25 @@ static wn_status tell_of_passed_over(const init *in, int64_t passed_over) {
             "%s: %lld of them are of layers that config.json does not name (num_hidden_layers %d, "
             "num_nextn_predict_layers %d)",
             dir, (long long)unknown, n_layers, named);
-  return NULL;
 }
 
 static wn_status load_local(init *in, const wn_checkpoint_plan *plan, const char *dir, bool allow_new_indexer) {
   bool indexer_absent, rewritten = false;
   int64_t passed_over;
+  int32_t mtp_layers, rank = wn_world_rank(plan->world), size = wn_world_size(plan->world);
   wn_dir_rules rules = {.new_indexer_allowed = allow_new_indexer, .n_layers = plan->model->config.num_hidden_layers};
   WN_TRY(init_open(in, plan));
   WN_TRY(wn_source_open(&in->dir, dir, &plan->model->config));
   WN_TRY(wn_dir_check(in->dir, &in->names, rules, &indexer_absent, &passed_over));
-  WN_TRY(verify_weights(in->dir, wn_world_rank(plan->world), wn_world_size(plan->world)));
+  WN_TRY(wn_mtp_layers_there(&mtp_layers, in->dir, &plan->model->config));
+  WN_TRY(verify_weights(in->dir, rank, size));
+  WN_TRY(wn_check_widened(in->dir, &in->names, rank, size));
   wn_reads reads = {0};
   wn_status status = read_weights(in, &reads, &rewritten);
   wn_reads_free(&reads);
   WN_TRY(status);
-  if (wn_world_rank(plan->world) != 0) return NULL;
-  WN_TRY(tell_of_passed_over(in, passed_over));
+  if (rank != 0) return NULL;
+  tell_of_passed_over(in, passed_over, mtp_layers);
   if (rewritten)
     wn_info(plan->log,
             "%s has queries without a low rank: rewritten with q_lora_rank = hidden_size = %d, which an indexer needs",

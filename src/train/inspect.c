@@ -46,10 +46,9 @@ static facts new_facts(void) {
 
 static wn_status describe_model(facts *f, const wn_model_config *config, const char *dir) {
   wn_model_counts counts;
-  int32_t mtp_layers;
+  int32_t mtp_layers = config->num_nextn_predict_layers;
   char type[WN_CONFIG_TEXT_BYTES];
   WN_TRY(wn_model_config_text(type, dir, NULL, "model_type"));
-  WN_TRY(wn_model_config_mtp_layers(&mtp_layers, dir));
   WN_TRY(wn_model_count(&counts, config, mtp_layers));
   facts model = new_facts(), parts = new_facts();
   put_text(&model, "model_type", type);

@@ -85,9 +85,21 @@ static void mtp_layers_of_v31_have_no_indexer(void **state) {
 
 static void mtp_layers_in_part(void **state) {
   conv_dir how = released;
+  wn_model_config config;
   how.without = "layers.2.";
   make(state, how); /* absent altogether, as other programs' conversions leave them */
   OK(convert(state, WN_TO_BF16));
+  OK(wn_model_config_load(&config, wn_temp(state, "out").text));
+  assert_int_equal(config.num_nextn_predict_layers, 0);
+  how.mtp = 2;
+  make(state, how); /* the first of two */
+  REFUSED(convert(state, WN_TO_BF16), WN_E_INPUT, "layer 2 (multi-token prediction) is absent, and layer 3 is there");
+  how.without = "layers.3.";
+  make(state, how);
+  OK(convert(state, WN_TO_BF16));
+  OK(wn_model_config_load(&config, wn_temp(state, "out").text));
+  assert_int_equal(config.num_nextn_predict_layers, 1);
+  how.mtp = 1;
   how.without = "layers.2.hnorm";
   make(state, how);
   REFUSED(convert(state, WN_TO_BF16), WN_E_INPUT, "1 tensor missing: model.layers.2.hnorm.weight");
