@@ -1,4 +1,5 @@
 /* The CUDA device of a build without nvcc: it says so. */
+#include "kernels/cuda/card.h"
 #include "kernels/cuda/cuda.h"
 
 static const char why_absent[] = "this build has no CUDA half: nvcc was not there when it was made";
@@ -6,6 +7,11 @@ static const char why_absent[] = "this build has no CUDA half: nvcc was not ther
 int32_t wn_cuda_count(const char **why) {
   if (why) *why = why_absent;
   return 0;
+}
+
+wn_status wn_cuda_card_of(wn_cuda_card *out, int32_t ordinal) {
+  (void)out, (void)ordinal;
+  return WN_FAIL_HINT(WN_E_DEVICE, "install the CUDA Toolkit and build again, or use device: cpu", "%s", why_absent);
 }
 
 wn_status wn_cuda_create(wn_device **out, wn_cuda_settings settings) {

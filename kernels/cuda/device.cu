@@ -11,6 +11,7 @@
 
 extern "C" {
 #include "base/time.h"
+#include "kernels/cuda/card.h"
 }
 
 enum {
@@ -159,7 +160,7 @@ int32_t wn_cuda_count(const char **why) {
   return error == cudaSuccess ? n : 0;
 }
 
-static wn_status check_gpu(wn_cuda *c, int32_t ordinal) {
+wn_status wn_cuda_card_of(wn_cuda_card *out, int32_t ordinal) {
   cudaDeviceProp p;
   const char *why;
   int32_t n = wn_cuda_count(&why);
@@ -168,15 +169,25 @@ static wn_status check_gpu(wn_cuda *c, int32_t ordinal) {
     return WN_FAIL_HINT(WN_E_DEVICE, "start one process per GPU",
                         "GPU %d is wanted, but this process sees %d (numbered from 0)", ordinal, n);
   WN_CUDA_TRY(cudaGetDeviceProperties(&p, ordinal));
-  snprintf(c->name, sizeof c->name, "%s, %d multiprocessors, %.1f GiB", p.name, p.multiProcessorCount,
-           (double)p.totalGlobalMem / (1 << 30));
   if (p.major != LEAST_MAJOR || p.minor != 0) /* machine code for wgmma runs on 9.0 alone */
     return WN_FAIL_HINT(WN_E_DEVICE, "use device: cpu, or a Hopper GPU (H100, H200, GH200)",
                         "%s has compute capability %d.%d; this build needs 9.0", p.name, p.major, p.minor);
+  snprintf(out->name, sizeof out->name, "%s", p.name);
+  out->multiprocessors = p.multiProcessorCount;
+  out->memory_bytes = p.totalGlobalMem;
+  out->block_shared_bytes = p.sharedMemPerBlockOptin;
+  return NULL;
+}
+
+static wn_status check_gpu(wn_cuda *c, int32_t ordinal) {
+  wn_cuda_card card;
+  WN_TRY(wn_cuda_card_of(&card, ordinal));
+  snprintf(c->name, sizeof c->name, "%s, %d multiprocessors, %.1f GiB", card.name, card.multiprocessors,
+           (double)card.memory_bytes / (1 << 30));
   c->ordinal = ordinal;
-  c->n_sms = p.multiProcessorCount;
-  c->total_bytes = p.totalGlobalMem;
-  c->block_shared_bytes = p.sharedMemPerBlockOptin;
+  c->n_sms = card.multiprocessors;
+  c->total_bytes = card.memory_bytes;
+  c->block_shared_bytes = card.block_shared_bytes;
   return NULL;
 }
 

@@ -44,11 +44,10 @@ typedef struct request {
   bool as_json;
 } request;
 
-/* The job's own choice where --device gives none: the GPU of a job for GPUs is an H200. */
+/* The job's own choice where --device gives none. */
 static wn_status find_machine(wn_machine *out, const request *r, const wn_job *job) {
-  const char *name = r->device;
-  if (!name) name = wn_chooses_gpu(job->device) ? "h200" : "cpu";
-  WN_TRY(wn_machine_named(out, name, job->threads));
+  bool here = !r->device && wn_chooses_gpu(job->device);
+  WN_TRY(here ? wn_machine_here(out, job) : wn_machine_named(out, r->device ? r->device : "cpu", job->threads));
   if (r->memory_gb > 0) out->memory_bytes = r->memory_gb * giga;
   if (r->tflops > 0) out->flops = r->tflops * 1e12;
   if (r->bandwidth > 0) out->link_bytes_s = out->fabric_bytes_s = r->bandwidth * giga;
@@ -88,10 +87,11 @@ static json_t *remedies_of(const wn_remedy *remedies, int32_t n) {
 static wn_status print_json(const wn_plan *p, const wn_remedy *remedies, int32_t n_remedies) {
   const wn_device *d = p->run->device;
   json_t *root =
-      json_pack("{ss si ss s[o,o,o,o] sf sf sf sf sb}", "stage", wn_stage_name(p->run->recipe.stage), "ranks",
+      json_pack("{ss si ss s[o,o,o,o] sf sf sf sf sf sb}", "stage", wn_stage_name(p->run->recipe.stage), "ranks",
                 (int)p->ranks, "machine", p->machine.name, "arenas", arena_of(d->weights), arena_of(d->stash),
                 arena_of(d->scratch), arena_of(d->host), "arena_bytes", p->arena_bytes, "own_bytes", p->own_bytes,
-                "total_bytes", p->total_bytes, "memory_bytes", p->machine.memory_bytes, "fits", (int)p->fits);
+                "nccl_bytes", p->machine.gpu && p->ranks > 1 ? p->machine.nccl_bytes : 0.0, "total_bytes",
+                p->total_bytes, "memory_bytes", p->machine.memory_bytes, "fits", (int)p->fits);
   json_t *more = json_pack("{sf sf sf sf sf sf sI sI sf sf so}", "step_flops", p->flops, "share", p->share, "compute_s",
                            p->compute_s, "transfer_s", p->transfer_s, "hours", p->hours, "rank_hours", p->rank_hours,
                            "gathered_bytes", (json_int_t)p->traffic.gathered_bytes, "summed_bytes",
@@ -158,6 +158,7 @@ static void print_memory(const wn_plan *p) {
   if (p->own_bytes > 0)
     printf("%-43s %s\n", m->gpu ? "CUDA, cuBLAS and the kernels' code" : "program, libraries, tables of parameters",
            size_text(text, p->own_bytes));
+  if (m->gpu && p->ranks > 1 && m->nccl_bytes <= 0) puts("NCCL                                          not measured");
   printf("%-43s %s", "in all", size_text(text, p->total_bytes));
   if (m->memory_bytes > 0) printf(" of %.1f GB: %s", m->memory_bytes / giga, p->fits ? "fits" : "does not fit");
   putchar('\n');
@@ -168,16 +169,21 @@ static void print_memory(const wn_plan *p) {
 static void print_time(const wn_plan *p, bool share_given) {
   char weights[32], gradients[32];
   const wn_job *job = &p->run->job;
-  printf("\na step      %.4g FLOP on %d rank%s at %.0f%% (%s) of %.4g TFLOP/s each: %.4g s\n", p->flops, p->ranks,
-         p->ranks == 1 ? "" : "s", 100 * p->share, share_given ? "given" : "measured", p->machine.flops * 1e-12,
-         p->compute_s);
+  printf("\na step      %.4g FLOP on %d rank%s", p->flops, p->ranks, p->ranks == 1 ? "" : "s");
+  if (p->machine.flops > 0)
+    printf(" at %.0f%% (%s) of %.4g TFLOP/s each: %.4g s\n", 100 * p->share, share_given ? "given" : "measured",
+           p->machine.flops * 1e-12, p->compute_s);
+  else
+    printf("; the peak of %s is not known here: --tflops says it\n", p->machine.name);
   size_text(weights, (double)p->traffic.gathered_bytes);
   size_text(gradients, (double)p->traffic.summed_bytes);
   printf("traffic     %s of weights to a rank, %s of gradients from it", weights + strspn(weights, " "),
          gradients + strspn(gradients, " "));
   if (p->transfer_s > 0) printf(": %.4g s beside the work", p->transfer_s);
-  printf("\nthe job     %lld steps of %.4g s: %.4g h, %.4g %s-hours\n", (long long)job->training.steps, p->step_s,
-         p->hours, p->rank_hours, p->machine.gpu ? "GPU" : "rank");
+  putchar('\n');
+  if (p->machine.flops > 0)
+    printf("the job     %lld steps of %.4g s: %.4g h, %.4g %s-hours\n", (long long)job->training.steps, p->step_s,
+           p->hours, p->rank_hours, p->machine.gpu ? "GPU" : "rank");
 }
 
 static void print_disk(const wn_plan *p) {
@@ -247,7 +253,8 @@ wn_status wn_cmd_plan(int argc, char **argv) {
       {"--ranks", WN_FLAG_INT, &r.ranks, 1, 65536, "N", "processes, one a GPU"},
       {"--stage", WN_FLAG_TEXT, &r.stage, 0, 0, "STAGE",
        "pretrain, warmup or adapt (default: the job file's `stage:`, else its name)"},
-      {"--device", WN_FLAG_TEXT, &r.device, 0, 0, "NAME", "h200, h100, gh200 or cpu (default: as the job says)"},
+      {"--device", WN_FLAG_TEXT, &r.device, 0, 0, "NAME",
+       "h200, h100, gh200 or cpu (default: as the job says, on the GPU that is here, else an H200)"},
       {"--memory-gb", WN_FLAG_REAL, &r.memory_gb, 0, 1e6, "GB", "memory of a rank, instead of the device's"},
       {"--tflops", WN_FLAG_REAL, &r.tflops, 0, 1e6, "N", "dense BF16 peak of a rank, instead of the device's"},
       {"--bandwidth", WN_FLAG_REAL, &r.bandwidth, 0, 1e6, "GB/s",

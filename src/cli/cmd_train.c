@@ -9,8 +9,8 @@ static wn_status show_memory(wn_recipe recipe, const wn_job *job, wn_world *worl
   wn_plan *plan;
   wn_machine machine;
   if (wn_world_rank(world) != 0) return NULL;
-  WN_TRY(wn_machine_here(&machine, job));
-  wn_status status = wn_plan_create(&plan, recipe, job, wn_world_size(world), &machine, 0);
+  wn_status status = wn_machine_here(&machine, job);
+  if (!status) status = wn_plan_create(&plan, recipe, job, wn_world_size(world), &machine, 0);
   if (wn_status_code(status) == WN_E_DEVICE) {
     wn_warn(log, "its memory is not known: %s", wn_status_text(status));
     wn_status_free(status);
@@ -21,6 +21,9 @@ static wn_status show_memory(wn_recipe recipe, const wn_job *job, wn_world *worl
   wn_info(log, "memory of a rank: %.3f GB, of which weights %.3f, stash %.3f, scratch %.3f (`winnow plan` says what)",
           plan->total_bytes / giga, (double)wn_arena_held_bytes(device->weights) / giga,
           (double)wn_arena_held_bytes(device->stash) / giga, (double)wn_arena_held_bytes(device->scratch) / giga);
+  if (machine.memory_bytes > 0)
+    wn_info(log, "%s has %.1f GB: the job %s", machine.name, machine.memory_bytes / giga,
+            plan->fits ? "fits" : "does not fit");
   wn_plan_free(plan);
   return NULL;
 }

@@ -16,15 +16,36 @@ static const double bytes_a_kib = 1024, bytes_a_gib = 1024.0 * 1024 * 1024;
 
 /* ---- machines ---- */
 
-/* Hopper's data sheets, but an H200's memory as its driver counts it. link: NCCL between two H200 of a host, measured
- * (docs/performance.md); fabric: 400 Gbit/s a GPU, the usual build. own: on an H200, the same in
- * runs of 0.3 to 12 GB (docs/performance.md). */
-static const wn_machine machines[] = {
-    {.name = "h200", .gpu = true, .multiprocessors = 132, .memory_bytes = 150.1e9, .ranks_a_host = 8},
-    {.name = "h100", .gpu = true, .multiprocessors = 132, .memory_bytes = 80e9, .ranks_a_host = 8},
-    {.name = "gh200", .gpu = true, .multiprocessors = 132, .memory_bytes = 96e9, .ranks_a_host = 1},
+/* What CUDA, cuBLAS and the kernels' code take of a GPU: on an H200, the same in runs of 0.3 to 12 GB
+ * (docs/performance.md). */
+static const double cuda_bytes = 722e6;
+/* What NCCL takes beside it in a world of several ranks. 0: not measured; tests/cuda/plan two_gpus prints it. */
+static const double nccl_bytes = 0;
+
+/* Hopper's data sheets, but an H200's memory as its driver counts it. */
+typedef struct known {
+  wn_machine machine;
+  const char *card; /* what the driver calls it; up to a *, any that begins so. Others of the family are slower */
+} known;
+static const known machines[] = {
+    {{.name = "h200", .gpu = true, .multiprocessors = 132, .memory_bytes = 150.1e9, .ranks_a_host = 8}, "NVIDIA H200"},
+    {{.name = "h100", .gpu = true, .multiprocessors = 132, .memory_bytes = 80e9, .ranks_a_host = 8},
+     "NVIDIA H100 80GB HBM3"},
+    {{.name = "gh200", .gpu = true, .multiprocessors = 132, .memory_bytes = 96e9, .ranks_a_host = 1}, "NVIDIA GH200*"},
 };
 enum { N_MACHINES = sizeof machines / sizeof *machines };
+
+/* link: NCCL between two H200 of a host, measured (docs/performance.md); fabric: 400 Gbit/s a GPU, the usual build. */
+static void add_rates(wn_machine *machine) {
+  machine->flops = WN_HOPPER_BF16_FLOPS;
+  machine->link_bytes_s = 213 * bytes_a_gib;
+  machine->fabric_bytes_s = 50e9;
+}
+
+static void add_own_bytes(wn_machine *machine) {
+  machine->own_bytes = cuda_bytes;
+  machine->nccl_bytes = nccl_bytes;
+}
 
 static wn_status this_cpu(wn_machine *out, int32_t threads) {
   enum { PROBE = 512 };
@@ -39,21 +60,42 @@ static wn_status this_cpu(wn_machine *out, int32_t threads) {
 wn_status wn_machine_named(wn_machine *out, const char *name, int32_t threads) {
   if (strcmp(name, "cpu") == 0) return this_cpu(out, threads);
   for (size_t i = 0; i < N_MACHINES; i++) {
-    if (strcmp(name, machines[i].name) != 0) continue;
-    *out = machines[i];
-    out->flops = WN_HOPPER_BF16_FLOPS;
-    out->own_bytes = 722e6;
-    out->link_bytes_s = 213 * bytes_a_gib;
-    out->fabric_bytes_s = 50e9;
+    if (strcmp(name, machines[i].machine.name) != 0) continue;
+    *out = machines[i].machine;
+    add_rates(out);
+    add_own_bytes(out);
     return NULL;
   }
   return WN_FAIL_HINT(WN_E_USAGE, "for another Hopper GPU: --device h200 with --memory-gb, --tflops, --bandwidth",
                       "no machine '%.40s' is known; h200, h100, gh200 and cpu are", name);
 }
 
+static bool is_card(const char *pattern, const char *name) {
+  size_t n = strcspn(pattern, "*");
+  return strncmp(pattern, name, n) == 0 && (pattern[n] || !name[n]);
+}
+
+void wn_machine_of_card(wn_machine *out, const wn_cuda_card *card) {
+  *out = (wn_machine){.gpu = true};
+  for (size_t i = 0; i < N_MACHINES; i++) {
+    if (!is_card(machines[i].card, card->name)) continue;
+    *out = machines[i].machine;
+    add_rates(out);
+  }
+  snprintf(out->name, sizeof out->name, "%.*s", (int)sizeof out->name - 1, card->name);
+  out->multiprocessors = card->multiprocessors;
+  out->memory_bytes = (double)card->memory_bytes;
+  add_own_bytes(out);
+}
+
 wn_status wn_machine_here(wn_machine *out, const wn_job *job) {
+  wn_cuda_card card;
   *out = (wn_machine){.name = "cpu"};
-  return wn_chooses_gpu(job->device) ? wn_machine_named(out, "h200", 0) : NULL;
+  if (!wn_chooses_gpu(job->device)) return NULL;
+  if (wn_cuda_count(NULL) == 0) return wn_machine_named(out, "h200", 0);
+  WN_TRY(wn_cuda_card_of(&card, 0));
+  wn_machine_of_card(out, &card);
+  return NULL;
 }
 
 /* Shares of the machine's rate that whole layers or steps reached: docs/performance.md. */
@@ -102,7 +144,7 @@ static void count_memory(wn_plan *plan) {
   plan->arena_bytes = (double)wn_arena_held_bytes(device->weights) + (double)wn_arena_held_bytes(device->stash) +
                       (double)wn_arena_held_bytes(device->scratch);
   if (machine->gpu) {
-    plan->own_bytes = machine->own_bytes;
+    plan->own_bytes = machine->own_bytes + (plan->ranks > 1 ? machine->nccl_bytes : 0);
   } else {
     plan->arena_bytes += (double)wn_arena_held_bytes(device->host);
   }

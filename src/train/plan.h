@@ -7,11 +7,12 @@
 #ifndef WN_TRAIN_PLAN_H
 #define WN_TRAIN_PLAN_H
 
+#include "kernels/cuda/card.h"
 #include "train/trainer.h"
 
 /* What each rank has. Zero: not known. */
 typedef struct wn_machine {
-  char name[32];
+  char name[64];
   bool gpu;
   int32_t multiprocessors;
   double memory_bytes;
@@ -20,13 +21,17 @@ typedef struct wn_machine {
   double fabric_bytes_s; /* between hosts, a rank */
   int32_t ranks_a_host;  /* as many as link_bytes_s holds for */
   double own_bytes;      /* what CUDA, cuBLAS and the kernels' code take */
+  double nccl_bytes;     /* what NCCL takes where there are several ranks */
 } wn_machine;
 
 /* "h200", "h100", "gh200", "cpu" (the one this process runs on; measures its rate). WN_E_USAGE for another name. */
 WN_MUST_USE wn_status wn_machine_named(wn_machine *out, const char *name, int32_t threads);
 
-/* What the job would run on here, without its rates. */
+/* What the job would run on here: the card that is there, a CPU without its rate, or an H200 for a job for GPUs where
+ * there are none. WN_E_DEVICE for a card that this build does not run on. */
 WN_MUST_USE wn_status wn_machine_here(wn_machine *out, const wn_job *job);
+/* A card with its own memory; with the rates of the machine above that it is, by its name, else without rates. */
+void wn_machine_of_card(wn_machine *out, const wn_cuda_card *card);
 
 typedef struct wn_plan {
   wn_world *world;
@@ -35,7 +40,7 @@ typedef struct wn_plan {
   int32_t ranks;
   wn_traffic traffic;           /* of a step, a rank */
   double arena_bytes;           /* of the machine's memory, a rank: arenas in whole pages (on a CPU with the host's) */
-  double own_bytes;             /* beside the arenas */
+  double own_bytes;             /* beside the arenas, NCCL's among them */
   double total_bytes;           /* both */
   bool fits;                    /* true too where the machine's memory is not known */
   double flops;                 /* counted work of a step, all ranks */

@@ -8,6 +8,7 @@
 
 #include "base/range.h"
 #include "base/time.h"
+#include "kernels/cuda/cuda.h"
 #include "model/flops.h"
 #include "train/device.h"
 #include "train/metrics.h"
@@ -217,12 +218,23 @@ static wn_status save(trainer *t) {
   return wn_world_agree(run->world, wn_metrics_event(t->metrics, run->state.step, 0, "checkpoint", detail));
 }
 
+/* Of a GPU: what the arenas hold, and what its driver counts in all. */
+typedef struct gpu_bytes {
+  size_t arenas, used;
+} gpu_bytes;
+
+static wn_status gather_gpu_bytes(const wn_run *run, gpu_bytes *all) {
+  gpu_bytes mine = {0};
+  size_t other;
+  wn_status status = wn_cuda_memory(run->device, &mine.used, &mine.arenas, &other);
+  WN_TRY(wn_world_agree(run->world, status));
+  return wn_group_gather(wn_world_all(run->world), all, &mine, sizeof mine);
+}
+
 /* RUN_DIR/memory.txt: rank 0's tables, as they stand after the first step, and again after the first evaluation: pieces
- * of parameters, then what each arena holds under which name. */
-static wn_status write_memory(const trainer *t) {
-  const wn_run *run = t->run;
+ * of parameters, then what each arena holds under which name; on GPUs, of every rank what lies beside its arenas. */
+static wn_status write_tables(const wn_run *run, const gpu_bytes *gpus) {
   char path[WN_PATH_BYTES];
-  if (wn_world_rank(run->world) != 0) return NULL;
   WN_TRY(wn_path(path, "%s/memory.txt", run->job.run_dir));
   FILE *out = fopen(path, "w");
   if (!out) return WN_FAIL(WN_E_IO, "cannot write %s: %s", path, strerror(errno));
@@ -232,8 +244,25 @@ static wn_status write_memory(const trainer *t) {
   wn_arena_print(run->device->stash, out);
   wn_arena_print(run->device->scratch, out);
   wn_arena_print(run->device->host, out);
+  for (int32_t r = 0; gpus && r < wn_world_size(run->world); r++)
+    fprintf(out, "GPU of rank %d: %zu bytes in use, of which %zu in arenas\n", r, gpus[r].used, gpus[r].arenas);
   if (fclose(out) != 0) return WN_FAIL(WN_E_IO, "cannot write %s: %s", path, strerror(errno));
   return NULL;
+}
+
+static wn_status write_memory(const trainer *t) {
+  const wn_run *run = t->run;
+  gpu_bytes *gpus = NULL;
+  wn_status status = NULL;
+  if (run->device->kind == WN_CUDA) {
+    gpus = calloc((size_t)wn_world_size(run->world), sizeof *gpus);
+    WN_TRY_GOTO(status, done, wn_world_agree(run->world, gpus ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory")));
+    WN_TRY_GOTO(status, done, gather_gpu_bytes(run, gpus));
+  }
+  status = wn_world_agree(run->world, wn_world_rank(run->world) == 0 ? write_tables(run, gpus) : NULL);
+done:
+  free(gpus);
+  return status;
 }
 
 static wn_status one_step(trainer *t, bool *stop) {
@@ -268,7 +297,7 @@ static wn_status one_step(trainer *t, bool *stop) {
         (long long)run->state.skipped_in_a_row, job->training.max_skipped_in_a_row);
   if (run->valid && (due(job->metrics.eval_every, step + 1) || (job->metrics.eval_every > 0 && last))) {
     WN_TRY(evaluate(t));
-    if (!t->evaluated) WN_TRY(wn_world_agree(run->world, write_memory(t)));
+    if (!t->evaluated) WN_TRY(write_memory(t));
     t->evaluated = true;
   }
   int64_t wants_stop = stop_requested;
