@@ -54,10 +54,14 @@ wn_status wn_cmd_train(wn_stage stage, int argc, char **argv, wn_world *world, w
   if (n < 1) return WN_FAIL_HINT(WN_E_USAGE, line, "no job file given");
   wn_job job;
   wn_job_source *source = NULL;
-  WN_TRY(wn_job_load(&job, &source, stage, argv[1], (const char *const *)(argv + 2), n - 1));
+  wn_status status = wn_job_load(&job, &source, stage, argv[1], (const char *const *)(argv + 2), n - 1);
+  if ((status = wn_world_agree(world, status))) {
+    wn_job_source_free(source);
+    return status;
+  }
   wn_world_set_timeout(world, job.parallelism.timeout_s);
   wn_recipe recipe = wn_recipe_of(stage);
-  wn_status status = check ? wn_run_check(recipe, &job, world, log) : wn_train(recipe, &job, source, world, log);
+  status = check ? wn_run_check(recipe, &job, world, log) : wn_train(recipe, &job, source, world, log);
   if (check && !status) status = show_memory(recipe, &job, world, log);
   wn_job_source_free(source);
   if (check && !status) wn_info(log, "%s: the job is valid", argv[1]);

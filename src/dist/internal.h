@@ -17,9 +17,10 @@ struct wn_group {
 
 struct wn_world {
   int32_t rank, size, timeout_s;
-  bool mpi;    /* initialised by us, to be finalised by us */
-  bool dry;    /* the other ranks do not exist */
-  bool broken; /* a collective failed or timed out: no other can be trusted, and MPI cannot be finalised */
+  bool mpi;       /* initialised by us, to be finalised by us */
+  bool dry;       /* the other ranks do not exist */
+  bool broken;    /* a collective failed or timed out: no other can be trusted, and MPI cannot be finalised */
+  int32_t *codes; /* [size]: the ranks' outcomes, while they agree */
   double wait_s;
   int32_t n_groups;
   wn_group groups[WN_MAX_GROUPS];

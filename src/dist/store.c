@@ -34,8 +34,9 @@ static void check_params(const wn_store *store) {
   }
 }
 
-/* The members of a group must lay out the same parameters: a rank that read another configuration is found here. */
-static wn_status check_same_table(const wn_store *store, int32_t group) {
+/* The members of a group must lay out the same parameters: a rank that read another configuration is found here.
+ * all: room for as many digests as the group has members. */
+static wn_status check_same_table(const wn_store *store, int32_t group, wn_hash *all) {
   enum { NUMBERS = 9 };
   wn_group *members = store->groups[group];
   wn_hash own = wn_hash_fold(NULL, 0);
@@ -48,12 +49,9 @@ static wn_status check_same_table(const wn_store *store, int32_t group) {
     own = wn_hash_fold(chain, 3);
   }
   int32_t size = wn_group_size(members), other = NONE;
-  wn_hash *all = malloc((size_t)size * sizeof *all);
-  if (!all) return WN_FAIL(WN_E_MEMORY, "out of memory for the digests of %d ranks", size);
   WN_TRY(wn_group_gather(members, all, &own, sizeof own));
   for (int32_t r = 0; r < size && other == NONE; r++)
     if (!wn_hash_equal(all[r], own)) other = r;
-  free(all);
   if (other == NONE) return NULL;
   return WN_FAIL_HINT(WN_E_WORLD, "start every rank with the same job file and the same program",
                       "rank %d and rank %d of group %d lay out different parameters", wn_group_rank(members), other,
@@ -105,7 +103,14 @@ wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn
                           const wn_param *params, int32_t n_params) {
   WN_ASSERT(n_params > 0 && n_groups > 0 && n_groups <= MAX_GROUPS, "%d parameters, %d groups", n_params, n_groups);
   wn_store *store = calloc(1, sizeof *store);
-  if (!store) return WN_FAIL(WN_E_MEMORY, "out of memory for the parameter store");
+  wn_hash *digests = calloc((size_t)wn_world_size(world), sizeof *digests);
+  wn_status status =
+      wn_world_agree(world, store && digests ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the parameter store"));
+  if (status) {
+    free(digests);
+    free(store);
+    return status;
+  }
   *store = (wn_store){.device = device, .n_groups = n_groups, .params = params, .n_params = n_params};
   memcpy(store->dtype_of, device->dtype_of, sizeof store->dtype_of);
   for (int32_t g = 0; g < n_groups; g++) {
@@ -113,10 +118,10 @@ wn_status wn_store_create(wn_store **out, wn_device *device, wn_world *world, wn
     store->group_size[g] = wn_group_size(groups[g]);
     store->group_rank[g] = wn_group_rank(groups[g]);
   }
-  wn_status status = NULL;
   check_params(store);
   for (int32_t g = 0; g < n_groups; g++)
-    WN_KEEP_FIRST(status, check_same_table(store, g)); /* every rank in every group */
+    WN_KEEP_FIRST(status, check_same_table(store, g, digests)); /* every rank in every group */
+  free(digests);
   if (!status) status = wn_store_lay_out(store);
   if (!status) status = allocate_memory(store);
   WN_TRY_GOTO(status, fail, wn_world_agree(world, status));

@@ -49,9 +49,12 @@ static wn_status start_mpi(wn_world *world, int32_t launched) {
   return NULL;
 }
 
-static void start_groups(wn_world *world) {
+static wn_status start_groups(wn_world *world) {
+  world->codes = calloc((size_t)world->size, sizeof *world->codes); /* so that an agreement takes no memory */
+  if (!world->codes) return WN_FAIL(WN_E_MEMORY, "out of memory for a world of %d ranks", world->size);
   world->groups[0] = (wn_group){.world = world, .size = world->size, .rank = world->rank, .step = 1};
   world->n_groups = 1;
+  return NULL;
 }
 
 wn_status wn_world_create(wn_world **out, int32_t timeout_s) {
@@ -62,12 +65,12 @@ wn_status wn_world_create(wn_world **out, int32_t timeout_s) {
   world->timeout_s = timeout_s;
   int32_t launched = launched_processes();
   wn_status status = launched == 1 ? NULL : start_mpi(world, launched);
+  if (!status) status = start_groups(world);
   if (status) {
     world->broken = world->mpi;
     wn_world_free(world);
     return status;
   }
-  start_groups(world);
   *out = world;
   return NULL;
 }
@@ -79,9 +82,12 @@ wn_status wn_world_create_dry(wn_world **out, int32_t size) {
   world->size = size;
   world->timeout_s = 1;
   world->dry = true;
-  start_groups(world);
-  *out = world;
-  return NULL;
+  wn_status status = start_groups(world);
+  if (status)
+    wn_world_free(world);
+  else
+    *out = world;
+  return status;
 }
 
 /* Tells every rank that this one ends, and waits for the same from them. */
@@ -106,6 +112,7 @@ void wn_world_free(wn_world *world) {
     if (!status) MPI_Finalize();
     wn_status_free(status);
   }
+  free(world->codes);
   free(world);
 }
 
@@ -177,8 +184,7 @@ typedef struct failure_text {
 
 static wn_status agree_among(wn_world *world, wn_status local) {
   wn_group *all = wn_world_all(world);
-  int32_t *codes = malloc((size_t)world->size * sizeof *codes), code = (int32_t)wn_status_code(local), worst = -1;
-  if (!codes) return WN_FAIL(WN_E_MEMORY, "out of memory for the outcomes of %d ranks", world->size);
+  int32_t *codes = world->codes, code = (int32_t)wn_status_code(local), worst = -1;
   wn_status status = wn_group_gather(all, codes, &code, sizeof code);
   for (int32_t r = 0; !status && r < world->size && worst < 0; r++)
     if (codes[r] != WN_OK) worst = r;
@@ -191,7 +197,6 @@ static wn_status agree_among(wn_world *world, wn_status local) {
       status = wn_fail_at(__FILE__, __LINE__, (wn_code)codes[worst], *failure.hint ? failure.hint : NULL,
                           "rank %d failed: %s", worst, failure.text);
   }
-  free(codes);
   return status;
 }
 

@@ -17,12 +17,11 @@ wn_status wn_inference_open(wn_inference *out, const char *dir, wn_job_device de
   wn_status status = NULL;
   wn_model_config config;
   wn_group *all = wn_world_all(world);
-  WN_TRY_GOTO(status, fail, wn_model_config_load(&config, dir));
+  WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_model_config_load(&config, dir)));
   WN_TRY_GOTO(status, fail, wn_open_device(&inference.device, device, threads, world, log));
+  wn_param_settings settings = {.train_base = with_grads, .train_indexer = with_grads, .file_dtype = WN_F32};
   WN_TRY_GOTO(status, fail,
-              wn_model_create(
-                  &inference.model, inference.device, &config,
-                  (wn_param_settings){.train_base = with_grads, .train_indexer = with_grads, .file_dtype = WN_F32}));
+              wn_world_agree(world, wn_model_create(&inference.model, inference.device, &config, settings)));
   if (!with_grads) WN_TRY_GOTO(status, fail, wn_world_agree(world, keep_fp8(inference.model, dir)));
   WN_TRY_GOTO(status, fail,
               wn_store_create(&inference.store, inference.device, world, &all, 1, inference.model->table.params,

@@ -252,17 +252,22 @@ static wn_status keep_fp8(wn_run *run) {
   return wn_world_agree(run->world, status);
 }
 
+static wn_status make_model(wn_run *run, const wn_model_config *config) {
+  if (run->job.optimizer.moments == WN_MOMENTS_BF16) run->device->dtype_of[WN_MOMENT] = WN_BF16;
+  WN_TRY(wn_model_create(&run->model, run->device, config, param_settings(&run->recipe, &run->job)));
+  size_t n = (size_t)run->model->table.n;
+  run->by_param = calloc(n, sizeof *run->by_param);
+  run->grads_by_param = calloc(n, sizeof *run->grads_by_param);
+  return run->by_param && run->grads_by_param ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the run's tables");
+}
+
 /* Model and store, on the device that is there. */
 static wn_status hold(wn_run *run, const wn_model_config *config) {
   wn_group *all = wn_world_all(run->world);
-  if (run->job.optimizer.moments == WN_MOMENTS_BF16) run->device->dtype_of[WN_MOMENT] = WN_BF16;
-  WN_TRY(wn_model_create(&run->model, run->device, config, param_settings(&run->recipe, &run->job)));
+  WN_TRY(wn_world_agree(run->world, make_model(run, config)));
   WN_TRY(keep_fp8(run));
   const wn_param_table *table = &run->model->table;
-  WN_TRY(wn_store_create(&run->store, run->device, run->world, &all, 1, table->params, table->n));
-  run->by_param = calloc((size_t)table->n, sizeof *run->by_param);
-  run->grads_by_param = calloc((size_t)table->n, sizeof *run->grads_by_param);
-  return run->by_param && run->grads_by_param ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the run's tables");
+  return wn_store_create(&run->store, run->device, run->world, &all, 1, table->params, table->n);
 }
 
 wn_status wn_run_create_dry(wn_run **out, wn_recipe recipe, const wn_job *job, wn_world *world, wn_device *device) {
@@ -290,20 +295,29 @@ fail:
   return status;
 }
 
+/* What each rank reads of the job's files. */
+static wn_status read_inputs(wn_run *run, wn_model_config *config, bool *indexer_trained) {
+  const wn_job *job = &run->job;
+  WN_TRY(check_world(job, run->world));
+  WN_TRY(resolve_model(config, &run->recipe, job));
+  WN_TRY(check_stage(&run->recipe, job, indexer_trained));
+  WN_TRY(open_data(&run->train, job->data.train, "data.train", config, job->data.seq_len));
+  if (!job->data.valid[0]) return NULL;
+  return open_data(&run->valid, job->data.valid, "data.valid", config, job->data.seq_len);
+}
+
 wn_status wn_run_create(wn_run **out, wn_recipe recipe, const wn_job *job, wn_job_source *source, wn_world *world,
                         wn_log *log) {
-  wn_status status = NULL;
   bool indexer_trained = false;
   wn_model_config config;
   wn_run *run = calloc(1, sizeof *run);
-  if (!run) return WN_FAIL(WN_E_MEMORY, "out of memory for the run");
+  wn_status status = wn_world_agree(world, run ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the run"));
+  if (status) {
+    free(run);
+    return status;
+  }
   *run = (wn_run){.log = log, .world = world, .recipe = recipe, .job = *job, .source = source, .lock_fd = -1};
-  WN_TRY_GOTO(status, fail, check_world(job, world));
-  WN_TRY_GOTO(status, fail, resolve_model(&config, &recipe, job));
-  WN_TRY_GOTO(status, fail, check_stage(&recipe, job, &indexer_trained));
-  WN_TRY_GOTO(status, fail, open_data(&run->train, job->data.train, "data.train", &config, job->data.seq_len));
-  if (job->data.valid[0])
-    WN_TRY_GOTO(status, fail, open_data(&run->valid, job->data.valid, "data.valid", &config, job->data.seq_len));
+  WN_TRY_GOTO(status, fail, wn_world_agree(world, read_inputs(run, &config, &indexer_trained)));
   WN_TRY_GOTO(status, fail, wn_world_agree(world, wn_world_rank(world) == 0 ? prepare_run_dir(run) : NULL));
   WN_TRY_GOTO(status, fail, wn_open_device(&run->device, job->device, job->threads, world, log));
   WN_TRY_GOTO(status, fail, hold(run, &config));
