@@ -98,8 +98,9 @@ __device__ static void produce_rows(wide_shared<HALVES> *s, const CUtensorMap *q
       r->low = low & ~7; /* whole sectors are stored */
       r->high = high;
     }
-    __syncwarp();
-    if (lane == 0) {
+    if (lane != 0) { /* each lane for what it wrote itself */
+      wn_mbarrier_arrive(full);
+    } else {
       wn_mbarrier_expect(full, HALVES * COLUMNS * HALF * 2);
 #pragma unroll
       for (int h = 0; h < HALVES; h++)
@@ -118,8 +119,7 @@ __device__ static void produce_keys(wide_shared<HALVES> *s, const CUtensorMap *k
   for (int32_t block = j.n_blocks - 1 - (int32_t)blockIdx.x; block >= 0; block -= (int32_t)gridDim.x) {
     wn_mbarrier_wait(wn_shared_address(&s->q_full[q.stage]), q.parity);
     const int32_t low = s->rows[q.stage].low, high = s->rows[q.stage].high;
-    __syncwarp();
-    if (leader) wn_mbarrier_arrive(wn_shared_address(&s->q_empty[q.stage]));
+    wn_mbarrier_arrive(wn_shared_address(&s->q_empty[q.stage]));
     advance(&q);
     for (int32_t key0 = low; key0 <= high; key0 += KEYS) {
       const uint32_t full = wn_shared_address(&s->k_full[at.stage]);
@@ -211,8 +211,7 @@ template <int HEADS, int HALVES> __device__ static void consume(wide_shared<HALV
       advance(&at);
       sum_heads<HEADS>(d, weight, r, j.scores + (int64_t)block * ROWS * j.pitch, j.pitch, key0 + own_key);
     }
-    __syncwarp();
-    if (lane == 0) wn_mbarrier_arrive(wn_shared_address(&s->q_empty[q.stage]));
+    wn_mbarrier_arrive(wn_shared_address(&s->q_empty[q.stage]));
     advance(&q);
   }
   if (group == 0) wn_turn_wait(group); /* group 1's last pass of the turn */
@@ -225,8 +224,8 @@ __global__ static void __launch_bounds__(THREADS, 1)
   wide_shared<HALVES> *s = (wide_shared<HALVES> *)memory;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Q_STAGES; i++) {
-      wn_mbarrier_init(wn_shared_address(&s->q_full[i]), 1);
-      wn_mbarrier_init(wn_shared_address(&s->q_empty[i]), CONSUMERS / 32 + 1); /* and the keys' producer */
+      wn_mbarrier_init(wn_shared_address(&s->q_full[i]), 32);
+      wn_mbarrier_init(wn_shared_address(&s->q_empty[i]), CONSUMERS + 32); /* and the keys' producer */
     }
     for (int i = 0; i < K_STAGES; i++) {
       wn_mbarrier_init(wn_shared_address(&s->k_full[i]), 1);
