@@ -1,6 +1,8 @@
 /* What the per-head attention kernels need once for all heads: bounds of each 64 rows' visible keys; of a selection, a
  * 64-bit word for every row and key tile and which key tiles 64 rows pick in; operands that allow 16-byte accesses.
  * Words are no larger than the selection itself: attention_masked.cu cuts the rows where they would be. */
+#include <assert.h>
+
 #include "kernels/cuda/attention_tile.cuh"
 #include "kernels/cuda/tensor_map.cuh"
 
@@ -39,12 +41,14 @@ wn_status wn_attend_plan_bounds(wn_device *device, wn_attend_job *job) {
   return NULL;
 }
 
-/* Sets the bits of one row's picks below key `end`, from place *cursor of its list on; whole warp. Lists ascend. */
+/* Sets the bits of one row's picks below key `end`, from place *cursor of its list on; whole warp. Lists ascend. The
+ * largest pick that the lane has met goes to *most. */
 __device__ static void set_bits(uint32_t *bits, const int32_t *picks, int32_t k, int64_t begin, int64_t end,
-                                int32_t *cursor) {
+                                int32_t *cursor, int32_t *most) {
   for (;;) {
     const int at = *cursor + (int)threadIdx.x % 32;
     const int32_t pick = at < k ? picks[at] : -1;
+    *most = max(*most, pick);
     const bool inside = pick >= 0 && pick < end;
     if (inside) atomicOr(&bits[(pick - begin) >> 5], 1u << (pick & 31));
     const int taken = __popc(__ballot_sync(~0u, inside));
@@ -59,13 +63,13 @@ __global__ static void __launch_bounds__(WORD_ROWS * 32)
   __shared__ uint64_t held[WORD_ROWS][SEGMENT_TILES];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = blockIdx.x * WORD_ROWS, row = row0 + warp;
   const int tiles = (m + WN_TILE - 1) / WN_TILE;
-  int32_t cursor = 0;
+  int32_t cursor = 0, most = -1;
   for (int tile0 = 0; tile0 < tiles; tile0 += SEGMENT_TILES) {
     for (int i = lane; i < SEGMENT_TILES; i += 32) held[warp][i] = 0;
     __syncwarp();
     if (row < n)
       set_bits((uint32_t *)held[warp], selection.data + row * selection.row, selection.width, (int64_t)tile0 * WN_TILE,
-               (int64_t)(tile0 + SEGMENT_TILES) * WN_TILE, &cursor);
+               (int64_t)(tile0 + SEGMENT_TILES) * WN_TILE, &cursor, &most);
     __syncthreads();
     for (int i = threadIdx.x; i < SEGMENT_TILES * WORD_ROWS; i += WORD_ROWS * 32) {
       const int tile = tile0 + i / WORD_ROWS, r = i % WORD_ROWS;
@@ -77,6 +81,7 @@ __global__ static void __launch_bounds__(WORD_ROWS * 32)
     }
     __syncthreads();
   }
+  assert(most < m); /* a programmer's error, after which nothing runs here: kernels of wgmma cannot look themselves */
 }
 
 wn_status wn_attend_plan_words(wn_device *device, wn_attend_job *job, const wn_view<int32_t> &selection) {

@@ -93,6 +93,26 @@ static wn_status attended_p(twin_bench *b) {
   return attend(b, 64, 576, 512, P_ALONE);
 }
 
+static wn_status attend_masked(twin_bench *b, bool backward) {
+  twin picks = indices(b, M), q = twin_random(b, WN_ACT, 1, 1, 0, 3, N, HEADS, WIDTH),
+       k = twin_random(b, WN_ACT, 2, 1, 0, 3, M, HEADS, WIDTH), o = twin_random(b, WN_ACT, 3, 1, 0, 3, N, HEADS, WIDTH),
+       lse = twin_random(b, WN_STAT, 4, 1, 0, 2, N, HEADS, 0), p = twin_tensor(b, WN_STAT, 2, N, K, 0);
+  twin_rows rows = twin_causal_end(b, N, M, 0, false);
+  wn_attention_params params = {.scale = 0.1};
+  const wn_ops *ops = b->cuda->ops;
+  if (backward)
+    return ops->attention_masked_backward(b->cuda, NULL, NULL, NULL, &p.cuda, NULL, &q.cuda, &k.cuda, &k.cuda,
+                                          &picks.cuda, &lse.cuda, NULL, &rows.cuda, &params);
+  return ops->attention_masked(b->cuda, &o.cuda, &lse.cuda, NULL, NULL, &q.cuda, &k.cuda, &k.cuda, &picks.cuda,
+                               &rows.cuda, &params);
+}
+static wn_status attended_masked(twin_bench *b) {
+  return attend_masked(b, false);
+}
+static wn_status attended_masked_backward(twin_bench *b) {
+  return attend_masked(b, true);
+}
+
 static wn_status learnt(twin_bench *b) {
   twin picks = indices(b, M), q = twin_random(b, WN_ACT, 1, 1, 0, 3, N, HEADS, WIDTH),
        k = twin_random(b, WN_ACT, 2, 1, 0, 2, M, WIDTH, 0), w = twin_random(b, WN_STAT, 3, 1, 0, 2, N, HEADS, 0),
@@ -130,6 +150,8 @@ static const struct misuse {
     {"attention_sparse_backward", attended_backward},
     {"attention_sparse_backward of V3.1's width", attended_wide_backward},
     {"p alone", attended_p},
+    {"attention_masked", attended_masked},
+    {"attention_masked_backward", attended_masked_backward},
     {"indexer_kl_sparse", learnt},
     {"selection_stats", sampled},
 };
