@@ -29,7 +29,7 @@ static wn_status map_file(mapped *out, const char *path, bool optional) {
   *out = (mapped){0};
   struct stat info;
   wn_status status = NULL;
-  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe is refused below, and not waited for */
   if (fd < 0) {
     if (optional && errno == ENOENT) return NULL;
     return WN_FAIL_HINT(WN_E_IO,

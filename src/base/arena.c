@@ -5,7 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { MAX_NAMES = 512, FIRST_LIVES = 256, COUNTING_LOG2 = 44 };
+enum { MAX_NAMES = 512, FIRST_LIVES = 256, NOWHERE_LOG2 = 55 };
 
 typedef struct tag {
   wn_arena_use use;
@@ -30,25 +30,31 @@ struct wn_arena {
   live *lives; /* what is allocated now, in order of offset */
 };
 
-static wn_status reserve_own(void **base, const char *name, size_t bytes, int protection) {
-  *base = mmap(NULL, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+static wn_status reserve_own(void **base, const char *name, size_t bytes) {
+  *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (*base != MAP_FAILED) return NULL;
   return WN_FAIL(WN_E_MEMORY, "cannot reserve %zu bytes of address space for the %s arena", bytes, name);
 }
 
-static wn_status create(wn_arena **out, const char *name, size_t capacity_bytes, const wn_memory *memory,
-                        int protection) {
+static wn_status make(wn_arena **out, const char *name, size_t capacity_bytes) {
   wn_arena *arena = calloc(1, sizeof *arena);
   if (!arena) return WN_FAIL(WN_E_MEMORY, "out of memory for the %s arena's table", name);
+  arena->name = name;
+  arena->capacity = capacity_bytes;
+  *out = arena;
+  return NULL;
+}
+
+static wn_status create(wn_arena **out, const char *name, size_t capacity_bytes, const wn_memory *memory) {
+  wn_arena *arena = NULL;
   size_t unit = memory ? memory->page_bytes : WN_ARENA_ALIGN;
   capacity_bytes = (capacity_bytes + unit - 1) / unit * unit;
   if (capacity_bytes == 0) capacity_bytes = unit;
-  arena->name = name;
-  arena->capacity = capacity_bytes;
+  WN_TRY(make(&arena, name, capacity_bytes));
   if (memory) arena->memory = *memory;
   void *base = NULL;
-  wn_status status = memory ? memory->reserve(memory->context, &base, capacity_bytes)
-                            : reserve_own(&base, name, capacity_bytes, protection);
+  wn_status status =
+      memory ? memory->reserve(memory->context, &base, capacity_bytes) : reserve_own(&base, name, capacity_bytes);
   if (status) {
     free(arena);
     return status;
@@ -59,11 +65,15 @@ static wn_status create(wn_arena **out, const char *name, size_t capacity_bytes,
 }
 
 wn_status wn_arena_create(wn_arena **out, const char *name, size_t capacity_bytes) {
-  return create(out, name, capacity_bytes, NULL, PROT_READ | PROT_WRITE);
+  return create(out, name, capacity_bytes, NULL);
 }
 
+/* Addresses that no processor of today maps for a program (x86-64 and 64-bit ARM take 48 or 57 bits of which the upper
+ * ones are equal), so nothing has to be reserved, and whatever reads or writes there ends at once. */
 wn_status wn_arena_create_counting(wn_arena **out, const char *name, size_t page_bytes) {
-  WN_TRY(create(out, name, (size_t)1 << COUNTING_LOG2, NULL, PROT_NONE));
+  const size_t nowhere = (size_t)1 << NOWHERE_LOG2;
+  WN_TRY(make(out, name, nowhere));
+  (*out)->base = (char *)nowhere;
   (*out)->counted_page_bytes = page_bytes ? page_bytes : 1;
   return NULL;
 }
@@ -71,14 +81,14 @@ wn_status wn_arena_create_counting(wn_arena **out, const char *name, size_t page
 wn_status wn_arena_create_in(wn_arena **out, const char *name, size_t capacity_bytes, const wn_memory *memory) {
   WN_ASSERT(memory->page_bytes % WN_ARENA_ALIGN == 0 && memory->page_bytes > 0, "pages of %zu bytes",
             memory->page_bytes);
-  return create(out, name, capacity_bytes, memory, 0);
+  return create(out, name, capacity_bytes, memory);
 }
 
 void wn_arena_free(wn_arena *arena) {
   if (!arena) return;
   if (arena->memory.reserve)
     arena->memory.release(arena->memory.context, arena->base, arena->capacity, arena->committed);
-  else
+  else if (!arena->counted_page_bytes)
     munmap(arena->base, arena->capacity);
   free(arena->lives);
   free(arena);

@@ -155,10 +155,10 @@ static void print_memory(const wn_plan *p) {
   print_arena(d->stash, "as long as a step");
   print_arena(d->scratch, "as long as an operation or a layer");
   if (!m->gpu) print_arena(d->host, "tables and copies");
-  if (p->own_bytes > 0)
-    printf("%-43s %s\n", m->gpu ? "CUDA, cuBLAS and the kernels' code" : "program, libraries, tables of parameters",
-           size_text(text, p->own_bytes));
-  if (m->gpu && p->ranks > 1 && m->nccl_bytes <= 0) puts("NCCL                                          not measured");
+  const char *own = !m->gpu        ? "program, libraries, tables of parameters"
+                    : p->ranks > 1 ? "CUDA, cuBLAS, NCCL and the kernels' code"
+                                   : "CUDA, cuBLAS and the kernels' code";
+  if (p->own_bytes > 0) printf("%-43s %s\n", own, size_text(text, p->own_bytes));
   printf("%-43s %s", "in all", size_text(text, p->total_bytes));
   if (m->memory_bytes > 0) printf(" of %.1f GB: %s", m->memory_bytes / giga, p->fits ? "fits" : "does not fit");
   putchar('\n');

@@ -82,10 +82,14 @@ wn_status wn_read_file(char **text, size_t *bytes, const char *path, size_t most
   char *data = NULL;
   size_t used = 0, room = 0;
   *text = NULL;
-  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe is refused below, and not waited for */
   if (fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
   struct stat info;
-  size_t expected = fstat(fd, &info) == 0 && info.st_size > 0 ? (size_t)info.st_size : 0;
+  if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+    status = WN_FAIL(WN_E_INPUT, "%s is not a regular file", path);
+    goto fail;
+  }
+  size_t expected = info.st_size > 0 ? (size_t)info.st_size : 0;
   for (;;) {
     if (used > most_bytes || expected > most_bytes) {
       status = WN_FAIL(WN_E_INPUT, "%s is longer than the %zu bytes that such a file may have", path, most_bytes);

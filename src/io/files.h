@@ -17,7 +17,8 @@ bool wn_path_exists(const char *path); /* follows links: a dangling one does not
 bool wn_path_is_dir(const char *path);
 WN_MUST_USE wn_status wn_make_dirs(const char *path);   /* like mkdir -p */
 WN_MUST_USE wn_status wn_remove_tree(const char *path); /* fine when absent; links are removed, not followed */
-/* The whole file, NUL-terminated, malloc'ed; `bytes` may be NULL. WN_E_INPUT when longer than most_bytes. */
+/* The whole file, NUL-terminated, malloc'ed; `bytes` may be NULL. WN_E_INPUT when longer than most_bytes, or not a
+ * regular file: a directory, a device, a pipe, which might never end. */
 WN_MUST_USE wn_status wn_read_file(char **text, size_t *bytes, const char *path, size_t most_bytes);
 WN_MUST_USE wn_status wn_write_file_atomic(const char *path, const void *data, size_t bytes);
 WN_MUST_USE wn_status wn_sync_file(const char *path);

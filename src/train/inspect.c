@@ -223,12 +223,25 @@ static wn_status describe_checkpoint(facts *f, const char *dir, bool quick) {
   return NULL;
 }
 
+/* The directory of a run's checkpoints is neither the run nor one of them. */
+static wn_status refuse_checkpoints(const char *dir) {
+  int64_t *steps;
+  size_t n;
+  WN_TRY(wn_steps_list(&steps, &n, dir));
+  int64_t newest = n > 0 ? steps[0] : -1;
+  free(steps);
+  if (newest < 0) return NULL;
+  return WN_FAIL_HINT(WN_E_INPUT, "inspect the run directory above it, or one checkpoint",
+                      "%s holds the checkpoints of a run, %zu, the newest " WN_STEP_FORMAT, dir, n, (long long)newest);
+}
+
 static wn_status describe_directory(facts *f, const char *dir, bool quick) {
   wn_model_config config;
   bool configured, state, manifest, weighted = wn_hf_dir_has_weights(dir);
   WN_TRY(has(dir, "config.json", &configured));
   WN_TRY(has(dir, WN_STATE_NAME, &state));
   WN_TRY(has(dir, WN_MANIFEST_NAME, &manifest));
+  if (!configured && !weighted) WN_TRY(refuse_checkpoints(dir));
   if (!configured && !weighted)
     return WN_FAIL_HINT(WN_E_INPUT,
                         "a model directory has a config.json, a run directory a config.resolved.yaml or checkpoints",

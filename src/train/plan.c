@@ -19,8 +19,9 @@ static const double bytes_a_kib = 1024, bytes_a_gib = 1024.0 * 1024 * 1024;
 /* What CUDA, cuBLAS and the kernels' code take of a GPU: on an H200, the same in runs of 0.3 to 12 GB
  * (docs/performance.md). */
 static const double cuda_bytes = 722e6;
-/* What NCCL takes beside it in a world of several ranks. 0: not measured; tests/cuda/plan two_gpus prints it. */
-static const double nccl_bytes = 0;
+/* What NCCL takes beside it: on two H200 of a host, the same on both and in all jobs (tests/cuda/plan two_gpus). It has
+ * buffers for every rank that it talks to, so more ranks may take more. */
+static const double nccl_bytes = 1275e6;
 
 /* Hopper's data sheets, but an H200's memory as its driver counts it. */
 typedef struct known {

@@ -71,6 +71,18 @@ static wn_status model_dir(char out[WN_PATH_BYTES], const wn_job *job) {
   return status;
 }
 
+/* A backward takes all rows of a micro-batch at once, and the rows of experts are numbered in 32 bits. */
+static wn_status check_pairs(const wn_model_config *config, const wn_recipe *recipe, const wn_job *job) {
+  int64_t pairs = (int64_t)job->training.micro_batch_seqs * job->data.seq_len * config->num_experts_per_tok;
+  bool experts = config->first_k_dense_replace < config->num_hidden_layers;
+  if (!experts || !recipe->train_base || pairs <= INT32_MAX) return NULL;
+  return WN_FAIL_HINT(WN_E_CONFIG, "lower training.micro_batch_seqs or data.seq_len",
+                      "training.micro_batch_seqs %d of data.seq_len %d with num_experts_per_tok %d are %lld rows of "
+                      "experts at a time; at most %d",
+                      job->training.micro_batch_seqs, job->data.seq_len, config->num_experts_per_tok, (long long)pairs,
+                      INT32_MAX);
+}
+
 static wn_status resolve_model(wn_model_config *config, const wn_recipe *recipe, const wn_job *job) {
   char dir[WN_PATH_BYTES];
   WN_TRY(model_dir(dir, job));
@@ -79,7 +91,7 @@ static wn_status resolve_model(wn_model_config *config, const wn_recipe *recipe,
   if (job->data.seq_len > config->max_position_embeddings)
     return WN_FAIL(WN_E_CONFIG, "data.seq_len is %d, but the model in %s has max_position_embeddings %d",
                    job->data.seq_len, dir, config->max_position_embeddings);
-  return NULL;
+  return check_pairs(config, recipe, job);
 }
 
 static wn_status check_stage(const wn_recipe *recipe, const wn_job *job, bool *indexer_trained) {
@@ -252,7 +264,18 @@ static wn_status keep_fp8(wn_run *run) {
   return wn_world_agree(run->world, status);
 }
 
+/* Tiles of 128 rows are counted in a dimension of a grid, of which CUDA has 65535. */
+static wn_status check_gpu_rows(const wn_job *job) {
+  enum { MOST_ROWS = 65535 * 128 };
+  int64_t rows = (int64_t)job->training.micro_batch_seqs * job->data.seq_len;
+  if (rows <= MOST_ROWS) return NULL;
+  return WN_FAIL_HINT(WN_E_CONFIG, "lower training.micro_batch_seqs or data.seq_len",
+                      "training.micro_batch_seqs %d of data.seq_len %d are %lld tokens at a time; on a GPU at most %d",
+                      job->training.micro_batch_seqs, job->data.seq_len, (long long)rows, MOST_ROWS);
+}
+
 static wn_status make_model(wn_run *run, const wn_model_config *config) {
+  if (run->device->kind == WN_CUDA) WN_TRY(check_gpu_rows(&run->job));
   if (run->job.optimizer.moments == WN_MOMENTS_BF16) run->device->dtype_of[WN_MOMENT] = WN_BF16;
   WN_TRY(wn_model_create(&run->model, run->device, config, param_settings(&run->recipe, &run->job)));
   size_t n = (size_t)run->model->table.n;

@@ -19,8 +19,7 @@ static double held_bytes(const json_t *plan) {
 }
 
 /* Of each rank, by its line in RUN/memory.txt: the pages of its arenas are the planned ones, and what the driver counts
- * beside them (CUDA, cuBLAS, NCCL, the kernels' code) is what the plan has for it. Where NCCL's part is not known yet
- * (nccl_bytes 0 with several ranks) it can only be more. */
+ * beside them (CUDA, cuBLAS, NCCL, the kernels' code) is what the plan has for it. */
 static void compare_gpus(void **state, const json_t *plan, const char *run, int32_t ranks) {
   char path[WN_PATH_BYTES], key[64], *text;
   OK(wn_path(path, "%s/%s/memory.txt", (const char *)*state, run));
@@ -38,8 +37,7 @@ static void compare_gpus(void **state, const json_t *plan, const char *run, int3
                   run, r, ranks, (double)arenas * 1e-9, planned * 1e-9, (double)used * 1e-9, beside * 1e-9, own * 1e-9,
                   (beside - own) * 1e-9);
     if (fabs((double)arenas - planned) > 0.01 * planned) fail_msg("rank %d: the arenas are not as planned", r);
-    bool counted = ranks == 1 || plan_number(plan, "nccl_bytes") > 0;
-    if (beside < (1 - own_band) * own || (counted && beside > (1 + own_band) * own))
+    if (fabs(beside - own) > own_band * own)
       fail_msg("rank %d: %.0f bytes beside the arenas, %.0f planned", r, beside, own);
   }
   free(text);

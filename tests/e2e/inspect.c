@@ -172,6 +172,13 @@ static void what_is_none_of_these(void **state) {
   wn_winnow_refuses(WN_E_CONFIG, "model_type is llama", "inspect %s", empty.text);
   tiny_write(config.text, "{\"model_type\": ");
   wn_winnow_refuses(WN_E_CONFIG, "bad JSON", "inspect %s", empty.text);
+  assert_int_equal(truncate(config.text, (16 << 20) + 1), 0);
+  wn_winnow_refuses(WN_E_INPUT, "config.json is longer than the 16777216 bytes", "inspect %s", empty.text);
+  assert_int_equal(unlink(config.text), 0);
+  assert_int_equal(mkfifo(config.text, 0600), 0);
+  wn_winnow_refuses(WN_E_INPUT, "config.json is not a regular file", "inspect %s", empty.text);
+  wn_winnow_refuses(WN_E_INPUT, "holds the checkpoints of a run, 1, the newest step-000002",
+                    "inspect %s/run/checkpoints", (const char *)*state);
 }
 
 int main(void) {

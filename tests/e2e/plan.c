@@ -223,6 +223,53 @@ static void widths_that_no_gpu_takes(void **state) {
   }
 }
 
+static wn_temp_path long_model(void **state) {
+  wn_model_config config = tiny_sparse_config();
+  wn_temp_path model = wn_temp(state, "long");
+  config.max_position_embeddings = 1 << 24;
+  config.hidden_size = 1 << 17;
+  OK(wn_make_dirs(model.text));
+  OK(wn_model_config_save(&config, model.text, NULL, "float32"));
+  return model;
+}
+
+/* Larger than any machine is a plan like another: it does not fit, and says by how much. */
+static void beyond_every_machine(void **state) {
+  char words[1024];
+  const char *dir = *state;
+  wn_temp_path model = long_model(state);
+  snprintf(words, sizeof words,
+           "%s/job.yaml run_dir=unused --stage pretrain --ranks 1 --device cpu --memory-gb 1000 model=%s "
+           "data.seq_len=16777216 training.global_batch_seqs=1 training.micro_batch_seqs=1 metrics.eval_every=0",
+           dir, model.text);
+  json_t *plan = plan_of(words);
+  double stash = plan_number(planned_arena(plan, "stash"), "peak_bytes"), rows = 16777216;
+  assert_true(stash > 3 * rows * (1 << 17) * 4 && stash > 17.6e12); /* at least the inputs of three layers */
+  assert_true(plan_number(plan, "total_bytes") > stash && json_is_false(json_object_get(plan, "fits")));
+  json_decref(plan);
+}
+
+/* Rows of experts are numbered in 32 bits, tiles of rows on a GPU in 16. */
+static void rows_without_end(void **state) {
+  const char *dir = *state;
+  wn_temp_path model = long_model(state);
+  static const char words[] = "run_dir=unused data.seq_len=16777216 metrics.eval_every=0";
+  static const char *const commands[] = {"plan %s/job.yaml --stage pretrain --ranks 1 --device cpu model=%s %s %s",
+                                         "pretrain %s/job.yaml --check device=cpu model=%s %s %s"};
+  wn_program p;
+  for (size_t i = 0; i < 2; i++) { /* two experts a row */
+    wn_winnow(&p, 1, commands[i], dir, model.text, words, "training.global_batch_seqs=64 training.micro_batch_seqs=64");
+    if (p.code != WN_E_CONFIG || !strstr(p.err, "are 2147483648 rows of experts at a time; at most 2147483647"))
+      fail_msg("code %d: %s", p.code, p.err);
+  }
+  wn_winnow(&p, 1,
+            "plan %s/job.yaml --stage pretrain --ranks 1 --device h200 model=%s %s training.global_batch_seqs=1 "
+            "training.micro_batch_seqs=1",
+            dir, model.text, words);
+  if (p.code == WN_E_DEVICE && strstr(p.err, "has no CUDA half")) skip();
+  if (p.code != WN_E_CONFIG || !strstr(p.err, "on a GPU at most 8388480")) fail_msg("code %d: %s", p.code, p.err);
+}
+
 static void refusals(void **state) {
   const char *dir = *state;
   wn_winnow_refuses(WN_E_USAGE, "--ranks is missing", "plan %s/job.yaml", dir);
@@ -243,7 +290,8 @@ int main(void) {
       cmocka_unit_test(fp8_bases_are_as_planned), cmocka_unit_test(the_demo_is_as_planned),
       cmocka_unit_test(traffic_is_counted),       cmocka_unit_test(what_does_not_fit_gets_remedies),
       cmocka_unit_test(remedies_are_jobs),        cmocka_unit_test(a_gpu_is_planned_without_one),
-      cmocka_unit_test(widths_that_no_gpu_takes), cmocka_unit_test(refusals),
+      cmocka_unit_test(widths_that_no_gpu_takes), cmocka_unit_test(beyond_every_machine),
+      cmocka_unit_test(rows_without_end),         cmocka_unit_test(refusals),
   };
   return cmocka_run_group_tests(tests, plan_setup, wn_temp_teardown);
 }

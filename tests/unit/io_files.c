@@ -121,9 +121,11 @@ static void reading(void **state) {
   OK(wn_read_file(&text, NULL, in_root("ten"), 10));
   free(text);
   REFUSED(wn_read_file(&text, NULL, in_root("ten"), 9), WN_E_INPUT, "longer than the 9 bytes");
-  REFUSED(wn_read_file(&text, NULL, "/dev/zero", 5000), WN_E_INPUT, "/dev/zero"); /* has no length to go by */
+  REFUSED(wn_read_file(&text, NULL, "/dev/zero", 5000), WN_E_INPUT, "/dev/zero is not a regular file");
+  assert_int_equal(mkfifo(in_root("pipe"), 0600), 0); /* nobody writes to it, and nobody waits for that */
+  REFUSED(wn_read_file(&text, NULL, in_root("pipe"), 10), WN_E_INPUT, "pipe is not a regular file");
   REFUSED(wn_read_file(&text, NULL, in_root("absent"), 10), WN_E_IO, "absent");
-  REFUSED(wn_read_file(&text, NULL, root, 1 << 20), WN_E_IO, "directory");
+  REFUSED(wn_read_file(&text, NULL, root, 1 << 20), WN_E_INPUT, "is not a regular file");
 }
 
 static void places_in_a_file(void **state) {
