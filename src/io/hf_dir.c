@@ -12,7 +12,7 @@
 
 #define SINGLE_NAME "model.safetensors"
 
-enum { MOST_INDEX_BYTES = 256 << 20, MOST_SHARDS = 100000 };
+enum { MOST_INDEX_BYTES = 256 << 20, MOST_SHARDS = 100000, MOST_NAME_BYTES = 255 /* as a file system takes */ };
 
 typedef struct place {
   const wn_st_entry *entry;
@@ -34,7 +34,7 @@ struct wn_hf_dir {
 static wn_status check_shard_name(const char *index_path, const char *tensor, const json_t *value) {
   const char *name = json_string_value(value);
   if (!name) return WN_FAIL(WN_E_INPUT, "%s: the file of tensor %s is not a string", index_path, tensor);
-  if (strchr(name, '/') || !strcmp(name, ".") || !strcmp(name, "..") || name[0] == 0)
+  if (strchr(name, '/') || !strcmp(name, ".") || !strcmp(name, "..") || name[0] == 0 || strlen(name) > MOST_NAME_BYTES)
     return WN_FAIL(WN_E_INPUT, "%s: tensor %s lies in '%.200s', which is not the name of a file in the directory",
                    index_path, tensor, name);
   return NULL;

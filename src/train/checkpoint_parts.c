@@ -130,6 +130,9 @@ wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules
     const wn_st_entry *entry = wn_hf_dir_at(dir, i, NULL);
     if (wn_name_layer(entry->name) >= rules.n_layers) {
       (*passed_over)++;
+      if (strlen(entry->name) >= WN_FIELD_NAME_BYTES) /* or the first save would refuse it */
+        return WN_FAIL(WN_E_INPUT, "%s: the name of tensor %.100s... is longer than %d bytes", wn_hf_dir_path(dir),
+                       entry->name, WN_FIELD_NAME_BYTES - 1);
       if (entry->dtype == WN_F8_E4M3 && entry->rank != 2) wn_hf_mistyped(&found, entry);
       check_scale(&found, dir, entry);
     } else if (!belongs(dir, names, entry->name)) {

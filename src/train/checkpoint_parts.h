@@ -35,8 +35,9 @@ typedef struct wn_dir_rules {
   int32_t n_layers;         /* tensors of model.layers.N with N >= n_layers are MTP layers, and passed over */
 } wn_dir_rules;
 /* Every parameter there (but for those that wn_rewrite_makes) and of its shape, in F32, F16, BF16 or FP8 with its
- * scales, which FP8 in MTP layers has too, and nothing else. *indexer_absent: as the rules allow; *passed_over: tensors
- * of MTP layers. WN_E_INPUT with up to five names and the count. */
+ * scales, and nothing else; in MTP layers FP8 has its scales too, and no name is longer than checkpoints take.
+ * *indexer_absent: as the rules allow; *passed_over: tensors of MTP layers. WN_E_INPUT with up to five names and the
+ * count. */
 WN_MUST_USE wn_status wn_dir_check(const wn_hf_dir *dir, const wn_names *names, wn_dir_rules rules,
                                    bool *indexer_absent, int64_t *passed_over);
 

@@ -241,6 +241,12 @@ static void names_that_lead_out(void **state) {
   refuse("not the name of a file");
   index_of("{\"a\": \"\"}");
   refuse("not the name of a file");
+  snprintf(map, sizeof map, "{\"a\": \"%0256d\"}", 0); /* longer than a file system takes */
+  index_of(map);
+  refuse("not the name of a file");
+  snprintf(map, sizeof map, "{\"a\": \"%0255d\"}", 0);
+  index_of(map);
+  refuse("names 1 file that is absent");
 }
 
 static void index_and_shards_disagree(void **state) {

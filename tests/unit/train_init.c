@@ -194,6 +194,24 @@ static void surplus_layer(void **state) {
   test_rig_free(&rig);
 }
 
+/* What is carried goes into files of ours, at the first save; that it cannot is said before the first step. */
+static void a_name_that_no_checkpoint_takes(void **state) {
+  wn_temp_path init = wn_temp(state, "init"), file = wn_temp(state, "init/model.safetensors");
+  char name[WN_FIELD_NAME_BYTES + 1] = "model.layers.3.";
+  test_rig rig;
+  for (size_t longer = 0; longer < 2; longer++) {
+    memset(name + 15, 'x', sizeof name - 17 + longer);
+    const wn_st_spec spec = {.name = name, .dtype = WN_F32};
+    const void *data = &(float){1};
+    test_dir_write(init.text, &test_config, (test_dir){.shards = 1}, 5);
+    OK(wn_safetensors_write(file.text, &spec, &data, 1));
+    OK(test_rig_create(&rig, world, &test_config, warmup, WN_STAGE_WARMUP, *state, init.text));
+    REFUSED(wn_init_load(&rig.plan, init.text, false), WN_E_INPUT,
+            longer ? "xxx... is longer than 167 bytes" : "tensors missing: ");
+    test_rig_free(&rig);
+  }
+}
+
 static void fp8_without_scales(void **state) {
   refuse(state, test_config, (test_dir){.fp8 = "mlp", .unscaled = "experts.2."}, false,
          "6 tensors missing: model.layers.1.mlp.experts.2.gate_proj.weight_scale_inv, "
@@ -258,6 +276,7 @@ int main(void) {
       TEMP_TEST(misshapen),
       TEMP_TEST(surplus),
       TEMP_TEST(surplus_layer),
+      TEMP_TEST(a_name_that_no_checkpoint_takes),
       TEMP_TEST(fp8_without_scales),
       TEMP_TEST(fp8_with_other_blocks),
       TEMP_TEST(scales_of_nothing),
