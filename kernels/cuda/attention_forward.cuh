@@ -69,7 +69,7 @@ __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int hea
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = row0 + (lane >> 2) + 8 * r;
-    const float sum = wn_quad_sum(rows.sum[r]), inverse = sum > 0 ? 1 / sum : 0;
+    const float sum = wn_quad_sum(rows.sum[r]), inverse = sum == 0 ? 0 : 1 / sum; /* a NaN stays one */
     float delta = 0;
 #pragma unroll
     for (int j = 0; j < NO; j++) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int hea
       }
     delta = wn_quad_sum(delta);
     if ((lane & 3) != 0 || row >= job.n) continue;
-    job.lse.data[row * job.lse.row + head] = sum > 0 ? rows.top[r] * job.scale + logf(sum) : -INFINITY;
+    job.lse.data[row * job.lse.row + head] = sum == 0 ? -INFINITY : rows.top[r] * job.scale + logf(sum);
     if (job.delta.data) job.delta.data[row * job.delta.row + head] = delta;
   }
   if (job.unrounded.data)

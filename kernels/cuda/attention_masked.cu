@@ -12,9 +12,10 @@
  *   1  warp-level products, cp.async                             1.65 ms   5.47 ms   1.30 ms
  *   2  warpgroup products (p: 1)                                 1.15      3.04      1.32
  *   3  a third warpgroup starts the copy engine                  0.80      2.47      0.67
- * 3 ships; the dense operation takes 0.56 and 2.31 ms there. With the last 2048 keys as picks, so that tiles are
- * skipped: 0.41, 1.33 and 0.40 ms. T = 16384, spread: 2.34, 8.56 and 2.55 ms. p runs at 307 and 323 TFLOP/s; its
- * products at full rate would ask the L2 cache for 64 bytes a clock and multiprocessor, more than it gives. */
+ *   4  dS made once, for keys, and multiplied from scratch                 1.76
+ * 4 ships; the dense operation takes 0.56 and 1.73 ms there. With the last 2048 keys as picks, so that tiles are
+ * skipped, forward and p: 0.41 and 0.40 ms. T = 16384, spread: 2.34, 7.44 and 2.55 ms. p runs at 307 and 323 TFLOP/s;
+ * its products at full rate would ask the L2 cache for 64 bytes a clock and multiprocessor, more than it gives. */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
 
@@ -28,19 +29,6 @@ enum {
   P_BYTES = P_EMPTY + 8 * P_STAGES
 };
 
-/* How many of a row's picks lie below `key`. */
-__device__ static int32_t picks_below(const int32_t *picks, int32_t k, int32_t key) {
-  int32_t low = 0, high = k;
-  while (low < high) {
-    const int32_t middle = (low + high) / 2, pick = picks[middle];
-    if (pick >= 0 && pick < key)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
 /* The sums of picked keys to their places. */
 __device__ static void put_weights(const wn_view<float> &p, const float (&sum)[P_CHUNKS][4], const wn_attend_job &job,
                                    const wn_view<int32_t> &selection, int row0, int tile0) {
@@ -49,7 +37,7 @@ __device__ static void put_weights(const wn_view<float> &p, const float (&sum)[P
   /* a lane looks up one of the warp's 16 rows for one of the two key tiles */
   const int asked = row0 + lane % 16, side = lane / 16;
   const int32_t below =
-      asked < job.n ? picks_below(selection.data + asked * selection.row, selection.width, (tile0 + side) * WN_TILE)
+      asked < job.n ? wn_picks_below(selection.data + asked * selection.row, selection.width, (tile0 + side) * WN_TILE)
                     : 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -74,17 +62,9 @@ typedef struct p_block {
   int32_t row0, key0, warp_row, chunks;
 } p_block;
 
-/* Where a walk over (head, column chunk) stands in the ring of stages. */
-typedef struct p_place {
-  uint32_t stage, parity;
-} p_place;
-__device__ static __forceinline__ void move_on(p_place &at) {
-  if (++at.stage == P_STAGES) at = {0, at.parity ^ 1};
-}
-
 /* The thread that starts all copies. */
 __device__ static void produce(const wn_attend_job &job, const wn_attend_maps &maps, const p_block &b) {
-  p_place at = {0, 0};
+  wn_walk_place at = {0, 0};
   for (int head = 0; head < job.heads; head++)
     for (int chunk = 0; chunk < b.chunks; chunk++) {
       const uint32_t q = b.base + at.stage * P_STAGE_BYTES, full = b.base + P_FULL + 8 * at.stage;
@@ -92,7 +72,7 @@ __device__ static void produce(const wn_attend_job &job, const wn_attend_maps &m
       wn_mbarrier_expect(full, P_STAGE_BYTES);
       wn_copy_tile_3d(q, &maps.q, chunk * P_DEPTH, head, b.row0, full);
       wn_copy_tile_3d(q + P_STAGE_BYTES / 2, &maps.k, chunk * P_DEPTH, head, b.key0, full);
-      move_on(at);
+      wn_walk_on(at, P_STAGES);
     }
 }
 
@@ -113,8 +93,8 @@ __device__ __forceinline__ static void add_head(float (&sum)[P_CHUNKS][4], const
 /* One head's products into s, while the weights of the head before, whose products are in `old`, are added to sum. */
 __device__ __forceinline__ static void walk_head(float (&sum)[P_CHUNKS][4], float (&s)[P_CHUNKS][4],
                                                  const float (&old)[P_CHUNKS][4], const wn_attend_job &job,
-                                                 const p_block &b, int head, p_place &at) {
-  p_place release = at;
+                                                 const p_block &b, int head, wn_walk_place &at) {
+  wn_walk_place release = at;
   for (int chunk = 0; chunk < b.chunks; chunk++) {
     const uint32_t q = b.base + at.stage * P_STAGE_BYTES, k = q + P_STAGE_BYTES / 2;
     const uint64_t left = wn_wgmma_operand(q + b.warp_row / 64 * 64 * 128, 0), right = wn_wgmma_operand(k, 0);
@@ -125,21 +105,21 @@ __device__ __forceinline__ static void walk_head(float (&sum)[P_CHUNKS][4], floa
       wn_wgmma<WN_ALONG, WN_ALONG>(s, left + (uint64_t)(ks * 32 >> 4), right + (uint64_t)(ks * 32 >> 4),
                                    chunk + ks > 0);
     wn_wgmma_commit();
-    move_on(at);
+    wn_walk_on(at, P_STAGES);
   }
   add_head(sum, old, job, b, head - 1);
   wn_wgmma_wait<0>();
   wn_wgmma_settle(s);
   for (int chunk = 0; chunk < b.chunks; chunk++) {
     if (threadIdx.x % 32 == 0) wn_mbarrier_arrive(b.base + P_EMPTY + 8 * release.stage);
-    move_on(release);
+    wn_walk_on(release, P_STAGES);
   }
 }
 
 __device__ static void make_weights(const wn_attend_job &job, const p_block &b, const wn_view<float> &p,
                                     const wn_view<int32_t> &selection) {
   float sum[P_CHUNKS][4], s[2][P_CHUNKS][4];
-  p_place at = {0, 0};
+  wn_walk_place at = {0, 0};
   int head = 0;
   wn_clear(sum);
   wn_clear(s[0]);
@@ -198,32 +178,60 @@ static wn_status mean_probabilities(wn_device *device, const wn_attend_job *job,
   return NULL;
 }
 
-/* ---- runs of rows ---- */
+/* ---- runs of rows, or of keys ---- */
 
-template <typename T> static void skip_rows(wn_view<T> *x, int64_t rows) {
-  if (x->data) x->data += rows * x->row;
-}
-
-/* Rows of a run, so that its words take no more than the whole selection (or 256 rows' words). */
+/* Rows of a run over all keys, so that its words take no more than the whole selection (or 256 rows' words). */
 static int64_t run_rows(int64_t n, int64_t m, int64_t k) {
   const int64_t fits = m > 0 ? n * k * 32 / m : n;
   return wn_ceil_div(fits < 256 ? 256 : fits, WN_BLOCK_ROWS) * WN_BLOCK_ROWS;
 }
 
-/* Rows from..from + rows - 1 of a job and its selection, with their words in scratch. */
-static wn_status begin_run(wn_device *device, wn_attend_job *run, wn_view<int32_t> *picks, int64_t from, int64_t rows) {
-  skip_rows(&run->q, from);
-  skip_rows(&run->o, from);
-  skip_rows(&run->unrounded, from);
-  skip_rows(&run->d_o, from);
-  skip_rows(&run->dq, from);
-  skip_rows(&run->lse, from);
-  skip_rows(&run->delta, from);
-  skip_rows(picks, from);
-  run->first += from;
-  run->last += from;
-  run->n = (int32_t)rows;
-  return wn_attend_plan_words(device, run, *picks);
+/* Keys of a run over all rows, likewise (or 128 keys' words). */
+static int64_t run_keys(int64_t k) {
+  return wn_ceil_div(k < 1 ? 1 : 32 * k, WN_BLOCK_ROWS) * WN_BLOCK_ROWS;
+}
+
+/* Rows at .. at + step - 1 of a job and its selection, with their words in scratch where the job has none. */
+static wn_status begin_run(wn_device *device, wn_attend_job *run, wn_view<int32_t> *picks, int64_t at, int64_t step) {
+  wn_take_rows(run, at, run->n - at < step ? run->n - at : step);
+  wn_skip_rows(picks, at);
+  return run->words ? NULL : wn_attend_plan_words(device, run, *picks, 0, run->m);
+}
+
+/* dq, dk and dv, a run of keys at a time: each is rounded once, however many runs there are. */
+static wn_status gradients(wn_device *device, const wn_attend_job *job, const wn_view<int32_t> &picks) {
+  const int64_t step = run_keys(picks.width);
+  void *sum = NULL;
+  if (job->m > step) WN_TRY(wn_cuda_scratch(device, &sum, "query gradients", job->n * job->heads * 256 * 4));
+  int64_t at = 0;
+  do {
+    const size_t mark = wn_arena_mark(device->scratch);
+    wn_attend_job run = *job;
+    wn_take_keys(&run, at, job->m - at < step ? job->m - at : step);
+    if (!run.words) WN_TRY(wn_attend_plan_words(device, &run, picks, (int32_t)at, job->m));
+    WN_TRY(wn_with_widths(run.q.width, run.v.width,
+                          wn_attend_backward_launch<true>{device, &run, (float *)sum, at == 0, at + step >= job->m}));
+    wn_arena_release(device->scratch, mark);
+    at += step;
+  } while (at < job->m);
+  return NULL;
+}
+
+/* p, a run of rows at a time */
+static wn_status probabilities(wn_device *device, const wn_attend_job *job, const wn_view<int32_t> &picks,
+                               const wn_view<float> &p) {
+  const int64_t step = run_rows(job->n, job->m, picks.width);
+  for (int64_t at = 0; at < job->n; at += step) {
+    const size_t mark = wn_arena_mark(device->scratch);
+    wn_attend_job run = *job;
+    wn_view<int32_t> run_picks = picks;
+    wn_view<float> places = p;
+    WN_TRY(begin_run(device, &run, &run_picks, at, step));
+    wn_skip_rows(&places, at);
+    WN_TRY(mean_probabilities(device, &run, places, run_picks));
+    wn_arena_release(device->scratch, mark);
+  }
+  return NULL;
 }
 
 static wn_view<int32_t> picks_of(const wn_tensor *selection, int64_t n) {
@@ -236,40 +244,20 @@ wn_status wn_cuda_attention_masked(wn_device *device, wn_tensor *o, wn_tensor *l
                                    const wn_tensor *d_o, const wn_tensor *q, const wn_tensor *k, const wn_tensor *v,
                                    const wn_tensor *selection, const wn_rows *rows, const wn_attention_params *params) {
   const size_t mark = wn_arena_mark(device->scratch);
-  const int64_t n = rows->n_rows, heads = q->dim[1], dv = v->dim[2];
-  const int64_t step = run_rows(n, rows->n_keys, selection->dim[1]);
-  const wn_view<int32_t> picks = picks_of(selection, n);
+  const wn_view<int32_t> picks = picks_of(selection, rows->n_rows);
   wn_attend_job job;
-  WN_ASSERT(!delta == !d_o, "delta and d_o come together");
-  WN_TRY(wn_attend_begin(device, &job, q, k, v, rows, params));
-  wn_attend_output(&job, o, dv);
-  job.lse = wn_attend_stat(lse, n, heads);
-  if (delta) {
-    wn_attend_heads(d_o, n, heads, dv);
-    WN_TRY(wn_attend_operand(device, &job.d_o, d_o));
-    job.delta = wn_attend_stat(delta, n, heads);
-  }
-  for (int64_t at = 0; at < n && heads > 0; at += step) {
+  WN_TRY(wn_attend_begin_forward(device, &job, o, lse, delta, d_o, q, k, v, rows, params));
+  const int64_t step = run_rows(job.n, job.m, picks.width);
+  for (int64_t at = 0; at < job.n && job.heads > 0; at += step) {
     const size_t run_mark = wn_arena_mark(device->scratch);
     wn_attend_job run = job;
     wn_view<int32_t> run_picks = picks;
-    WN_TRY(begin_run(device, &run, &run_picks, at, n - at < step ? n - at : step));
-    WN_TRY(wn_with_widths((int32_t)q->dim[2], (int32_t)dv, wn_attend_forward_launch<true>{device, &run}));
+    WN_TRY(begin_run(device, &run, &run_picks, at, step));
+    WN_TRY(wn_with_widths(run.q.width, run.v.width, wn_attend_forward_launch<true>{device, &run}));
     wn_arena_release(device->scratch, run_mark);
   }
   wn_arena_release(device->scratch, mark);
   return NULL;
-}
-
-/* dq, dk, dv, d_o and delta into *job. */
-static wn_status backward_operands(wn_device *device, wn_attend_job *job, wn_tensor *dq, wn_tensor *dk, wn_tensor *dv,
-                                   const wn_tensor *d_o, const wn_tensor *delta) {
-  job->dq = wn_attend_heads(dq, job->n, job->heads, job->q.width);
-  job->dk = wn_attend_heads(dk, job->m, job->heads, job->q.width);
-  job->dv = wn_attend_heads(dv, job->m, job->heads, job->v.width);
-  wn_attend_heads(d_o, job->n, job->heads, job->v.width);
-  job->delta = wn_attend_stat(delta, job->n, job->heads);
-  return wn_attend_operand(device, &job->d_o, d_o);
 }
 
 wn_status wn_cuda_attention_masked_backward(wn_device *device, wn_tensor *dq, wn_tensor *dk, wn_tensor *dv,
@@ -278,31 +266,18 @@ wn_status wn_cuda_attention_masked_backward(wn_device *device, wn_tensor *dq, wn
                                             const wn_tensor *delta, const wn_rows *rows,
                                             const wn_attention_params *params) {
   const size_t mark = wn_arena_mark(device->scratch);
-  const int64_t n = rows->n_rows, heads = q->dim[1], step = run_rows(n, rows->n_keys, selection->dim[1]);
-  const wn_view<int32_t> picks = picks_of(selection, n);
-  wn_view<float> places = {};
+  const wn_view<int32_t> picks = picks_of(selection, rows->n_rows);
   wn_attend_job job;
-  WN_ASSERT(!dq == !dk && !dq == !dv && !dq == !d_o && !dq == !delta, "dq, dk, dv, d_o and delta come together");
-  WN_TRY(wn_attend_begin(device, &job, q, k, v, rows, params));
-  job.lse = wn_attend_stat(lse, n, heads);
-  if (dq) WN_TRY(backward_operands(device, &job, dq, dk, dv, d_o, delta));
+  WN_TRY(wn_attend_begin_backward(device, &job, dq, dk, dv, d_o, q, k, v, lse, delta, rows, params));
   if (p) {
-    places = wn_attend_stat(p, n, selection->dim[1]);
+    WN_CUDA_EXPECT(p, WN_F32, 2, job.n, picks.width, 0);
     WN_TRY(wn_cuda_zero(device, p)); /* places without a pick */
   }
-  for (int64_t at = 0; at < n && heads > 0; at += step) {
-    const size_t run_mark = wn_arena_mark(device->scratch);
-    wn_attend_job run = job;
-    wn_view<int32_t> run_picks = picks;
-    WN_TRY(begin_run(device, &run, &run_picks, at, n - at < step ? n - at : step));
-    if (dq)
-      WN_TRY(wn_with_widths((int32_t)q->dim[2], (int32_t)v->dim[2], wn_attend_backward_launch<true>{device, &run}));
-    if (p) {
-      wn_view<float> run_places = places;
-      skip_rows(&run_places, at);
-      WN_TRY(mean_probabilities(device, &run, run_places, run_picks));
-    }
-    wn_arena_release(device->scratch, run_mark);
+  if (job.n > 0 && job.heads > 0) {
+    if (run_rows(job.n, job.m, picks.width) >= job.n && run_keys(picks.width) >= job.m)
+      WN_TRY(wn_attend_plan_words(device, &job, picks, 0, job.m)); /* one run of either kind: the same words */
+    if (dq) WN_TRY(gradients(device, &job, picks));
+    if (p) WN_TRY(probabilities(device, &job, picks, wn_view_of<float>(p)));
   }
   wn_arena_release(device->scratch, mark);
   return NULL;

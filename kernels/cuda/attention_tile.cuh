@@ -57,20 +57,76 @@ typedef struct wn_attend_maps {
 /* ---- attention_plan.cu: what is made once for all heads, in scratch ---- */
 
 WN_MUST_USE wn_status wn_attend_plan_bounds(wn_device *device, wn_attend_job *job);
-/* words, active and their pitches, for the job's rows; selection [n,k] */
-WN_MUST_USE wn_status wn_attend_plan_words(wn_device *device, wn_attend_job *job, const wn_view<int32_t> &selection);
-/* *view = t, or where t does not allow 16-byte accesses a copy of it in scratch that does */
-WN_MUST_USE wn_status wn_attend_operand(wn_device *device, wn_view<wn_bf16> *view, const wn_tensor *t);
+/* words, active and their pitches, for the job's rows and keys, which begin at key0, a multiple of 64, of n_keys;
+ * selection [n,k] */
+WN_MUST_USE wn_status wn_attend_plan_words(wn_device *device, wn_attend_job *job, const wn_view<int32_t> &selection,
+                                           int32_t key0, int32_t n_keys);
 /* Boxes of `rows` rows of q and d_o (where there), and of `keys` rows of k and v; 0 stands outside */
 WN_MUST_USE wn_status wn_attend_describe(wn_attend_maps *maps, const wn_attend_job *job, uint32_t rows, uint32_t keys);
-/* q, k, v, rows and scale into *job, shapes checked */
-WN_MUST_USE wn_status wn_attend_begin(wn_device *device, wn_attend_job *job, const wn_tensor *q, const wn_tensor *k,
-                                      const wn_tensor *v, const wn_rows *rows, const wn_attention_params *params);
+/* All operands of one call into *job, as kernels.h has them, shapes checked; those that do not allow 16-byte accesses
+ * as copies in scratch that do. delta and d_o, or dq, dk, dv, d_o and delta, may be NULL together. */
+WN_MUST_USE wn_status wn_attend_begin_forward(wn_device *device, wn_attend_job *job, wn_tensor *o, wn_tensor *lse,
+                                              wn_tensor *delta, const wn_tensor *d_o, const wn_tensor *q,
+                                              const wn_tensor *k, const wn_tensor *v, const wn_rows *rows,
+                                              const wn_attention_params *params);
+WN_MUST_USE wn_status wn_attend_begin_backward(wn_device *device, wn_attend_job *job, wn_tensor *dq, wn_tensor *dk,
+                                               wn_tensor *dv, const wn_tensor *d_o, const wn_tensor *q,
+                                               const wn_tensor *k, const wn_tensor *v, const wn_tensor *lse,
+                                               const wn_tensor *delta, const wn_rows *rows,
+                                               const wn_attention_params *params);
+
 /* [n,heads,width] of BF16, or [n,heads] of FP32, asserted */
 wn_view<wn_bf16> wn_attend_heads(const wn_tensor *t, int64_t n, int64_t heads, int64_t width);
 wn_view<float> wn_attend_stat(const wn_tensor *t, int64_t n, int64_t heads);
-/* o of a forward into *job: rounded, or as it is where its dtype is FP32 */
-void wn_attend_output(wn_attend_job *job, const wn_tensor *o, int64_t width);
+
+/* A run of rows, or of keys, of a job. */
+template <typename T> static inline void wn_skip_rows(wn_view<T> *x, int64_t rows) {
+  if (x->data) x->data += rows * x->row;
+}
+static inline void wn_take_rows(wn_attend_job *run, int64_t from, int64_t rows) {
+  wn_skip_rows(&run->q, from);
+  wn_skip_rows(&run->o, from);
+  wn_skip_rows(&run->unrounded, from);
+  wn_skip_rows(&run->d_o, from);
+  wn_skip_rows(&run->dq, from);
+  wn_skip_rows(&run->lse, from);
+  wn_skip_rows(&run->delta, from);
+  run->first += from;
+  run->last += from;
+  run->n = (int32_t)rows;
+}
+static inline void wn_take_keys(wn_attend_job *run, int64_t from, int64_t keys) {
+  wn_skip_rows(&run->k, from);
+  wn_skip_rows(&run->v, from);
+  wn_skip_rows(&run->dk, from);
+  wn_skip_rows(&run->dv, from);
+  run->m = (int32_t)keys;
+}
+
+/* Heads head .. of a backward. */
+static inline wn_attend_job wn_take_heads(const wn_attend_job *job, int32_t head, int32_t heads) {
+  wn_attend_job some = *job;
+  wn_view<wn_bf16> *const views[] = {&some.q, &some.k, &some.v, &some.d_o, &some.dq, &some.dk, &some.dv};
+  for (size_t i = 0; i < sizeof views / sizeof *views; i++) views[i]->data += head * views[i]->head;
+  some.lse.data += head;
+  some.delta.data += head;
+  some.heads = heads;
+  if (some.group > heads) some.group = heads;
+  return some;
+}
+
+/* How many of a row's picks lie below `key`. */
+__device__ __forceinline__ int32_t wn_picks_below(const int32_t *picks, int32_t k, int32_t key) {
+  int32_t low = 0, high = k;
+  while (low < high) {
+    const int32_t middle = (low + high) / 2, pick = picks[middle];
+    if (pick >= 0 && pick < key)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
 
 /* ---- tiles in shared memory ---- */
 
@@ -106,6 +162,14 @@ __device__ __forceinline__ void wn_tile_fetch(uint32_t tile, const CUtensorMap *
                                               uint32_t barrier) {
 #pragma unroll
   for (int c = 0; c < COLS; c += 64) wn_copy_tile_3d(tile + (uint32_t)(c * 2 * ROWS), map, c, head, row0, barrier);
+}
+
+/* Where a walk stands in a ring of stages. */
+typedef struct wn_walk_place {
+  uint32_t stage, parity;
+} wn_walk_place;
+__device__ __forceinline__ void wn_walk_on(wn_walk_place &at, uint32_t stages) {
+  if (++at.stage == stages) at = {0, at.parity ^ 1};
 }
 
 /* ---- products of a warp ---- */

@@ -115,6 +115,18 @@ static void many_heads(void **state) {
   twin_end(b);
 }
 
+/* Lengths at which a backward takes its heads one after another, and then one head's keys in two ranges, between which
+ * lies a document. */
+static void backward_in_parts(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){0, 3, 128, 128}, twin_causal(b, 33000, 500, true), 1, 0);
+  both_ways(b, &a);
+  twin_end(b);
+  a = attention_of(b, (shape){0, 2, 64, 64}, twin_causal(b, 66000, 500, true), 1, 0);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
 /* Margins of 8 keep 16-byte accesses, 2 keeps pairs, 1 and 3 neither. */
 static void strided_views(void **state) {
   twin_bench *b = twin_begin(state);
@@ -187,6 +199,21 @@ static void keys_alike(void **state) {
   }
 }
 
+static void forward_on_gpu(twin_bench *b, attention *a) {
+  OK(b->cuda->ops->attention_dense(b->cuda, &a->o.cuda, &a->lse.cuda, &a->delta.cuda, &a->d_o.cuda, &a->q.cuda,
+                                   &a->k.cuda, &a->v.cuda, &a->rows.cuda, &a->params));
+}
+
+static void a_row_without_numbers(void **state) {
+  twin_bench *b = twin_begin(state);
+  static const shape shapes[] = {{0, 3, 192, 128}, {0, 2, 256, 256}};
+  for (int w = 0; w < 2; w++) {
+    attention a = attention_of(b, shapes[w], twin_causal(b, 200, 0, true), 1, 0);
+    twin_nan_row(b, &a, 70, 1, forward_on_gpu);
+    twin_end(b);
+  }
+}
+
 static void without_delta(void **state) {
   twin_bench *b = twin_begin(state);
   attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_causal(b, 200, 0, true), 1, 0);
@@ -253,10 +280,12 @@ int main(void) {
       cmocka_unit_test(nothing_visible),
       cmocka_unit_test(a_chunk_of_rows),
       cmocka_unit_test(many_heads),
+      cmocka_unit_test(backward_in_parts),
       cmocka_unit_test(strided_views),
       cmocka_unit_test(values_beside_keys),
       cmocka_unit_test(large_logits),
       cmocka_unit_test(keys_alike),
+      cmocka_unit_test(a_row_without_numbers),
       cmocka_unit_test(without_delta),
       cmocka_unit_test(row_chunks_add_up),
       cmocka_unit_test(repeats),

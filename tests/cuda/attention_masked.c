@@ -230,6 +230,39 @@ static void all_picked_is_dense(void **state) {
   twin_end(b);
 }
 
+static void forward_on_gpu(twin_bench *b, attention *a) {
+  forward_on(b->cuda, a, true);
+}
+
+static void a_row_without_numbers(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){32, 3, 192, 128}, twin_causal(b, 300, 0, true), (draw){32, -1}, 0);
+  twin_nan_row(b, &a, 70, 1, forward_on_gpu);
+  twin_end(b);
+}
+
+/* More keys than the words of one run cover, 32 k, and a key that every row picks. Its dv begins at 256, where BF16
+ * steps by 2: what 256 rows add is lost in one rounding, what all 2000 add is not. */
+static void gradients_are_rounded_once(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){4, 2, 64, 64}, twin_causal(b, 2000, 0, false), (draw){4, 0}, 0);
+  twin_constant(b, &a.d_o, 0.01);
+  twin_constant(b, &a.dv, 256);
+  forward_on(b->cuda, &a, true);
+  forward_on(b->cpu, &a, false);
+  backward_on(b->cuda, &a, true, true, true);
+  backward_on(b->cpu, &a, false, true, true);
+  twin_close(b, "dv", &a.dv, 5e-3);
+  check_p(b, &a);
+  twin_end(b);
+  a = attention_of(b, (shape){4, 2, 64, 64}, twin_causal(b, 2000, 300, true), (draw){4, -1}, 0);
+  both_ways(b, &a);
+  twin_end(b);
+  a = attention_of(b, (shape){4, 1, 256, 256}, twin_causal(b, 700, 0, false), (draw){4, 0}, 0);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
 static void run_both(wn_device *device, void *context) {
   forward_on(device, context, true);
   backward_on(device, context, true, true, true);
@@ -248,11 +281,18 @@ static void repeats(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(every_width_and_length),  cmocka_unit_test(fewer_keys_than_picks),
-      cmocka_unit_test(empty_rows_and_padding),  cmocka_unit_test(one_pick),
-      cmocka_unit_test(everybody_picks_one_key), cmocka_unit_test(many_keys),
-      cmocka_unit_test(strided_views),           cmocka_unit_test(p_alone_and_gradients_alone),
-      cmocka_unit_test(all_picked_is_dense),     cmocka_unit_test(repeats),
+      cmocka_unit_test(every_width_and_length),
+      cmocka_unit_test(fewer_keys_than_picks),
+      cmocka_unit_test(empty_rows_and_padding),
+      cmocka_unit_test(one_pick),
+      cmocka_unit_test(everybody_picks_one_key),
+      cmocka_unit_test(many_keys),
+      cmocka_unit_test(strided_views),
+      cmocka_unit_test(p_alone_and_gradients_alone),
+      cmocka_unit_test(all_picked_is_dense),
+      cmocka_unit_test(a_row_without_numbers),
+      cmocka_unit_test(gradients_are_rounded_once),
+      cmocka_unit_test(repeats),
   };
   return cmocka_run_group_tests(tests, twin_setup, twin_teardown);
 }

@@ -1,5 +1,5 @@
 /* Copies of tiles by the copy engine, and sums that leave for global memory without waiting. PTX ISA 9.0, sections
- * "cp.async.bulk.tensor", "cp.reduce.async.bulk", "red". */
+ * "cp.async.bulk.tensor", "cp.async.bulk", "cp.reduce.async.bulk", "red". */
 #ifndef WN_KERNELS_CUDA_PTX_TILE_COPY_CUH
 #define WN_KERNELS_CUDA_PTX_TILE_COPY_CUH
 
@@ -35,6 +35,14 @@ __device__ __forceinline__ void wn_copy_tile_3d_to_blocks(uint32_t shared, const
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
                "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared),
                "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(blocks)
+               : "memory");
+}
+
+/* The same for bytes that lie side by side in global memory, a multiple of 16, from and to multiples of 16.
+ * cp.async.bulk */
+__device__ __forceinline__ void wn_copy_bytes(uint32_t shared, const void *global, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
                : "memory");
 }
 
