@@ -184,7 +184,7 @@ demo: deps
 	@$(MAKE) --no-print-directory $(BUILD)/winnow
 	@WINNOW=$(BUILD)/winnow sh configs/jobs/demo/demo.sh checkpoints/demo
 
-# trains the demo's base anew (hours on two cores); the result is committed in checkpoints/demo-base
+# trains the demo's base anew (minutes on a GPU, hours on two cores); the result is committed in checkpoints/demo-base
 demo-base: deps
 	@$(MAKE) --no-print-directory $(BUILD)/winnow
 	@WINNOW=$(BUILD)/winnow sh configs/jobs/demo/base.sh checkpoints/demo
@@ -200,7 +200,7 @@ docs/options.md: $(BUILD)/winnow
 help:
 	@echo "make            build $(BUILD)/winnow"
 	@echo "make demo       warm-up, adapt and a dense control on real text, and a table of what came out"
-	@echo "make demo-base  train the demo's base model again (long)"
+	@echo "make demo-base  train the demo's base model again (wants a GPU)"
 	@echo "make test       unit, gradient, parity, trap and end-to-end tests; a count at the end"
 	@echo "make test-gpu   the tests of the CUDA half, on a machine with a GPU"
 	@echo "make fuzz       feed FUZZ_RUNS=$(FUZZ_RUNS) made-up inputs to each reader of files (clang's libFuzzer)"

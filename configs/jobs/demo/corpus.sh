@@ -1,22 +1,14 @@
 #!/bin/sh
 # The demo's text: the reStructuredText sources of Python's documentation, from Debian's python3.11-doc (PSF licence), without its licence and
-# copyright pages. One file in twenty, by a checksum of its name, is held out. Unpacked into OUT_DIR without installing anything.
+# copyright pages. One file in twenty, by a checksum of its name, is held out.
 #   corpus.sh OUT_DIR   ->   OUT_DIR/train.list, OUT_DIR/valid.list
 set -eu
 out=$1
-package=python3.11-doc
 [ -s "$out/train.list" ] && [ -s "$out/valid.list" ] && exit 0
 rm -rf "$out"
-mkdir -p "$out/deb"
-out=$(cd "$out" && pwd)
-cd "$out/deb"
-if ! apt-get download -qq "$package" 2>/dev/null; then
-  if [ "$(id -u)" = 0 ]; then apt-get update -qq; else sudo apt-get update -qq; fi
-  apt-get download -qq "$package" || { echo "corpus.sh: cannot download Debian's $package; is this Debian 12?" >&2; exit 1; }
-fi
-dpkg -x "$package"_*.deb "$out/unpacked"
+sh "$(dirname "$0")/../../unpack.sh" "$out/unpacked" python3.11-doc
 cd "$out"
-rm -rf deb
+out=$(pwd)
 find unpacked/usr/share/doc -path '*_sources*' -name '*.rst.txt' ! -name license.rst.txt ! -name copyright.rst.txt | LC_ALL=C sort >all.list
 : >train.part
 : >valid.part

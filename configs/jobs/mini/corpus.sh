@@ -4,13 +4,13 @@
 #   corpus.sh OUT.tar.xz
 set -eu
 out=$(realpath -m "$1")
+unpack=$(realpath "$(dirname "$0")/../../unpack.sh")
 package=linux-source-6.1
 [ -s "$out" ] && exit 0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-apt-get download -qq "$package"
-dpkg -x "$package"_*.deb unpacked
+sh "$unpack" unpacked "$package"
 tar xf unpacked/usr/src/"$package".tar.xz
 cd "$package"
 find Documentation block crypto fs kernel lib mm net security -type f \( -name '*.[ch]' -o -name '*.rst' -o -name '*.txt' \) | LC_ALL=C sort >../list
