@@ -112,6 +112,7 @@ static const shape shapes[] = {
     {20, 100, 0, false, 70, 96, 48, 0, false},    {130, 130, 37, true, 16, 64, 20, 0, false},
     {17, 90, 0, true, 130, 100, 33, 1, false},    {9, 700, 0, false, 64, 128, 600, 0, true},
     {64, 2100, 0, false, 64, 128, 2048, 0, true}, {60, 70000, 0, true, 4, 128, 64, 0, true},
+    {75, 200, 0, false, 24, 128, 40, 0, false},   {41, 33000, 0, false, 16, 128, 300, 0, true},
 };
 
 static void agrees_with_the_cpu(void **state) {
@@ -252,11 +253,14 @@ static void a_nan_shows(void **state) {
 }
 
 static void repeats_bit_for_bit(void **state) {
-  twin_bench *b = twin_begin(state);
-  scene c = make_scene(b, &(shape){500, 700, 0, false, 64, 128, 256, 0, true});
-  const twin_out outs[] = {{&c.kl, false}, {&c.dq, false}, {&c.dk, true}, {&c.dw, false}};
-  twin_repeats(b, run, &c, outs, 4);
-  twin_end(b);
+  const int64_t heads[] = {64, 16};
+  for (int i = 0; i < 2; i++) {
+    twin_bench *b = twin_begin(state);
+    scene c = make_scene(b, &(shape){500, 700, 0, false, heads[i], 128, 256, 0, true});
+    const twin_out outs[] = {{&c.kl, false}, {&c.dq, false}, {&c.dk, true}, {&c.dw, false}};
+    twin_repeats(b, run, &c, outs, 4);
+    twin_end(b);
+  }
 }
 
 int main(void) {

@@ -72,7 +72,10 @@ __device__ __forceinline__ void wn_store_shared_4(uint32_t at, uint32_t x) {
 __device__ __forceinline__ void wn_cp_async_16(uint32_t shared, const void *global, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
-/* 4 bytes likewise; a zero unless `read`. cp.async.ca */
+/* 8 bytes likewise, or 4; zeros unless `read`. cp.async.ca */
+__device__ __forceinline__ void wn_cp_async_8(uint32_t shared, const void *global, bool read) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(read ? 8 : 0) : "memory");
+}
 __device__ __forceinline__ void wn_cp_async_4(uint32_t shared, const void *global, bool read) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(read ? 4 : 0) : "memory");
 }
