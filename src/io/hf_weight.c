@@ -5,6 +5,7 @@
 #include "base/bits.h"
 #include "base/float8.h"
 #include "base/name_list.h"
+#include "base/stream.h"
 #include "io/hf_dir.h"
 
 #define MOST_SCALE (0x1.fep127f / 448) /* the largest BF16 by the largest code */
@@ -69,16 +70,10 @@ wn_status wn_hf_refuse_number(const wn_st_entry *entry, int64_t i, float x, cons
 
 #define NOT_FINITE "; weights are finite numbers"
 
-/* Every NaN and infinity has larger bits than any number, so a maximum of integers finds one. */
-static wn_status check_singles(const wn_st_entry *entry, const float *x, int64_t first, int64_t n) {
-  uint32_t most = 0, infinite = 0x7f800000u;
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t magnitude = wn_bits_of(x[i]) & 0x7fffffffu;
-    most = magnitude > most ? magnitude : most;
-  }
-  if (most < infinite) return NULL;
-  while ((wn_bits_of(*x) & 0x7fffffffu) < infinite) x++, first++;
+/* Every NaN and infinity has larger bits than any number, so a maximum of integers finds one. most: the largest. */
+static wn_status check_singles(const wn_st_entry *entry, uint32_t most, const float *x, int64_t first) {
+  if (most < WN_F32_INFINITY) return NULL;
+  while ((wn_bits_of(*x) & 0x7fffffffu) < WN_F32_INFINITY) x++, first++;
   return wn_hf_refuse_number(entry, first, *x, NOT_FINITE);
 }
 
@@ -111,24 +106,25 @@ static wn_status check_range(const wn_st_entry *entry, const uint16_t *rounded, 
 
 /* ---- reading ---- */
 
-static wn_status read_halves(uint16_t *out, const wn_st_entry *entry, int64_t first, int64_t count) {
-  return wn_st_read(out, entry, 2 * (uint64_t)first, 2 * (uint64_t)count);
-}
-
-/* Elements first .. first + count - 1 of an F32, BF16 or F16 tensor, as floats; checked: which are finite. */
+/* Elements first .. first + count - 1 of an F32, BF16 or F16 tensor, as floats; checked: which are finite. Singles come
+ * by way of a buffer that stays in the cache: looked at where they lie in the end, they would be fetched again. */
 static wn_status read_plain(float *out, const wn_st_entry *entry, int64_t first, int64_t count, bool checked) {
-  uint16_t raw[CHUNK];
+  union {
+    float single[CHUNK / 2];
+    uint16_t half[CHUNK];
+  } raw;
+  bool single = entry->dtype == WN_F32, brain = entry->dtype == WN_BF16;
+  int64_t most_at_once = single ? CHUNK / 2 : CHUNK, width = wn_dtype_bytes(entry->dtype);
   for (int64_t done = 0, n; done < count; done += n) {
-    n = count - done < CHUNK ? count - done : CHUNK;
-    if (entry->dtype == WN_F32) {
-      WN_TRY(wn_st_read(out + done, entry, 4 * (uint64_t)(first + done), 4 * (uint64_t)n));
-      if (checked) WN_TRY(check_singles(entry, out + done, first + done, n));
-      continue;
+    n = count - done < most_at_once ? count - done : most_at_once;
+    WN_TRY(wn_st_read(&raw, entry, (uint64_t)((first + done) * width), (uint64_t)(n * width)));
+    if (single) {
+      uint32_t most = wn_f32s_stream(out + done, raw.single, n);
+      if (checked) WN_TRY(check_singles(entry, most, raw.single, first + done));
+    } else {
+      uint16_t most = brain ? wn_f32s_from_bf16(out + done, raw.half, n) : wn_f32s_from_f16(out + done, raw.half, n);
+      if (checked) WN_TRY(check_halves(entry, most, raw.half, first + done));
     }
-    WN_TRY(read_halves(raw, entry, first + done, n));
-    bool brain = entry->dtype == WN_BF16;
-    uint16_t most = brain ? wn_f32s_from_bf16(out + done, raw, n) : wn_f32s_from_f16(out + done, raw, n);
-    if (checked) WN_TRY(check_halves(entry, most, raw, first + done));
   }
   return NULL;
 }
@@ -197,7 +193,7 @@ static wn_status read_as(void *out, wn_dtype dtype, const source *in, int64_t fi
   float buffer[CHUNK];
   if (dtype == WN_F32) return read_floats(out, in, first, count);
   if (dtype == in->entry->dtype) {
-    WN_TRY(read_halves(out, in->entry, first, count));
+    WN_TRY(wn_st_read(out, in->entry, 2 * (uint64_t)first, 2 * (uint64_t)count));
     return check_halves(in->entry, largest_of(out, count), out, first);
   }
   for (int64_t done = 0, n; done < count; done += n) {
