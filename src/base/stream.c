@@ -6,10 +6,6 @@
 
 #include "base/bits.h"
 
-static uint32_t larger(uint32_t a, uint32_t b) {
-  return a > b ? a : b;
-}
-
 static uint32_t copy(float *out, const float *from, int64_t n) {
   uint32_t most = 0;
 #pragma omp simd reduction(max : most)
@@ -22,6 +18,10 @@ static uint32_t copy(float *out, const float *from, int64_t n) {
 }
 
 #ifdef __AVX2__
+static uint32_t larger(uint32_t a, uint32_t b) {
+  return a > b ? a : b;
+}
+
 /* n a multiple of 8, out on a multiple of 32 bytes. A whole line at a time is overwritten without being fetched. */
 static uint32_t stream(float *out, const float *from, int64_t n) {
   const __m256i unsigned_part = _mm256_set1_epi32(0x7fffffff);
