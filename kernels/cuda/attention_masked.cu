@@ -202,7 +202,7 @@ static wn_status begin_run(wn_device *device, wn_attend_job *run, wn_view<int32_
 static wn_status gradients(wn_device *device, const wn_attend_job *job, const wn_view<int32_t> &picks) {
   const int64_t step = run_keys(picks.width);
   void *sum = NULL;
-  if (job->m > step) WN_TRY(wn_cuda_scratch(device, &sum, "query gradients", job->n * job->heads * 256 * 4));
+  if (job->m > step) WN_TRY(wn_cuda_scratch(device, &sum, "query gradients", (int64_t)job->n * job->heads * 256 * 4));
   int64_t at = 0;
   do {
     const size_t mark = wn_arena_mark(device->scratch);
