@@ -244,9 +244,9 @@ struct wn_ops {
    * q[n,H,dq], k[m,H,dq], v[m,H,dv]. With d_o[n,H,dv]: delta[n,H] [STAT] = sum(d_o * o), from the unrounded o
    * (delta and d_o may be null together). o is [ACT], or without d_o also [STAT]: unrounded, for attention_delta.
    * What is not finite: on a GPU a row with a score that is NaN or +inf is NaN in o, lse and delta. Rows that do not
-   * see the value may be NaN too, since tiles of 64 or 128 rows and keys are multiplied whole, and 0 * NaN is NaN: for
-   * a v in o, for k, v, q and d_o in the gradients. It cannot pass unseen: a step whose loss or norm is not finite
-   * moves nothing. */
+   * see the value may be NaN too, since tiles of 64 to 256 rows and 64 or 128 keys are multiplied whole, and 0 * NaN is
+   * NaN: for a v in o, for k, v, q and d_o in the gradients. It cannot pass unseen: a step whose loss or norm is not
+   * finite moves nothing. */
   wn_status (*attention_dense)(wn_device *, wn_tensor *o, wn_tensor *lse, wn_tensor *delta, const wn_tensor *d_o,
                                const wn_tensor *q, const wn_tensor *k, const wn_tensor *v, const wn_rows *,
                                const wn_attention_params *);

@@ -322,7 +322,7 @@ static inline wn_part_size wn_part_of(wn_device *device, const wn_attend_job *jo
   return {wn_ceil_div(job->heads, wn_ceil_div(job->heads, heads)), blocks};
 }
 
-/* sum: [heads, n, 256] where keys come in several runs, of which this is the first or the last one; else NULL */
+/* sum: room for [heads, n, DQ] where keys come in several runs; else NULL. first, last: whether this run is */
 template <bool MASKED> struct wn_attend_backward_launch {
   wn_device *device;
   const wn_attend_job *job;

@@ -2,9 +2,10 @@
  *
  * The idea: nothing of size T x T is ever kept. Forward: one pass over the keys with a running maximum
  * (attention_forward.cuh). Backward: P is made again from the saved log-sum-exp for dK and dV, and dS goes through
- * scratch, a part of the heads or keys at a time, to one product for dQ: no two blocks add into one place, and nothing
- * is made twice (attention_backward.cuh). Row tiles that see all of a key tile skip the mask, tiles of which nothing is
- * visible are skipped whole. Widths up to 192/128 run on warpgroup products, wider ones, up to 256, on warp-level ones.
+ * scratch, a part of the heads or keys at a time, to one product for dQ: no two blocks add into one place
+ * (attention_backward.cuh). Row tiles that see all of a key tile skip the mask, tiles of which nothing is visible are
+ * skipped whole. Widths up to 192/128 run on warpgroup products and make nothing twice in the backward; wider ones, up
+ * to 256, on warp-level ones, but for dQ's, and make S for dK and for dV.
  *
  * Ladder, 192/128, 16 heads, causal, T = 16384, counted as the visible half (backward 2.5 times the forward); forward
  * with delta, then backward:
