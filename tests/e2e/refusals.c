@@ -354,7 +354,8 @@ static void run_directories_that_cannot_be(void **state) {
   tiny_write(wn_temp(state, "half/checkpoints").text, "in the way\n");
   wn_winnow_refuses(WN_E_IO, "half/checkpoints", "warmup %s/job.yaml init=%s/base run_dir=%s/half", dir, dir, dir);
   OK(wn_make_dirs(wn_temp(state, "csv/metrics/train.csv").text));
-  wn_winnow_refuses(WN_E_INPUT, "train.csv is not a regular file", "warmup %s/job.yaml init=%s/base run_dir=%s/csv", dir, dir, dir);
+  wn_winnow_refuses(WN_E_INPUT, "train.csv is not a regular file", "warmup %s/job.yaml init=%s/base run_dir=%s/csv",
+                    dir, dir, dir);
   OK(wn_make_dirs(wn_temp(state, "table/metrics").text));
   tiny_write(wn_temp(state, "table/metrics/layers.csv").text, "step,other\n");
   wn_winnow_refuses(WN_E_INPUT, "layers.csv", "warmup %s/job.yaml init=%s/base run_dir=%s/table", dir, dir, dir);
