@@ -191,14 +191,12 @@ wn_status wn_cmd_eval(int argc, char **argv, wn_world *world, wn_log *log) {
   wn_inference in = {0};
   wn_dataset *dataset = NULL;
   wn_csv *csv = NULL, *sequences = NULL;
-  WN_TRY_GOTO(status, done, wn_dataset_open(&dataset, f.data));
+  WN_TRY_GOTO(status, done, wn_world_agree(world, wn_dataset_open(&dataset, f.data)));
   WN_TRY_GOTO(status, done, wn_inference_open(&in, argv[1], device, (int32_t)f.threads, false, world, log));
-  WN_TRY_GOTO(status, done, wn_dataset_check_vocab(dataset, in.model->config.vocab_size));
-  if (wn_dataset_windows(dataset, (int32_t)f.seq_len) < 1) {
+  status = wn_dataset_check_vocab(dataset, in.model->config.vocab_size);
+  if (!status && wn_dataset_windows(dataset, (int32_t)f.seq_len) < 1)
     status = WN_FAIL(WN_E_INPUT, "%s holds too few tokens for one window of %lld", f.data, (long long)f.seq_len);
-    goto done;
-  }
-  if (wn_world_rank(world) == 0) {
+  if (!status && wn_world_rank(world) == 0) {
     WN_KEEP_FIRST(status,
                   open_csv(&csv, f.csv, result_columns, (int32_t)(sizeof result_columns / sizeof *result_columns)));
     WN_KEEP_FIRST(status, open_csv(&sequences, f.sequences, sequence_columns,

@@ -138,6 +138,18 @@ static void what_one_rank_finds_ends_all(void **state) {
   }
 }
 
+/* A dataset that the last rank's host has not: an evaluation, too, ends with its sentence and code on all. */
+static void what_one_rank_lacks_ends_an_evaluation(void **state) {
+  static const char sentence[] = "rank 2 failed: cannot open ",
+                    eval[] = "eval %s/base --device cpu --seq-len 32 --data";
+  const char *dir = *state, *winnow = getenv("WINNOW") ? getenv("WINNOW") : "build/winnow";
+  char words[WN_PATH_BYTES];
+  wn_program program;
+  OK(wn_path(words, eval, dir));
+  wn_winnow(&program, 2, "%s %s/valid : -np 1 %s %s %s/absent", words, dir, winnow, words, dir);
+  if (program.code != WN_E_IO || !strstr(program.err, sentence)) fail_msg("code %d: %s", program.code, program.err);
+}
+
 static int64_t mtp_layers_of(const char *dir) {
   wn_model_config config;
   OK(wn_model_config_load(&config, dir));
@@ -217,6 +229,7 @@ int main(void) {
       cmocka_unit_test(fp8_indexers_go_on),
       cmocka_unit_test(fp8_runs_resume),
       cmocka_unit_test(what_one_rank_finds_ends_all),
+      cmocka_unit_test(what_one_rank_lacks_ends_an_evaluation),
       cmocka_unit_test(layers_that_are_absent),
       cmocka_unit_test(layers_that_nobody_names),
       cmocka_unit_test(the_whole_list_of_tensors),
