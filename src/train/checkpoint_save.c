@@ -224,9 +224,9 @@ static wn_status gather_digests(save *s) {
   size_t bytes = (size_t)n * sizeof *s->digests;
   if (size == 1) return NULL;
   wn_manifest_entry *all = calloc((size_t)size, bytes);
-  WN_TRY(wn_world_agree(s->plan->world,
-                        all ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the digests of %d files", n)));
-  wn_status status = wn_group_gather(wn_world_all(s->plan->world), all, s->digests, bytes);
+  wn_status status = all ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for the digests of %d files", n);
+  status = wn_world_agree(s->plan->world, status);
+  if (!status) status = wn_group_gather(wn_world_all(s->plan->world), all, s->digests, bytes);
   for (int32_t i = 0; !status && i < n; i++) s->digests[i] = all[(size_t)(i % size) * (size_t)n + (size_t)i];
   free(all);
   return status;
@@ -283,11 +283,15 @@ static wn_status save_all(save *s) {
 wn_status wn_checkpoint_save(const wn_checkpoint_plan *plan, const wn_state *state) {
   double start_s = wn_time_s();
   save *s = calloc(1, sizeof *s); /* several paths: too large for a stack that may be a thread's */
-  WN_TRY(wn_world_agree(plan->world, s ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory saving a checkpoint")));
+  wn_status status = wn_world_agree(plan->world, s ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory saving a checkpoint"));
+  if (status) {
+    free(s);
+    return status;
+  }
   s->plan = plan;
   s->state = state;
   s->params = wn_store_params(plan->store, &s->n_params);
-  wn_status status = save_all(s);
+  status = save_all(s);
   if (status && s->made) { /* the first error is the one that matters; a next save tries the removal again */
     wn_status_free(wn_remove_tree(s->at.temporary));
   } else if (!status && wn_world_rank(plan->world) == 0) {

@@ -256,7 +256,8 @@ static wn_status write_memory(const trainer *t) {
   wn_status status = NULL;
   if (run->device->kind == WN_CUDA) {
     gpus = calloc((size_t)wn_world_size(run->world), sizeof *gpus);
-    WN_TRY_GOTO(status, done, wn_world_agree(run->world, gpus ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory")));
+    status = gpus ? NULL : WN_FAIL(WN_E_MEMORY, "out of memory for what %d GPUs hold", wn_world_size(run->world));
+    WN_TRY_GOTO(status, done, wn_world_agree(run->world, status));
     WN_TRY_GOTO(status, done, gather_gpu_bytes(run, gpus));
   }
   status = wn_world_agree(run->world, wn_world_rank(run->world) == 0 ? write_tables(run, gpus) : NULL);
