@@ -44,10 +44,20 @@ typedef struct request {
   bool as_json;
 } request;
 
+/* The GPU that is here may be one that this build does not run on: a plan can be for another. */
+static wn_status find_here(wn_machine *out, const wn_job *job) {
+  wn_status status = wn_machine_here(out, job);
+  if (wn_status_code(status) != WN_E_DEVICE) return status;
+  wn_status told = WN_FAIL_HINT(WN_E_DEVICE, "--device h200, h100, gh200 or cpu says what else to plan for", "%s",
+                                wn_status_text(status));
+  wn_status_free(status);
+  return told;
+}
+
 /* The job's own choice where --device gives none. */
 static wn_status find_machine(wn_machine *out, const request *r, const wn_job *job) {
   bool here = !r->device && wn_chooses_gpu(job->device);
-  WN_TRY(here ? wn_machine_here(out, job) : wn_machine_named(out, r->device ? r->device : "cpu", job->threads));
+  WN_TRY(here ? find_here(out, job) : wn_machine_named(out, r->device ? r->device : "cpu", job->threads));
   if (r->memory_gb > 0) out->memory_bytes = r->memory_gb * giga;
   if (r->tflops > 0) out->flops = r->tflops * 1e12;
   if (r->bandwidth > 0) out->link_bytes_s = out->fabric_bytes_s = r->bandwidth * giga;
