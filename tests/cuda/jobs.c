@@ -36,22 +36,25 @@ static void expect_near(void **state, const char *run, const char *other, const 
 static void stages_agree_with_the_cpu(void **state) {
   wn_needs_gpus(1);
   const char *dir = *state;
-  char steady[WN_PATH_BYTES + 128], calm[WN_PATH_BYTES + 256];
+  char steady[WN_PATH_BYTES + 128], calm[WN_PATH_BYTES + 256], wide[WN_PATH_BYTES + 256];
   /* On text, which the model knows: on the other tests' random tokens its gradients are so large and so curved that
    * roundings show as percents of the loss. With so large an eps an update is in proportion to its gradient: Adam's own
    * first steps have the size of lr whatever the gradient, and so turn the rounding of one near zero into a step the
-   * other way. Half of 64 keys are picked, not 6 of 32: a pick that a rounding turns over then weighs little in a loss.
+   * other way. Adapting picks half of 64 keys, not 6 of 32: a pick that a rounding turns over then weighs little in a
+   * loss.
    */
   wn_winnow_ends(0, 1, "data pack --out %s/text --tokenizer %s/tokenizer.json docs/guide.md docs/formats.md", dir,
                  trained);
   snprintf(steady, sizeof steady, "data.train=%s/text optimizer.eps=1 optimizer.lr=0.1", dir);
-  snprintf(calm, sizeof calm, "%s optimizer.indexer_lr=0.1 dsa.index_head_dim=32 dsa.index_topk=32 data.seq_len=64",
+  snprintf(calm, sizeof calm, "%s optimizer.indexer_lr=0.1 dsa.index_head_dim=32 dsa.index_topk=%d", steady, TINY_TOPK);
+  snprintf(wide, sizeof wide, "%s optimizer.indexer_lr=0.1 dsa.index_head_dim=32 dsa.index_topk=32 data.seq_len=64",
            steady);
   for (int gpu = 0; gpu < 2; gpu++) {
     const char *device = gpu ? "cuda" : "cpu";
     run_job(state, "pretrain", device, trained, gpu ? "pre-gpu" : "pre-cpu", 6, steady);
     run_job(state, "warmup", device, trained, gpu ? "warm-gpu" : "warm-cpu", 6, calm);
-    run_job(state, "adapt", device, "warm-cpu/checkpoints/step-000006", gpu ? "adapt-gpu" : "adapt-cpu", 6, calm);
+    if (!gpu) run_job(state, "warmup", device, trained, "warm-wide", 6, wide);
+    run_job(state, "adapt", device, "warm-wide/checkpoints/step-000006", gpu ? "adapt-gpu" : "adapt-cpu", 6, wide);
   }
   expect_near(state, "pre-gpu", "pre-cpu", "lm_loss", 0, 1e-2);
   expect_near(state, "pre-gpu", "pre-cpu", "grad_norm", 1, 2e-2);
@@ -205,7 +208,7 @@ static void expect_same_dump(void **state, const char *model, const char *attent
     if (cpu->dtype != WN_F32) continue; /* picks near the threshold may differ */
     double c = cosine(gpu, cpu);
     bool exact = strcmp(cpu->name, "logits") == 0 || strncmp(cpu->name, "hidden.", 7) == 0;
-    if (!(c > (exact ? 0.9999 : sparse ? 0.9 : 0.98)))
+    if (!(c > (exact ? 0.999 : sparse ? 0.9 : 0.98)))
       fail_msg("%s of the GPU has cosine %.6f to the CPU's", cpu->name, c);
     worst = fmin(worst, c);
   }
