@@ -38,7 +38,7 @@ typedef struct file_list {
 static wn_status gather_files(file_list *out, char **argv, int32_t n, const char *list) {
   size_t bytes = 0, lines = 0;
   *out = (file_list){0};
-  if (list) WN_TRY(wn_read_file(&out->text, &bytes, list, (size_t)1 << 30));
+  if (list) WN_TRY(wn_read_stream(&out->text, &bytes, list, (size_t)1 << 30));
   for (size_t i = 0; i < bytes; i++) lines += out->text[i] == '\n';
   out->files = malloc(((size_t)n + lines + 1) * sizeof *out->files);
   if (!out->files) return WN_FAIL(WN_E_MEMORY, "out of memory for %zu file names", (size_t)n + lines);

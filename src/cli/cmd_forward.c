@@ -42,7 +42,7 @@ static wn_status read_tokens(int_list *out, const char *text) {
   if (text[strspn(text, "0123456789, ")] == '\0') return parse_ints(out, text, "--tokens");
   char *content;
   size_t bytes;
-  WN_TRY(wn_read_file(&content, &bytes, text, (size_t)MOST_TOKENS * 32));
+  WN_TRY(wn_read_stream(&content, &bytes, text, (size_t)MOST_TOKENS * 32));
   wn_status status = parse_ints(out, content, text);
   free(content);
   return status;

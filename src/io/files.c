@@ -77,19 +77,11 @@ wn_status wn_remove_tree(const char *path) {
   return status;
 }
 
-wn_status wn_read_file(char **text, size_t *bytes, const char *path, size_t most_bytes) {
+/* All that fd gives, of which so much is expected. */
+static wn_status read_all(char **text, size_t *bytes, int fd, size_t expected, const char *path, size_t most_bytes) {
   wn_status status = NULL;
   char *data = NULL;
   size_t used = 0, room = 0;
-  *text = NULL;
-  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe is refused below, and not waited for */
-  if (fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
-  struct stat info;
-  if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-    status = WN_FAIL(WN_E_INPUT, "%s is not a regular file", path);
-    goto fail;
-  }
-  size_t expected = info.st_size > 0 ? (size_t)info.st_size : 0;
   for (;;) {
     if (used > most_bytes || expected > most_bytes) {
       status = WN_FAIL(WN_E_INPUT, "%s is longer than the %zu bytes that such a file may have", path, most_bytes);
@@ -114,15 +106,34 @@ wn_status wn_read_file(char **text, size_t *bytes, const char *path, size_t most
     if (got == 0) break;
     used += (size_t)got;
   }
-  close(fd);
   data[used] = 0;
   *text = data;
   if (bytes) *bytes = used;
   return NULL;
 fail:
-  close(fd);
   free(data);
   return status;
+}
+
+static wn_status read_opened(char **text, size_t *bytes, const char *path, size_t most_bytes, bool pipes) {
+  *text = NULL;
+  int fd = open(path, O_RDONLY | O_CLOEXEC | (pipes ? 0 : O_NONBLOCK)); /* what is refused is not waited for */
+  if (fd < 0) return WN_FAIL(WN_E_IO, "cannot open %s: %s", path, strerror(errno));
+  struct stat info;
+  bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode), flows = !regular && pipes && !S_ISDIR(info.st_mode);
+  size_t expected = regular && info.st_size > 0 ? (size_t)info.st_size : 0;
+  wn_status status = regular || flows ? read_all(text, bytes, fd, expected, path, most_bytes)
+                                      : WN_FAIL(WN_E_INPUT, "%s is not a regular file", path);
+  close(fd);
+  return status;
+}
+
+wn_status wn_read_file(char **text, size_t *bytes, const char *path, size_t most_bytes) {
+  return read_opened(text, bytes, path, most_bytes, false);
+}
+
+wn_status wn_read_stream(char **text, size_t *bytes, const char *path, size_t most_bytes) {
+  return read_opened(text, bytes, path, most_bytes, true);
 }
 
 wn_status wn_write_at(int fd, const char *path, const void *data, size_t bytes, uint64_t offset) {

@@ -20,6 +20,8 @@ WN_MUST_USE wn_status wn_remove_tree(const char *path); /* fine when absent; lin
 /* The whole file, NUL-terminated, malloc'ed; `bytes` may be NULL. WN_E_INPUT when longer than most_bytes, or not a
  * regular file: a directory, a device, a pipe, which might never end. */
 WN_MUST_USE wn_status wn_read_file(char **text, size_t *bytes, const char *path, size_t most_bytes);
+/* The same of a pipe too, whose writer is waited for: for what the user names on the command line. */
+WN_MUST_USE wn_status wn_read_stream(char **text, size_t *bytes, const char *path, size_t most_bytes);
 WN_MUST_USE wn_status wn_write_file_atomic(const char *path, const void *data, size_t bytes);
 WN_MUST_USE wn_status wn_sync_file(const char *path);
 WN_MUST_USE wn_status wn_sync_dir(const char *path);

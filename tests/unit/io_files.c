@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "io/files.h"
@@ -128,6 +129,36 @@ static void reading(void **state) {
   REFUSED(wn_read_file(&text, NULL, root, 1 << 20), WN_E_INPUT, "is not a regular file");
 }
 
+/* A pipe is read until its writer ends, in whatever pieces; what never ends is cut off at the limit. */
+static void reading_a_stream(void **state) {
+  (void)state;
+  char *text, name[64];
+  size_t bytes;
+  int ends[2];
+  assert_int_equal(pipe(ends), 0);
+  pid_t writer = fork();
+  assert_true(writer >= 0);
+  if (writer == 0) {
+    for (int i = 0; i < 3; i++) {
+      usleep(2000);
+      if (write(ends[1], "0123456789", 10) != 10) _exit(1);
+    }
+    _exit(0);
+  }
+  close(ends[1]);
+  snprintf(name, sizeof name, "/dev/fd/%d", ends[0]);
+  OK(wn_read_stream(&text, &bytes, name, 30));
+  assert_int_equal(bytes, 30);
+  assert_string_equal(text, "012345678901234567890123456789");
+  free(text);
+  close(ends[0]);
+  int ended;
+  assert_int_equal(waitpid(writer, &ended, 0), writer);
+  assert_int_equal(ended, 0);
+  REFUSED(wn_read_stream(&text, NULL, "/dev/zero", 5000), WN_E_INPUT, "/dev/zero is longer than the 5000 bytes");
+  REFUSED(wn_read_stream(&text, NULL, root, 1 << 20), WN_E_INPUT, "is not a regular file");
+}
+
 static void places_in_a_file(void **state) {
   (void)state;
   OK(wn_create_sized(in_root("s"), 100));
@@ -241,6 +272,7 @@ int main(void) {
       TEST(atomic_writes),
       TEST(a_failed_write_leaves_the_old_file),
       TEST(reading),
+      TEST(reading_a_stream),
       TEST(places_in_a_file),
       TEST(renaming),
       TEST(linking),

@@ -11,6 +11,14 @@ start=$(date +%s)
 mkdir -p "$out"
 say() { printf '[%3d s] %s\n' $(($(date +%s) - start)) "$*"; }
 
+# runs of another base are no runs of this one: they begin anew
+made_of=$(cksum <"$base/model-00001-of-00001.safetensors")
+if [ -d "$out/warmup" ] && [ "$(cat "$out/base.cksum" 2>/dev/null)" != "$made_of" ]; then
+  say "its runs are of another base, and go"
+  rm -rf "$out/warmup" "$out/adapt" "$out/control"
+fi
+echo "$made_of" >"$out/base.cksum"
+
 say "text and datasets"
 sh "$here/corpus.sh" "$out/text"
 WINNOW=$winnow sh "$here/data.sh" "$out" "$base/tokenizer.json"
