@@ -178,13 +178,14 @@ static int64_t streamed(const float *out, int64_t n, int64_t *first) {
 }
 #endif
 
-static uint16_t widen_all(float *out, const void *from, int64_t n) {
+/* brain: BF16, else F16; a constant wherever this is called */
+static inline uint16_t widen_all(float *out, const void *from, int64_t n, bool brain) {
   uint16_t most = 0;
 #pragma omp simd reduction(max : most)
   for (int64_t i = 0; i < n; i++) {
     uint16_t half = half_at(from, i), magnitude = half & 0x7fff;
     most = magnitude > most ? magnitude : most;
-    out[i] = widen(half);
+    out[i] = brain ? widen(half) : widen_f16(half);
   }
   return most;
 }
@@ -196,20 +197,13 @@ static uint16_t larger(uint16_t a, uint16_t b) {
 uint16_t wn_f32s_from_bf16(float *out, const void *from, int64_t n) {
   const char *halves = from;
   int64_t before, past = streamed(out, n, &before), after = before + past;
-  uint16_t most = widen_all(out, from, before);
+  uint16_t most = widen_all(out, from, before, true);
   most = larger(most, widen_past_the_cache(out + before, halves + 2 * before, past));
-  return larger(most, widen_all(out + after, halves + 2 * after, n - after));
+  return larger(most, widen_all(out + after, halves + 2 * after, n - after, true));
 }
 
 uint16_t wn_f32s_from_f16(float *out, const void *from, int64_t n) {
-  uint16_t most = 0;
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < n; i++) {
-    uint16_t half = half_at(from, i), magnitude = half & 0x7fff;
-    most = magnitude > most ? magnitude : most;
-    out[i] = widen_f16(half);
-  }
-  return most;
+  return widen_all(out, from, n, false);
 }
 
 void wn_bf16s_from_f32(uint16_t *out, const float *from, int64_t n) {
