@@ -184,6 +184,9 @@ wn_status wn_sync_dir(const char *path) {
 wn_status wn_rename_sync(const char *from, const char *to) {
   char parent[WN_PATH_BYTES];
   WN_TRY(parent_of(parent, to));
+  struct stat info; /* root's rename onto /dev/null would leave every program without one */
+  if (stat(to, &info) == 0 && !S_ISREG(info.st_mode) && !S_ISDIR(info.st_mode))
+    return WN_FAIL(WN_E_IO, "%s is a device or a pipe, which no file takes the place of", to);
   if (rename(from, to) != 0) return WN_FAIL(WN_E_IO, "cannot rename %s to %s: %s", from, to, strerror(errno));
   return wn_sync_dir(parent);
 }

@@ -25,7 +25,7 @@ WN_MUST_USE wn_status wn_read_stream(char **text, size_t *bytes, const char *pat
 WN_MUST_USE wn_status wn_write_file_atomic(const char *path, const void *data, size_t bytes);
 WN_MUST_USE wn_status wn_sync_file(const char *path);
 WN_MUST_USE wn_status wn_sync_dir(const char *path);
-/* rename(from, to) and sync of the parent directory. */
+/* rename(from, to) and sync of the parent directory; WN_E_IO where `to` is a device or a pipe. */
 WN_MUST_USE wn_status wn_rename_sync(const char *from, const char *to);
 /* Creates `path` with its full length (sparse); refuses when it exists. */
 WN_MUST_USE wn_status wn_create_sized(const char *path, uint64_t bytes);

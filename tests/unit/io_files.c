@@ -115,6 +115,21 @@ static void a_failed_write_leaves_the_old_file(void **state) {
   REFUSED(wn_write_file_atomic(in_root("absent/f"), "x", 1), WN_E_IO, "No such file");
 }
 
+/* What is no file stays what it is: written as root, /dev/null would become one for all programs. */
+static void devices_are_not_replaced(void **state) {
+  (void)state;
+  struct stat info;
+  assert_int_equal(mkfifo(in_root("pipe"), 0600), 0);
+  REFUSED(wn_write_file_atomic(in_root("pipe"), "x", 1), WN_E_IO, "pipe is a device or a pipe");
+  assert_int_equal(stat(in_root("pipe"), &info), 0);
+  assert_true(S_ISFIFO(info.st_mode));
+  char **names;
+  size_t n;
+  OK(wn_list_dir(&names, &n, root));
+  assert_int_equal(n, 1);
+  wn_list_free(names, n);
+}
+
 static void reading(void **state) {
   (void)state;
   char *text;
@@ -273,6 +288,7 @@ int main(void) {
       TEST(a_failed_write_leaves_the_old_file),
       TEST(reading),
       TEST(reading_a_stream),
+      TEST(devices_are_not_replaced),
       TEST(places_in_a_file),
       TEST(renaming),
       TEST(linking),
