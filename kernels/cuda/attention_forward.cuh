@@ -321,8 +321,10 @@ template <bool MASKED> struct wn_attend_forward_launch {
   template <int DQ, int DV> wn_status run() const {
     const int64_t blocks = wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads;
     if constexpr (DV <= 128) {
-      return wn_attend_launch_fetching(device, wn_attend_forward_group_kernel<DQ, DV, MASKED>, blocks, WN_GROUP_THREADS,
-                                       wn_forward_layout<DQ, DV>::bytes, *job, WN_BLOCK_ROWS, WN_GROUP_KEYS);
+      wn_attend_maps maps;
+      WN_TRY(wn_attend_describe(&maps, job, WN_BLOCK_ROWS, WN_GROUP_KEYS));
+      return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED>, blocks, WN_GROUP_THREADS,
+                              wn_forward_layout<DQ, DV>::bytes, *job, maps);
     } else {
       return wn_attend_launch(device, wn_attend_forward_kernel<DQ, DV, MASKED>, blocks, WN_MAKERS,
                               (WN_BLOCK_ROWS * DQ + WN_TILE * (DQ + DV)) * 2, *job);

@@ -409,15 +409,4 @@ static inline wn_status wn_attend_launch(wn_device *device, Kernel kernel, int64
   return NULL;
 }
 
-/* With the operands described for the copy engine as well. */
-template <typename Kernel>
-static inline wn_status wn_attend_launch_fetching(wn_device *device, Kernel kernel, int64_t blocks, int threads,
-                                                  int bytes, const wn_attend_job &job, uint32_t box_rows,
-                                                  uint32_t box_keys) {
-  wn_attend_maps maps;
-  if (blocks == 0) return NULL;
-  WN_TRY(wn_attend_describe(&maps, &job, box_rows, box_keys));
-  return wn_attend_launch(device, kernel, blocks, threads, bytes, job, maps);
-}
-
 #endif

@@ -178,6 +178,17 @@ __device__ __forceinline__ void own_weights(float (&weight)[CHUNKS][2], const jo
     }
 }
 
+/* A row's queries into tiles, at place(head, piece of eight columns); heads that there are not: zeros. */
+template <int GROUP, typename Place>
+__device__ __forceinline__ void stage_queries(const job &j, int64_t row, Place place) {
+  const wn_bf16 *q = j.q.data + row * j.q.row + j.head0 * j.q.head;
+  for (int32_t i = (int32_t)threadIdx.x; i < GROUP * 16; i += THREADS) {
+    const bool there = i / 16 < j.heads;
+    wn_sparse_stage(place(i / 16, i % 16), q + (there ? i / 16 * j.q.head : 0), i % 16 * 8, there ? j.q.width : 0,
+                    j.q_vectors);
+  }
+}
+
 template <int GROUP> static constexpr int scores_shared_bytes = GROUP *ROW_BYTES + WARPS *STAGES *TILE_BYTES;
 
 /* A row a block, GROUP heads; warp w makes tiles w, w + 4, ... */
@@ -192,12 +203,7 @@ __global__ static void __launch_bounds__(THREADS, GROUP == 64 ? 2 : 3) scores_ke
   const uint32_t stages = shared + GROUP * ROW_BYTES + (uint32_t)(warp * STAGES * TILE_BYTES);
   const uint32_t own = stages + wn_sparse_place(lane / 16, lane % 16);
   if (n == 0) return;
-  const wn_bf16 *q = j.q.data + row * j.q.row + j.head0 * j.q.head;
-  for (int32_t i = (int32_t)threadIdx.x; i < GROUP * 16; i += THREADS) {
-    const bool there = i / 16 < j.heads;
-    wn_sparse_stage(shared + wn_sparse_place(i / 16, i % 16), q + (there ? i / 16 * j.q.head : 0), i % 16 * 8,
-                    there ? j.q.width : 0, j.q_vectors);
-  }
+  stage_queries<GROUP>(j, row, [&](int32_t head, int32_t piece) { return shared + wn_sparse_place(head, piece); });
   wn_cp_async_commit();
   wn_cp_async_wait<0>();
   __syncthreads();
@@ -256,12 +262,8 @@ template <bool GRADIENTS> __global__ static void __launch_bounds__(THREADS, 3) w
   const uint32_t queries = wn_shared_address(wide_memory), stages = queries + WIDE_BYTES;
   const uint32_t own = stages + wn_sparse_wide_place(warp * TILE + lane / 16, lane % 16);
   if (n == 0) return;
-  const wn_bf16 *q = j.q.data + row * j.q.row + j.head0 * j.q.head;
-  for (int32_t i = (int32_t)threadIdx.x; i < HEADS * 16; i += THREADS) {
-    const bool there = i / 16 < j.heads;
-    wn_sparse_stage(queries + wn_sparse_wide_place(i / 16, i % 16), q + (there ? i / 16 * j.q.head : 0), i % 16 * 8,
-                    there ? j.q.width : 0, j.q_vectors);
-  }
+  stage_queries<HEADS>(j, row,
+                       [&](int32_t head, int32_t piece) { return queries + wn_sparse_wide_place(head, piece); });
   float weight[HEADS / 8][2];
   own_weights(weight, j, row);
   int32_t picks = wn_sparse_picks(j, row, warp, n), after = wn_sparse_picks(j, row, warp + WARPS, n);

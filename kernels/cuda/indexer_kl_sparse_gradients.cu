@@ -138,6 +138,27 @@ template <int STEPS> __device__ __forceinline__ void add_slice(float (&u)[STEPS]
   }
 }
 
+/* A row's head as dq is made: q, dq and the factor of u; of a head that there is not nothing is touched. */
+typedef struct head_of_row {
+  const wn_bf16 *q;
+  wn_bf16 *dq;
+  float by;
+  bool there;
+} head_of_row;
+__device__ __forceinline__ head_of_row head_at(const job &j, int64_t row, int32_t h) {
+  const bool there = h < j.heads;
+  const int64_t head = j.head0 + (there ? h : 0);
+  return {j.q.data + row * j.q.row + head * j.q.head, j.dq.data + row * j.dq.row + head * j.dq.head,
+          j.factor * j.w.data[row * j.w.row + head], there};
+}
+/* dq of a column; *dot += q.u */
+__device__ __forceinline__ void finish_column(const job &j, const head_of_row &head, int32_t column, float u,
+                                              float *dot) {
+  if (!head.there || column >= j.q.width) return;
+  *dot = fmaf(__bfloat162float(head.q[column]), u, *dot);
+  head.dq[column] = __float2bfloat16_rn(head.by * u);
+}
+
 /* dq of the warp's slice, and its share of f q.u by head. */
 template <int STEPS>
 __device__ static void finish_queries(const job &j, const float (&u)[STEPS][4][4], int64_t row, float *dots) {
@@ -145,19 +166,12 @@ __device__ static void finish_queries(const job &j, const float (&u)[STEPS][4][4
 #pragma unroll
   for (int i = 0; i < 2 * STEPS; i++) {
     const int32_t h = i * 8 + lane / 4;
-    const bool there = h < j.heads;
-    const int64_t head = j.head0 + (there ? h : 0);
-    const wn_bf16 *q = j.q.data + row * j.q.row + head * j.q.head;
-    wn_bf16 *dq = j.dq.data + row * j.dq.row + head * j.dq.head;
-    const float by = j.factor * j.w.data[row * j.w.row + head];
+    const head_of_row head = head_at(j, row, h);
     float dot = 0;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
       const int32_t column = slice + e / 2 * 8 + lane % 4 * 2 + e % 2;
-      const float x = u[i / 2][e / 2][i % 2 * 2 + e % 2];
-      if (!there || column >= j.q.width) continue;
-      dot = fmaf(__bfloat162float(q[column]), x, dot);
-      dq[column] = __float2bfloat16_rn(by * x);
+      finish_column(j, head, column, u[i / 2][e / 2][i % 2 * 2 + e % 2], &dot);
     }
     dot = wn_quad_sum(dot);
     if (lane % 4 == 0) dots[h] = dot;
@@ -167,19 +181,12 @@ __device__ static void finish_queries(const job &j, const float (&u)[STEPS][4][4
 /* dq of a head from the lane's columns of u, the lower rows or the upper, and f q.u. */
 __device__ __forceinline__ float finish_head(const job &j, const float (&u)[WIDTH / 8][4], int64_t row, int32_t h,
                                              int upper) {
-  const bool there = h < j.heads;
-  const int64_t head = j.head0 + (there ? h : 0);
-  const wn_bf16 *q = j.q.data + row * j.q.row + head * j.q.head;
-  wn_bf16 *dq = j.dq.data + row * j.dq.row + head * j.dq.head;
-  const float by = j.factor * j.w.data[row * j.w.row + head];
+  const head_of_row head = head_at(j, row, h);
   float dot = 0;
 #pragma unroll
   for (int i = 0; i < WIDTH / 4; i++) {
     const int32_t column = i / 2 * 8 + (int32_t)threadIdx.x % 4 * 2 + i % 2;
-    const float x = u[i / 2][upper * 2 + i % 2];
-    if (!there || column >= j.q.width) continue;
-    dot = fmaf(__bfloat162float(q[column]), x, dot);
-    dq[column] = __float2bfloat16_rn(by * x);
+    finish_column(j, head, column, u[i / 2][upper * 2 + i % 2], &dot);
   }
   return wn_quad_sum(dot);
 }

@@ -47,6 +47,12 @@ static void both_ways(twin_bench *b, attention *a) {
   close_rows(b, "dv", &a->dv);
 }
 
+static void check(twin_bench *b, shape s, twin_rows rows, int64_t margin) {
+  attention a = attention_of(b, s, rows, 1, margin);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
 static const shape widths[] = {{0, 3, 192, 128}, {0, 1, 18, 12},   {0, 3, 64, 64}, {0, 2, 96, 32}, {0, 3, 40, 24},
                                {0, 2, 128, 128}, {0, 2, 256, 256}, {0, 1, 1, 1},   {0, 2, 64, 200}};
 enum { N_WIDTHS = sizeof widths / sizeof *widths };
@@ -58,9 +64,7 @@ static void every_width_and_length(void **state) {
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
       shape s = widths[w];
       print_message("n %d, heads %d, widths %d/%d\n", lengths[i], s.heads, s.dq, s.dv);
-      attention a = attention_of(b, s, twin_causal(b, lengths[i], 0, false), 1, 0);
-      both_ways(b, &a);
-      twin_end(b);
+      check(b, s, twin_causal(b, lengths[i], 0, false), 0);
     }
 }
 
@@ -68,9 +72,7 @@ static void documents_and_empty_rows(void **state) {
   twin_bench *b = twin_begin(state);
   static const int32_t documents[] = {0, 1, 50, 64, 100};
   for (size_t i = 0; i < sizeof documents / sizeof *documents; i++) {
-    attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_causal(b, 331, documents[i], true), 1, 0);
-    both_ways(b, &a);
-    twin_end(b);
+    check(b, (shape){0, 3, 192, 128}, twin_causal(b, 331, documents[i], true), 0);
   }
 }
 
@@ -82,9 +84,7 @@ static void nothing_visible(void **state) {
     first[i] = 5;
     last[i] = i < 140 ? 4 : i;
   }
-  attention a = attention_of(b, (shape){0, 2, 64, 64}, twin_rows_of(b, 200, first, last, first, 200), 1, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){0, 2, 64, 64}, twin_rows_of(b, 200, first, last, first, 200), 0);
 }
 
 /* Rows 192 .. 256 of a longer sequence; then rows that see windows, with keys that nobody sees at both ends. */
@@ -93,38 +93,26 @@ static void a_chunk_of_rows(void **state) {
   enum { N = 65, M = 257 };
   int32_t first[N] = {0}, last[N];
   for (int i = 0; i < N; i++) last[i] = M - N + i;
-  attention a = attention_of(b, (shape){0, 3, 192, 128}, twin_rows_of(b, M, first, last, last, N), 1, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){0, 3, 192, 128}, twin_rows_of(b, M, first, last, last, N), 0);
   for (int i = 0; i < N; i++) {
     first[i] = 70 + 2 * (i % 16);
     last[i] = first[i] + 90 - i;
   }
-  a = attention_of(b, (shape){0, 3, 128, 128}, twin_rows_of(b, M, first, last, last, N), 1, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){0, 3, 128, 128}, twin_rows_of(b, M, first, last, last, N), 0);
 }
 
 static void many_heads(void **state) {
   twin_bench *b = twin_begin(state);
-  attention a = attention_of(b, (shape){0, 16, 192, 128}, twin_causal(b, 300, 0, false), 1, 0);
-  both_ways(b, &a);
-  twin_end(b);
-  a = attention_of(b, (shape){0, 2, 192, 128}, twin_causal(b, 1500, 0, false), 1, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){0, 16, 192, 128}, twin_causal(b, 300, 0, false), 0);
+  check(b, (shape){0, 2, 192, 128}, twin_causal(b, 1500, 0, false), 0);
 }
 
 /* Lengths at which a backward takes its heads one after another, and then one head's keys in two ranges, between which
  * lies a document. */
 static void backward_in_parts(void **state) {
   twin_bench *b = twin_begin(state);
-  attention a = attention_of(b, (shape){0, 3, 128, 128}, twin_causal(b, 33000, 500, true), 1, 0);
-  both_ways(b, &a);
-  twin_end(b);
-  a = attention_of(b, (shape){0, 2, 64, 64}, twin_causal(b, 66000, 500, true), 1, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){0, 3, 128, 128}, twin_causal(b, 33000, 500, true), 0);
+  check(b, (shape){0, 2, 64, 64}, twin_causal(b, 66000, 500, true), 0);
 }
 
 /* Margins of 8 keep 16-byte accesses, 2 keeps pairs, 1 and 3 neither. */
@@ -133,9 +121,7 @@ static void strided_views(void **state) {
   static const int64_t margins[] = {8, 2, 1, 3};
   for (size_t i = 0; i < sizeof margins / sizeof *margins; i++)
     for (int w = 0; w < 3; w++) {
-      attention a = attention_of(b, widths[w], twin_causal(b, 100, 0, true), 1, margins[i]);
-      both_ways(b, &a);
-      twin_end(b);
+      check(b, widths[w], twin_causal(b, 100, 0, true), margins[i]);
     }
 }
 

@@ -5,6 +5,7 @@
 #define WN_TEST_RANKS_H
 
 #include "stages/stages.h"
+#include "support/rank_exit.h"
 #include "support/tiny.h"
 #include "train/step.h"
 
@@ -72,11 +73,7 @@ static inline int rank_main(int argc, char **argv) {
   wn_status status = wn_world_create(&world, 60);
   for (wn_stage stage = WN_STAGE_PRETRAIN; !status && stage < WN_N_STAGES; stage++)
     if (strcmp(argv[1], wn_stage_name(stage)) == 0) status = one_step(world, stage, argc, argv);
-  if (status) fprintf(stderr, "%s (%s)\n", wn_status_text(status), wn_status_trace(status));
-  int code = (int)wn_status_code(status);
-  wn_status_free(status);
-  wn_world_free(world);
-  return code;
+  return wn_rank_exit(world, status);
 }
 
 /* ---- gradients ---- */

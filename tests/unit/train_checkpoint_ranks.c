@@ -2,6 +2,7 @@
  * rank runs the scenario named by its argument and ends like the program's main would: with the error's sentence and
  * code. */
 #include "support/checkpoint.h"
+#include "support/rank_exit.h"
 
 #include <signal.h>
 #include <sys/resource.h>
@@ -78,12 +79,8 @@ static int rank_main(const char *name, const char *run, const char *init) {
     status = test_rig_create(&rig, world, &test_config, *scenarios[i].settings, scenarios[i].stage, run, init);
     if (!status) status = scenarios[i].run(&rig);
   }
-  if (status) fprintf(stderr, "rank says: %s\n", wn_status_text(status));
-  int code = (int)wn_status_code(status);
-  wn_status_free(status);
   test_rig_free(&rig);
-  wn_world_free(world);
-  return code;
+  return wn_rank_exit(world, status);
 }
 
 /* ---- what the test does ---- */

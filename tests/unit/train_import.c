@@ -3,6 +3,7 @@
  * its anonymous pages. */
 #include "support/checkpoint.h"
 #include "support/fp8_model.h"
+#include "support/rank_exit.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -120,11 +121,7 @@ static int rank_main(const char *init) {
   wn_world *world = NULL;
   wn_status status = wn_world_create(&world, 30);
   if (!status) status = import(world, init);
-  if (status) fprintf(stderr, "rank says: %s\n", wn_status_text(status));
-  int code = (int)wn_status_code(status);
-  wn_status_free(status);
-  wn_world_free(world);
-  return code;
+  return wn_rank_exit(world, status);
 }
 
 /* ---- what the test does ---- */

@@ -1,6 +1,7 @@
 /* A rank that gets no memory at the start ends all of them at once, with one sentence: no collective waits for it. This
  * is a cmocka test that starts itself under mpirun. A rank makes a run again and again; in the last rank one allocation
  * after another fails, until the start needs no further one. */
+#include "support/rank_exit.h"
 #include "support/tiny.h"
 
 #include <stdlib.h>
@@ -70,11 +71,7 @@ static int rank_main(const char *dir) {
   int64_t served = 0;
   for (; !status && failed; served++) status = start(world, dir, served, &failed);
   if (!status && wn_world_rank(world) == 0) printf("failed %lld times\n", (long long)served - 1);
-  if (status) fprintf(stderr, "rank says: %s\n", wn_status_text(status));
-  int code = (int)wn_status_code(status);
-  wn_status_free(status);
-  wn_world_free(world);
-  return code;
+  return wn_rank_exit(world, status);
 }
 
 /* ---- what the test does ---- */
