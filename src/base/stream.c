@@ -17,11 +17,11 @@ static uint32_t copy(float *out, const float *from, int64_t n) {
   return most;
 }
 
-#ifdef __AVX2__
 static uint32_t larger(uint32_t a, uint32_t b) {
   return a > b ? a : b;
 }
 
+#ifdef __AVX2__
 /* n a multiple of 8, out on a multiple of 32 bytes. A whole line at a time is overwritten without being fetched. */
 static uint32_t stream(float *out, const float *from, int64_t n) {
   const __m256i unsigned_part = _mm256_set1_epi32(0x7fffffff);
@@ -37,17 +37,15 @@ static uint32_t stream(float *out, const float *from, int64_t n) {
   for (int i = 0; i < 8; i++) largest = larger(largest, lane[i]);
   return largest;
 }
+#else
+static uint32_t stream(float *out, const float *from, int64_t n) {
+  return copy(out, from, n);
+}
+#endif
 
 uint32_t wn_f32s_stream(float *out, const float *from, int64_t n) {
-  int64_t before = (int64_t)(-(uintptr_t)out / sizeof *out % 8);
-  if (before > n) before = n;
-  int64_t past = (n - before) / 8 * 8, after = before + past;
+  int64_t before = wn_f32s_before_line(out, n), past = (n - before) / 8 * 8, after = before + past;
   uint32_t most = copy(out, from, before);
   most = larger(most, stream(out + before, from + before, past));
   return larger(most, copy(out + after, from + after, n - after));
 }
-#else
-uint32_t wn_f32s_stream(float *out, const float *from, int64_t n) {
-  return copy(out, from, n);
-}
-#endif

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/bits.h"
+#include "base/stream.h"
 
 static const struct {
   const char *name;
@@ -144,6 +145,18 @@ static inline uint16_t half_at(const void *from, int64_t i) {
   return half;
 }
 
+/* brain: BF16, else F16; a constant wherever this is called */
+static inline uint16_t widen_all(float *out, const void *from, int64_t n, bool brain) {
+  uint16_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; i++) {
+    uint16_t half = half_at(from, i), magnitude = half & 0x7fff;
+    most = magnitude > most ? magnitude : most;
+    out[i] = brain ? widen(half) : widen_f16(half);
+  }
+  return most;
+}
+
 /* Whole weights pass here once, and are next used when others have taken the cache: written past it, they need not be
  * fetched before they are overwritten. */
 #ifdef __AVX2__
@@ -161,34 +174,11 @@ static uint16_t widen_past_the_cache(float *out, const void *from, int64_t n) {
   const __m128i ones = _mm_set1_epi16(-1);
   return (uint16_t)~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(most, ones)), 0);
 }
-static int64_t streamed(const float *out, int64_t n, int64_t *first) {
-  int64_t before = (int64_t)(-(uintptr_t)out / sizeof(float) % 8);
-  *first = before < n ? before : n;
-  return (n - *first) / 8 * 8;
-}
 #else
 static uint16_t widen_past_the_cache(float *out, const void *from, int64_t n) {
-  (void)out, (void)from, (void)n;
-  return 0;
-}
-static int64_t streamed(const float *out, int64_t n, int64_t *first) {
-  (void)out, (void)n;
-  *first = 0;
-  return 0;
+  return widen_all(out, from, n, true);
 }
 #endif
-
-/* brain: BF16, else F16; a constant wherever this is called */
-static inline uint16_t widen_all(float *out, const void *from, int64_t n, bool brain) {
-  uint16_t most = 0;
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < n; i++) {
-    uint16_t half = half_at(from, i), magnitude = half & 0x7fff;
-    most = magnitude > most ? magnitude : most;
-    out[i] = brain ? widen(half) : widen_f16(half);
-  }
-  return most;
-}
 
 static uint16_t larger(uint16_t a, uint16_t b) {
   return a > b ? a : b;
@@ -196,7 +186,7 @@ static uint16_t larger(uint16_t a, uint16_t b) {
 
 uint16_t wn_f32s_from_bf16(float *out, const void *from, int64_t n) {
   const char *halves = from;
-  int64_t before, past = streamed(out, n, &before), after = before + past;
+  int64_t before = wn_f32s_before_line(out, n), past = (n - before) / 8 * 8, after = before + past;
   uint16_t most = widen_all(out, from, before, true);
   most = larger(most, widen_past_the_cache(out + before, halves + 2 * before, past));
   return larger(most, widen_all(out + after, halves + 2 * after, n - after, true));
