@@ -142,7 +142,8 @@ __device__ __forceinline__ void wn_rows_make(const char *shared, const wn_attend
   for (wn_walk_place at = {0, 0};; wn_walk_on(at, layout::stages)) {
     const uint32_t keys = base + at.stage * layout::stage, images = keys + layout::keys;
     wn_mbarrier_wait(base + layout::full + 8 * at.stage, at.parity);
-    const int seen = wn_uniform(((const int32_t *)(shared + layout::seen))[at.stage]);
+    /* read by the lane alone that arrives below, before which nothing else orders the other lanes' reads */
+    const int seen = wn_uniform(lane == 0 ? ((const int32_t *)(shared + layout::seen))[at.stage] : 0);
     if (seen < 0) break;
     wn_wgmma_fence();
 #pragma unroll
