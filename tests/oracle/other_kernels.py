@@ -1,10 +1,10 @@
 """Other kernels on this GPU, timed as `winnow bench` times ours: FlashAttention 4's dense attention (forward, backward, deterministic backward) and the
 dense indexer KL of cuDNN's front end (attention scores, index scores, gradients; both T x T score matrices are stored).
 
-    python3 other_kernels.py [--lengths 8192,16384,32768] [--heads 128]
+    python3 other_kernels.py [--lengths 8192,16384,32768] [--heads 128] [--operations forward,backward,dense_kl] [--repeats 11]
 
 Needs a Hopper GPU, torch, and the packages flash-attn-4, nvidia-cudnn-frontend and nvidia-cutlass-dsl[cu13]; what is absent is left out with a line.
-Prints operation, T, heads, milliseconds (median of 11 after warming up) and TFLOP/s, counted as src/model/flops.h counts. V3.1 width: heads of 192/128,
+Prints operation, T, heads, milliseconds (median of the repeats after 3 to warm up) and TFLOP/s, counted as src/model/flops.h counts. V3.1 width: heads of 192/128,
 latent form 576, indexer 64 x 128, BF16, causal, random data.
 """
 import argparse
@@ -14,13 +14,12 @@ import traceback
 import torch
 
 NOPE_ROPE, VALUE, LATENT, INDEX_HEADS, INDEX_DIM = 192, 128, 576, 64, 128
+REPEATS = 11
 
 
-def median_ms(run, repeats=11, prepare=None):
+def median_ms(run):
     times = []
-    for i in range(repeats + 3):
-        if prepare:
-            prepare()
+    for i in range(REPEATS + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -44,26 +43,33 @@ def product():
     row("cublas product", 8192, 0, median_ms(lambda: a @ b), 2 * 8192**3)
 
 
-def attention(length, heads):
+def attention(length, heads, backward):
     from flash_attn.cute.interface import flash_attn_func
 
     pairs = length * (length + 1) / 2
-    q, k = random(1, length, heads, NOPE_ROPE, grad=True), random(1, length, heads, NOPE_ROPE, grad=True)
-    v = random(1, length, heads, VALUE, grad=True)
-    do = random(1, length, heads, VALUE)
-    forward = 2 * pairs * heads * (NOPE_ROPE + VALUE)
-    backward = 2 * pairs * heads * (3 * NOPE_ROPE + 2 * VALUE)
+    q, k = random(1, length, heads, NOPE_ROPE, grad=backward), random(1, length, heads, NOPE_ROPE, grad=backward)
+    v = random(1, length, heads, VALUE, grad=backward)
 
     def run(deterministic=False):
         out = flash_attn_func(q, k, v, causal=True, deterministic=deterministic)
         return out[0] if isinstance(out, tuple) else out
 
-    with torch.no_grad():
-        row("FlashAttention 4 forward", length, heads, median_ms(run), forward)
+    if not backward:
+        row("FlashAttention 4 forward", length, heads, median_ms(run), 2 * pairs * heads * (NOPE_ROPE + VALUE))
+        return
+    do = random(1, length, heads, VALUE)
     for name, deterministic in (("backward", False), ("backward deterministic", True)):
         out = run(deterministic)
         ms = median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True))
-        row("FlashAttention 4 " + name, length, heads, ms, backward)
+        row("FlashAttention 4 " + name, length, heads, ms, 2 * pairs * heads * (3 * NOPE_ROPE + 2 * VALUE))
+
+
+def forward(length, heads):
+    attention(length, heads, False)
+
+
+def backward(length, heads):
+    attention(length, heads, True)
 
 
 def dense_kl(length, heads):
@@ -97,14 +103,21 @@ def dense_kl(length, heads):
     row("cuDNN front end dense KL: whole", length, heads, total, sum(flop for _, _, flop in parts))
 
 
+OPERATIONS = {"forward": forward, "backward": backward, "dense_kl": dense_kl}
+
+
 def main():
+    global REPEATS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="8192,16384,32768")
     parser.add_argument("--heads", type=int, default=128)
+    parser.add_argument("--operations", default=",".join(OPERATIONS))
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     args = parser.parse_args()
+    REPEATS = args.repeats
     print("operation,T,heads,ms,TFLOP/s")
     product()
-    for operation in (attention, dense_kl):
+    for operation in (OPERATIONS[name] for name in args.operations.split(",")):
         for length in (int(x) for x in args.lengths.split(",")):
             try:
                 operation(length, args.heads)
