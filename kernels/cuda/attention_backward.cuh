@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(WN_MAKERS, 1)
   wn_row_facts *facts = (wn_row_facts *)(shared + (WN_BLOCK_ROWS + WN_TILE) * (DQ + DV) * 2);
   const int tiles = (job.n + WN_TILE - 1) / WN_TILE, warp_key = (int)(threadIdx.x >> 5) * 16;
   int head, block;
-  wn_block_place(job, part.blocks, &head, &block); /* the first keys are seen by most rows: they go first */
+  wn_block_place(job, blockIdx.x, part.blocks, &head, &block); /* the first keys are seen by most rows: they go first */
   block += part.block;
   const int first = block * WN_BLOCK_ROWS + warp_key, key = first + (int)(threadIdx.x & 31) / 4;
   float made[NO][4];
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
   const uint32_t base = wn_shared_address(shared);
   const int tiles = (job.n + WN_TILE - 1) / WN_TILE;
   int head, block;
-  wn_block_place(job, part.blocks, &head, &block); /* the first keys are seen by most rows: they go first */
+  wn_block_place(job, blockIdx.x, part.blocks, &head, &block); /* the first keys are seen by most rows: they go first */
   block += part.block;
   int t = wn_next_rows<MASKED>(job, 0, tiles, block);
   if (t >= tiles) return;

@@ -16,8 +16,12 @@
  *   4  dS once, through scratch, in place of two walks that                             7.15 ms 500
  *      both make it (7 products for the 5 that are counted)
  *   5  the mask's tests only in tiles that it cuts                                      7.00 ms 510
- * 5 ships: up to 94% and 65% of the 780 TFLOP/s of a large product. Backward at T = 8192: 1.73 ms 516; with 128 heads
- * 15.0 ms 477 and, at T = 16384, 58.4 ms 489. Version 1's forward kernel still serves 256/256. */
+ *   6  older maxima, Q in registers, whole tiles apart, stores    1.79 ms 768           7.14 ms 500
+ *      of whole lines; in long calls two blocks share keys
+ * 6 ships: up to 98% and 65% of the 780 TFLOP/s of a large product. With 128 heads, T = 8192, 16384, 32768: forward 3.81
+ * ms 722, 15.9 ms 691, 61.2 ms 719 (FlashAttention 4 in the same run 745, 699, 706), backward 14.8 ms 483, 57.5 ms 497,
+ * 237 ms 482 (389, 415, 431 deterministic). Version 1's forward kernel still serves 256/256. docs/performance.md has
+ * each step. */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
 

@@ -1,14 +1,16 @@
 /* Forward of the per-head attention: a block keeps 128 rows of one head and walks the key tiles they see. A warp keeps
- * its rows' sums, running maximum and running sum of weights in registers; a new maximum rescales what was summed.
- * Exponentials are base 2. */
+ * its rows' sums, running maximum and running sum of weights in registers; a maximum that has grown by much rescales
+ * what was summed. Exponentials are base 2. */
 #ifndef WN_KERNELS_CUDA_ATTENTION_FORWARD_CUH
 #define WN_KERNELS_CUDA_ATTENTION_FORWARD_CUH
 
 #include "kernels/cuda/attention_tile.cuh"
 
-/* One row's state in each of the two rows of an m16 tile. */
+/* The state of the two rows that a lane has of an m16 tile. */
 typedef struct wn_softmax_rows {
-  float top[2], sum[2]; /* largest product q.k so far; this lane's share of the sum of weights */
+  float top[2];   /* a product q.k that the weights are relative to, about the largest so far; -inf: none was seen */
+  float sum[2];   /* this lane's share of the sum of weights */
+  float slack[2]; /* how far products may rise above it, in powers of two of their weights */
 } wn_softmax_rows;
 
 /* Unseen products become -inf; `words` of rows lane / 4 and lane / 4 + 8, a word for each 64 keys. */
@@ -27,30 +29,64 @@ __device__ __forceinline__ void wn_mask_logits(float (&s)[NT][4], const uint64_t
     }
 }
 
-/* Products to weights relative to the new maximum; what was summed before has to be multiplied by `decay`. */
+/* A row's top follows the largest product, but only once that stands above it by more than the slack. A weight of
+ * 2^slack at most is as exact as one of 1, since BF16 and FP32 have exponents to spare (an idea of FlashAttention 4),
+ * but not of 1 itself: slack is small enough that the weight is an eighth of the row's sum at most, and so rows that
+ * see one key almost alone have that key's values as they are, and no gradient. What becomes of a row depends on no
+ * other. True: a top of the warp has moved, and what was summed has to be multiplied by `decay`. */
 template <int NT>
-__device__ __forceinline__ void wn_online_softmax(float (&s)[NT][4], wn_softmax_rows &rows, float (&decay)[2],
-                                                  float scale_log2) {
+__device__ __forceinline__ bool wn_follow_top(const float (&s)[NT][4], wn_softmax_rows &rows, float (&decay)[2],
+                                              float scale_log2) {
+  float even[2], odd[2], top[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) even[r] = s[0][2 * r], odd[r] = s[0][2 * r + 1];
+#pragma unroll
+  for (int j = 1; j < NT; j++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      even[r] = fmaxf(even[r], s[j][2 * r]);
+      odd[r] = fmaxf(odd[r], s[j][2 * r + 1]);
+    }
+#pragma unroll
+  for (int r = 0; r < 2; r++) top[r] = fmaxf(fmaxf(even[r], odd[r]), rows.top[r]);
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) /* both rows at once, which wn_quad_max one after the other would not */
+#pragma unroll
+    for (int r = 0; r < 2; r++) top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], lanes));
+  bool far[2]; /* nothing seen before: NaN, or infinitely far */
+#pragma unroll
+  for (int r = 0; r < 2; r++) far[r] = (top[r] - rows.top[r]) * scale_log2 > rows.slack[r];
+  if (!__any_sync(~0u, far[0] || far[1])) return false;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    float top = rows.top[r];
-#pragma unroll
-    for (int j = 0; j < NT; j++) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-    top = wn_quad_max(top);
-    const float high = top == -INFINITY ? 0 : top; /* nothing seen yet: all weights are exp2(-inf) */
-    const float base = high * scale_log2;
-    decay[r] = wn_exp2((rows.top[r] - high) * scale_log2); /* exactly 1 where the maximum stays */
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < NT; j++)
-#pragma unroll
-      for (int e = 2 * r; e < 2 * r + 2; e++) {
-        s[j][e] = wn_exp2(s[j][e] * scale_log2 - base);
-        sum += s[j][e];
-      }
-    rows.top[r] = top;
-    rows.sum[r] = rows.sum[r] * decay[r] + sum;
+    decay[r] = far[r] ? wn_exp2((rows.top[r] - top[r]) * scale_log2) : 1;
+    rows.sum[r] *= decay[r];
+    const float slack = __log2f(wn_quad_sum(rows.sum[r])) - 3; /* until it moves again: sums grow */
+    if (far[r]) rows.slack[r] = fminf(fmaxf(slack, 0), 8);
+    if (far[r]) rows.top[r] = top[r];
   }
+  return true;
+}
+
+/* Products to weights relative to the rows' tops, rounded as the next product's left operand; their sums as they are.
+ */
+template <int NT>
+__device__ __forceinline__ void wn_make_weights(uint32_t (&p)[NT / 2][4], const float (&s)[NT][4],
+                                                wn_softmax_rows &rows, float scale_log2) {
+  float base[2], even[2] = {0, 0}, odd[2] = {0, 0};
+#pragma unroll
+  for (int r = 0; r < 2; r++) base[r] = rows.top[r] == -INFINITY ? 0 : rows.top[r] * scale_log2;
+#pragma unroll
+  for (int j = 0; j < NT; j++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float a = wn_exp2(s[j][2 * r] * scale_log2 - base[r]), b = wn_exp2(s[j][2 * r + 1] * scale_log2 - base[r]);
+      even[r] += a;
+      odd[r] += b;
+      p[j / 2][(j & 1) * 2 + r] = wn_pack_bf16(a, b);
+    }
+#pragma unroll
+  for (int r = 0; r < 2; r++) rows.sum[r] += even[r] + odd[r];
 }
 
 template <int NO> __device__ __forceinline__ void wn_rescale(float (&o)[NO][4], const float (&decay)[2]) {
@@ -60,11 +96,38 @@ template <int NO> __device__ __forceinline__ void wn_rescale(float (&o)[NO][4], 
     for (int e = 0; e < 4; e++) o[j][e] *= decay[e >> 1];
 }
 
-/* o, lse and delta of a warp's 16 rows. gradient(r, col): d_o of row lane / 4 + 8 r, columns col and col + 1, 0 past
- * the end and the width. */
+/* A warp's outputs, rounded, to rows row0 .. of y, through rows tile_row .. of a tile that this warp alone uses: stores
+ * are of whole lines. A y that does not allow 16-byte accesses is written as the lanes have it. */
+template <int NO>
+__device__ __forceinline__ void wn_put_lines(const wn_view<wn_bf16> &y, int row0, int rows, int head,
+                                             const float (&o)[NO][4], char *tile, int tile_row) {
+  const int lane = threadIdx.x & 31;
+  if ((((uintptr_t)y.data | (uintptr_t)(y.row * 2) | (uintptr_t)(y.head * 2) | (uintptr_t)(y.width * 2)) & 15) != 0) {
+    wn_put_rows<false>(y, row0, rows, 0, head, o, 1);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < NO; j += 2) {
+    const uint32_t four[4] = {wn_pack_bf16(o[j][0], o[j][1]), wn_pack_bf16(o[j][2], o[j][3]),
+                              wn_pack_bf16(o[j + 1][0], o[j + 1][1]), wn_pack_bf16(o[j + 1][2], o[j + 1][3])};
+    wn_stmatrix_x4(wn_tile_at<WN_BLOCK_ROWS>(wn_shared_address(tile), tile_row + (lane & 15), j + (lane >> 4)), four);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = lane; i < 16 * NO; i += 32) {
+    const int row = i / NO, chunk = i % NO;
+    const uint4 eight = *(const uint4 *)(tile + wn_tile_at<WN_BLOCK_ROWS>(0, tile_row + row, chunk));
+    if (row0 + row < rows && 8 * chunk < y.width)
+      *(uint4 *)(y.data + (row0 + row) * y.row + head * y.head + 8 * chunk) = eight;
+  }
+}
+
+/* o, lse and delta of a warp's 16 rows; q, q_row: the block's rows of Q and the warp's among them,
+ * whose place its outputs take. gradient(r,
+ * col): d_o of row lane / 4 + 8 r, columns col and col + 1, 0 past the end and the width. */
 template <int NO, typename Gradient>
 __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int head, int row0, float (&o)[NO][4],
-                                               const wn_softmax_rows &rows, Gradient gradient) {
+                                               const wn_softmax_rows &rows, char *q, int q_row, Gradient gradient) {
   const int lane = threadIdx.x & 31, col = (lane & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -90,7 +153,7 @@ __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int hea
   if (job.unrounded.data)
     wn_put_unrounded(job.unrounded, row0, job.n, head, o);
   else
-    wn_put_rows<false>(job.o, row0, job.n, 0, head, o, 1);
+    wn_put_lines(job.o, row0, job.n, head, o, q, q_row);
 }
 
 /* ---- any width: warp-level products ---- */
@@ -101,14 +164,14 @@ __global__ void __launch_bounds__(WN_MAKERS, 1) wn_attend_forward_kernel(const _
   const uint32_t q = wn_shared_address(shared), k = q + WN_BLOCK_ROWS * DQ * 2, v = k + WN_TILE * DQ * 2;
   const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, warp_row = (int)(threadIdx.x >> 5) * 16;
   int head, block;
-  wn_block_place(job, blocks, &head, &block);
+  wn_block_place(job, blockIdx.x, blocks, &head, &block);
   block = blocks - 1 - block; /* the last rows see most keys: they go first */
   const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + (int)(threadIdx.x & 31) / 4;
   float o[DV / 8][4];
-  wn_softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
+  wn_softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, {0, 0}};
   wn_clear(o);
   wn_key_walk walk;
-  int t = wn_begin_walk<MASKED>(job, block, &walk);
+  int t = wn_begin_walk<MASKED, 2>(job, block, &walk);
   if (t < walk.end) {
     wn_tile_load<WN_BLOCK_ROWS, DQ, WN_MAKERS>(q, job.q, head, block * WN_BLOCK_ROWS, job.n);
     wn_tile_load<WN_TILE, DQ, WN_MAKERS>(k, job.k, head, t * WN_TILE, job.m);
@@ -128,18 +191,17 @@ __global__ void __launch_bounds__(WN_MAKERS, 1) wn_attend_forward_kernel(const _
     uint32_t p[4][4];
     wn_clear(s);
     wn_product_shared<8, DQ / 16, WN_BLOCK_ROWS, WN_TILE>(s, q, warp_row, k, 0);
-    next = wn_next_tile<MASKED>(job, walk, block, t + 1);
+    next = wn_next_tile<MASKED, 2>(job, walk, block, t + 1);
     wn_cp_async_wait<0>();
     __syncthreads(); /* values have come; the keys are done with */
     if (next < walk.end) wn_tile_load<WN_TILE, DQ, WN_MAKERS>(k, job.k, head, next * WN_TILE, job.m);
     wn_cp_async_commit();
     if (!full) wn_mask_logits<8>(s, words);
-    wn_online_softmax<8>(s, rows, decay, job.scale * WN_LOG2E);
-    wn_rescale(o, decay);
-    wn_fragments<8>(p, s);
+    if (wn_follow_top(s, rows, decay, job.scale * WN_LOG2E)) wn_rescale(o, decay);
+    wn_make_weights(p, s, rows, job.scale * WN_LOG2E);
     wn_product_registers<DV / 8, 4, WN_TILE>(o, p, v, 0);
   }
-  wn_finish_rows(job, head, row0, o, rows, [&](int r, int col) {
+  wn_finish_rows(job, head, row0, o, rows, shared, warp_row, [&](int r, int col) {
     return mine + 8 * r < job.n ? wn_get_pair(job.d_o, mine + 8 * r, head, col) : float2{0, 0};
   });
 }
@@ -157,17 +219,30 @@ __device__ __forceinline__ void wn_group_values(float (&o)[DV / 8][4], const uin
   for (int ks = 0; ks < WN_GROUP_KEYS / 16; ks++) wn_wgmma_registers(o, p[ks], b + (uint64_t)(ks * 2048 >> 4));
 }
 
-/* What a lane's two rows see of a pair of key tiles; false: everything, and the words are not set. */
+/* s = Q K^T, under way; q: a warp's rows as wn_mma_bf16's left operands */
+template <int DQ>
+__device__ __forceinline__ void wn_group_logits(float (&s)[WN_GROUP_KEYS / 8][4], const uint32_t (&q)[DQ / 16][4],
+                                                uint32_t k) {
+  const uint64_t right = wn_wgmma_operand(k, 0);
+#pragma unroll
+  for (int ks = 0; ks < DQ / 16; ks++)
+    wn_wgmma_registers_along(s, q[ks], right + (uint64_t)((ks / 4 * (WN_GROUP_KEYS * 128) + ks % 4 * 32) >> 4), ks > 0);
+}
+
+/* Whether the rows of a walk see all of a pair of key tiles. */
+template <bool MASKED> __device__ __forceinline__ bool wn_pair_is_full(const wn_key_walk &walk, int pair) {
+  return !MASKED && 2 * pair >= walk.full_low && 2 * pair + 1 < walk.full_end;
+}
+
+/* What a lane's two rows see of a pair of key tiles. */
 template <bool MASKED>
-__device__ __forceinline__ bool wn_pair_words(uint64_t (&words)[2][2], const wn_attend_job &job,
+__device__ __forceinline__ void wn_pair_words(uint64_t (&words)[2][2], const wn_attend_job &job,
                                               const wn_key_walk &walk, int row, int pair) {
-  if (!MASKED && 2 * pair >= walk.full_low && 2 * pair + 1 < walk.full_end) return false;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int tile = 2 * pair + (i >> 1);
     words[i >> 1][i & 1] = tile < walk.end ? wn_row_word<MASKED>(job, row + 8 * (i & 1), tile) : 0;
   }
-  return true;
 }
 
 /* Shared memory of the kernel below: Q, two stages of keys, two of values, barriers. */
@@ -180,93 +255,159 @@ template <int DQ, int DV> struct wn_forward_layout {
 /* Barriers: for each stage of keys and of values, come and done with; and of Q, come. */
 enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FULL = 64 };
 
+/* What the kernel's blocks share: SHARING is 1, or 2 where two blocks of a cluster have rows of one head that follow
+ * each other, and each fetches half of a tile's keys and values for both: half the traffic with the L2 cache, which is
+ * power that products can have. A unit is the rows of SHARING blocks. */
+
+/* The row tile of a warpgroup. Of two blocks the outer and the inner tiles, so that the last keys, which only the last
+ * rows see, are as much work for both. */
+template <int SHARING> __device__ __forceinline__ int wn_row_tile(int unit, int rank, int group) {
+  return SHARING == 1 ? 2 * unit + group : 4 * unit + (rank == 0 ? 3 * group : 1 + group);
+}
+
+/* A block's rows of Q or d_o [128, COLS]. */
+template <int COLS, int SHARING>
+__device__ __forceinline__ void wn_forward_rows(uint32_t to, const CUtensorMap *map, int head, int unit, int rank,
+                                                uint32_t barrier) {
+#pragma unroll
+  for (int c = 0; c < COLS; c += 64)
+#pragma unroll
+    for (int g = 0; g < 2; g++)
+      wn_copy_tile_3d(to + (uint32_t)(c * 2 * WN_BLOCK_ROWS + g * WN_TILE * 128), map, c, head,
+                      wn_row_tile<SHARING>(unit, rank, g) * WN_TILE, barrier);
+}
+
+/* A tile of keys or values [128, COLS], or this block's half of it to both. */
+template <int COLS, int SHARING>
+__device__ __forceinline__ void wn_forward_keys(uint32_t to, const CUtensorMap *map, int head, int key, int rank,
+                                                uint32_t barrier) {
+  if (SHARING == 1) {
+    wn_tile_fetch<WN_GROUP_KEYS, COLS>(to, map, head, key, barrier);
+  } else {
+    constexpr int HALF = WN_GROUP_KEYS / 2;
+#pragma unroll
+    for (int c = 0; c < COLS; c += 64)
+      wn_copy_tile_3d_to_blocks(to + (uint32_t)(c * 2 * WN_GROUP_KEYS + rank * HALF * 128), map, c, head,
+                                key + rank * HALF, barrier, 3);
+  }
+}
+
+/* A warp: its block, or both, may fetch the next tile to where this one stood. */
+template <int SHARING> __device__ __forceinline__ void wn_keys_done(uint32_t barrier) {
+  const uint32_t lane = threadIdx.x & 31;
+  if (SHARING == 1) {
+    if (lane == 0) wn_mbarrier_arrive(barrier);
+  } else {
+    if (lane < 2) wn_mbarrier_arrive_at(barrier, lane);
+  }
+}
+
 /* The thread that starts all copies; the last is d_o, for delta, in the place of the next keys. */
-template <int DQ, int DV, bool MASKED>
+template <int DQ, int DV, bool MASKED, int SHARING>
 __device__ __forceinline__ void wn_forward_produce(uint32_t shared, const wn_attend_job &job,
-                                                   const wn_attend_maps &maps, int head, int block) {
+                                                   const wn_attend_maps &maps, int head, int unit, int rank) {
   typedef wn_forward_layout<DQ, DV> layout;
   const uint32_t barriers = shared + layout::barriers;
   wn_key_walk walk;
-  int pair = wn_begin_walk<MASKED>(job, block, &walk) / 2;
+  int pair = wn_begin_walk<MASKED, 2 * SHARING>(job, unit, &walk) / 2;
   uint32_t i = 0;
   if (2 * pair < walk.end) {
     wn_mbarrier_expect(barriers + WN_Q_FULL, WN_BLOCK_ROWS * DQ * 2);
-    wn_tile_fetch<WN_BLOCK_ROWS, DQ>(shared, &maps.q, head, block * WN_BLOCK_ROWS, barriers + WN_Q_FULL);
+    wn_forward_rows<DQ, SHARING>(shared, &maps.q, head, unit, rank, barriers + WN_Q_FULL);
   }
   for (; 2 * pair < walk.end; i++) {
     const uint32_t stage = i & 1, at = barriers + 8 * stage, before = (i >> 1) - 1;
     if (i > 1) wn_mbarrier_wait(at + WN_K_EMPTY, before & 1);
     wn_mbarrier_expect(at + WN_K_FULL, layout::k_bytes);
-    wn_tile_fetch<WN_GROUP_KEYS, DQ>(shared + layout::keys + stage * layout::k_bytes, &maps.k, head,
-                                     pair * WN_GROUP_KEYS, at + WN_K_FULL);
+    wn_forward_keys<DQ, SHARING>(shared + layout::keys + stage * layout::k_bytes, &maps.k, head, pair * WN_GROUP_KEYS,
+                                 rank, at + WN_K_FULL);
     if (i > 1) wn_mbarrier_wait(at + WN_V_EMPTY, before & 1);
     wn_mbarrier_expect(at + WN_V_FULL, layout::v_bytes);
-    wn_tile_fetch<WN_GROUP_KEYS, DV>(shared + layout::values + stage * layout::v_bytes, &maps.v, head,
-                                     pair * WN_GROUP_KEYS, at + WN_V_FULL);
-    pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
+    wn_forward_keys<DV, SHARING>(shared + layout::values + stage * layout::v_bytes, &maps.v, head, pair * WN_GROUP_KEYS,
+                                 rank, at + WN_V_FULL);
+    pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
   }
   if (!job.delta.data) return;
   const uint32_t stage = i & 1, at = barriers + 8 * stage;
   if (i > 1) wn_mbarrier_wait(at + WN_K_EMPTY, ((i >> 1) - 1) & 1);
   wn_mbarrier_expect(at + WN_K_FULL, WN_BLOCK_ROWS * DV * 2);
-  wn_tile_fetch<WN_BLOCK_ROWS, DV>(shared + layout::keys + stage * layout::k_bytes, &maps.d_o, head,
-                                   block * WN_BLOCK_ROWS, at + WN_K_FULL);
+  wn_forward_rows<DV, SHARING>(shared + layout::keys + stage * layout::k_bytes, &maps.d_o, head, unit, rank,
+                               at + WN_K_FULL);
 }
 
-/* A warpgroup's 64 rows: the products of the next logits and of these weights run while the next softmax is made. */
-template <int DQ, int DV, bool MASKED>
-__device__ __forceinline__ void wn_forward_consume(const char *shared, const wn_attend_job &job, int head, int block) {
+/* A warpgroup's 64 rows. Q goes to registers, since its reads from shared memory would be a quarter of all that
+ * products read there. The next logits and these weights' products run together, and the softmax is made mostly while
+ * the other warpgroup's do, so its length counts: tiles that are seen whole have a loop of their own without the mask's
+ * code, weights are packed as they come, and the branch on whether tops move keeps the assembler from making the maxima
+ * after the wait for P V. No wait stands in that branch: those of a warpgroup's four warps go in step. */
+template <int DQ, int DV, bool MASKED, int SHARING>
+__device__ __forceinline__ void wn_forward_consume(char *shared, const wn_attend_job &job, int head, int unit,
+                                                   int rank) {
   typedef wn_forward_layout<DQ, DV> layout;
   constexpr int KEYS = WN_GROUP_KEYS;
   const uint32_t base = wn_shared_address(shared), barriers = base + layout::barriers;
   const int warp_row = (int)(threadIdx.x >> 5) * 16, lane = threadIdx.x & 31;
-  const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + lane / 4;
+  const int row_tile = wn_row_tile<SHARING>(unit, rank, wn_uniform((int)threadIdx.x / 128));
+  const int row0 = row_tile * WN_TILE + warp_row % WN_TILE, mine = row0 + lane / 4;
+  const float scale_log2 = job.scale * WN_LOG2E;
   float o[DV / 8][4], decay[2];
-  wn_softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
+  wn_softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, {0, 0}};
   wn_clear(o);
-  wn_key_walk walk;
-  int pair = wn_begin_walk<MASKED>(job, block, &walk) / 2;
+  wn_key_walk walk; /* of the unit; all warps go along */
+  int pair = wn_begin_walk<MASKED, 2 * SHARING>(job, unit, &walk) / 2;
+  wn_key_walk own = walk;
+  if (!MASKED) wn_begin_walk<MASKED, 1>(job, row_tile, &own);
   uint32_t i = 0; /* tiles whose logits are made */
-  if (2 * pair < walk.end) {
+  if (2 * pair < walk.end) wn_mbarrier_wait(barriers + WN_Q_FULL, 0);
+  if (2 * pair < own.end) {
     float s[KEYS / 8][4];
-    uint32_t p[KEYS / 16][4];
+    uint32_t p[KEYS / 16][4], q[DQ / 16][4];
     uint64_t words[2][2];
-    wn_mbarrier_wait(barriers + WN_Q_FULL, 0);
+#pragma unroll
+    for (int ks = 0; ks < DQ / 16; ks++)
+      wn_ldmatrix_x4(q[ks], wn_tile_at<WN_BLOCK_ROWS>(base, warp_row + (lane & 15), 2 * ks + (lane >> 4)));
     wn_mbarrier_wait(barriers + WN_K_FULL, 0);
     wn_wgmma_fence();
-    wn_group_product<KEYS / 8, DQ, WN_BLOCK_ROWS>(s, base, warp_row / 64 * 64, base + layout::keys);
+    wn_group_logits<DQ>(s, q, base + layout::keys);
     wn_wgmma_commit();
-    bool partial = wn_pair_words<MASKED>(words, job, walk, mine, pair);
+    const bool full = wn_pair_is_full<MASKED>(own, pair);
+    if (!full) wn_pair_words<MASKED>(words, job, own, mine, pair);
     wn_wgmma_wait<0>();
     wn_wgmma_settle(s);
-    if (lane == 0) wn_mbarrier_arrive(barriers + WN_K_EMPTY);
-    if (partial) wn_mask_logits(s, words);
-    wn_online_softmax(s, rows, decay, job.scale * WN_LOG2E);
-    wn_fragments<KEYS / 8>(p, s);
-    pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
-    for (i = 1; 2 * pair < walk.end; i++) {
+    wn_keys_done<SHARING>(barriers + WN_K_EMPTY);
+    if (!full) wn_mask_logits(s, words);
+    wn_follow_top(s, rows, decay, scale_log2);
+    wn_make_weights(p, s, rows, scale_log2);
+    pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
+    i = 1;
+    /* one tile; FULL: seen whole */
+    auto tile = [&]<bool FULL>() {
       const uint32_t next = i & 1, here = next ^ 1;
       wn_mbarrier_wait(barriers + WN_K_FULL + 8 * next, i >> 1 & 1);
       wn_wgmma_fence();
-      wn_group_product<KEYS / 8, DQ, WN_BLOCK_ROWS>(s, base, warp_row / 64 * 64,
-                                                    base + layout::keys + next * layout::k_bytes);
+      wn_group_logits<DQ>(s, q, base + layout::keys + next * layout::k_bytes);
       wn_wgmma_commit();
       wn_mbarrier_wait(barriers + WN_V_FULL + 8 * here, (i - 1) >> 1 & 1);
       wn_wgmma_fence();
       wn_group_values<DV>(o, p, base + layout::values + here * layout::v_bytes);
       wn_wgmma_commit();
-      partial = wn_pair_words<MASKED>(words, job, walk, mine, pair);
+      if (!FULL) wn_pair_words<MASKED>(words, job, own, mine, pair);
       wn_wgmma_wait<1>();
       wn_wgmma_settle(s);
-      if (lane == 0) wn_mbarrier_arrive(barriers + WN_K_EMPTY + 8 * next);
-      if (partial) wn_mask_logits(s, words);
-      wn_online_softmax(s, rows, decay, job.scale * WN_LOG2E);
+      wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * next);
+      if (!FULL) wn_mask_logits(s, words);
+      const bool moved = wn_follow_top(s, rows, decay, scale_log2);
       wn_wgmma_wait<0>();
       wn_wgmma_settle(o);
-      if (lane == 0) wn_mbarrier_arrive(barriers + WN_V_EMPTY + 8 * here);
-      wn_rescale(o, decay);
-      wn_fragments<KEYS / 8>(p, s);
-      pair = wn_next_tile<MASKED>(job, walk, block, 2 * pair + 2) / 2;
+      wn_keys_done<SHARING>(barriers + WN_V_EMPTY + 8 * here);
+      if (moved) wn_rescale(o, decay);
+      wn_make_weights(p, s, rows, scale_log2);
+      pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
+      i++;
+    };
+    while (2 * pair < own.end) {
+      while (wn_pair_is_full<MASKED>(own, pair)) tile.template operator()<true>();
+      if (2 * pair < own.end) tile.template operator()<false>();
     }
     wn_mbarrier_wait(barriers + WN_V_FULL + 8 * ((i - 1) & 1), (i - 1) >> 1 & 1);
     wn_wgmma_fence();
@@ -274,60 +415,85 @@ __device__ __forceinline__ void wn_forward_consume(const char *shared, const wn_
     wn_wgmma_commit();
     wn_wgmma_wait<0>();
     wn_wgmma_settle(o);
+    wn_keys_done<SHARING>(barriers + WN_V_EMPTY + 8 * ((i - 1) & 1));
+  }
+  for (; 2 * pair < walk.end; i++) { /* keys that only other rows see */
+    const uint32_t stage = 8 * (i & 1), parity = i >> 1 & 1;
+    wn_mbarrier_wait(barriers + WN_K_FULL + stage, parity);
+    wn_keys_done<SHARING>(barriers + WN_K_EMPTY + stage);
+    wn_mbarrier_wait(barriers + WN_V_FULL + stage, parity);
+    wn_keys_done<SHARING>(barriers + WN_V_EMPTY + stage);
+    pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
   }
   const char *d_o = shared + layout::keys + (i & 1) * layout::k_bytes;
   if (job.delta.data) wn_mbarrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
-  wn_finish_rows(job, head, row0, o, rows, [&](int r, int col) {
+  wn_finish_rows(job, head, row0, o, rows, shared, warp_row, [&](int r, int col) {
     const uint32_t at = wn_tile_at<WN_BLOCK_ROWS>(0, warp_row + lane / 4 + 8 * r, col >> 3) + (uint32_t)(col & 7) * 2;
     return __bfloat1622float2(*(const __nv_bfloat162 *)(d_o + at));
   });
 }
 
 /* Two warpgroups of 64 rows each, and one whose first thread starts the copies, two tiles of 128 keys ahead. */
-template <int DQ, int DV, bool MASKED>
-__global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
+template <int DQ, int DV, bool MASKED, int SHARING>
+__global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREADS, 1)
     wn_attend_forward_group_kernel(const __grid_constant__ wn_attend_job job,
                                    const __grid_constant__ wn_attend_maps maps) {
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = wn_shared_address(shared), barriers = base + wn_forward_layout<DQ, DV>::barriers;
-  const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS;
-  int head, block;
-  wn_block_place(job, blocks, &head, &block);
-  block = blocks - 1 - block; /* the last rows see most keys: they go first */
+  const int units = (job.n + SHARING * WN_BLOCK_ROWS - 1) / (SHARING * WN_BLOCK_ROWS), rank = (int)blockIdx.x % SHARING;
+  int head, unit;
+  wn_block_place(job, blockIdx.x / SHARING, units, &head, &unit);
+  unit = units - 1 - unit; /* the last rows see most keys: they go first */
   if (threadIdx.x == 0) {
     for (uint32_t stage = 0; stage < 16; stage += 8) {
       wn_mbarrier_init(barriers + WN_K_FULL + stage, 1);
       wn_mbarrier_init(barriers + WN_V_FULL + stage, 1);
-      wn_mbarrier_init(barriers + WN_K_EMPTY + stage, WN_MAKERS / 32);
-      wn_mbarrier_init(barriers + WN_V_EMPTY + stage, WN_MAKERS / 32);
+      wn_mbarrier_init(barriers + WN_K_EMPTY + stage, SHARING * WN_MAKERS / 32);
+      wn_mbarrier_init(barriers + WN_V_EMPTY + stage, SHARING * WN_MAKERS / 32);
     }
     wn_mbarrier_init(barriers + WN_Q_FULL, 1);
     wn_mbarrier_init_fence();
   }
-  __syncthreads();
+  if (SHARING == 1)
+    __syncthreads();
+  else
+    wn_cluster_sync();
   if (threadIdx.x >= WN_MAKERS) {
     wn_registers_shrink<24>();
-    if (threadIdx.x == WN_MAKERS) wn_forward_produce<DQ, DV, MASKED>(base, job, maps, head, block);
+    if (threadIdx.x == WN_MAKERS) wn_forward_produce<DQ, DV, MASKED, SHARING>(base, job, maps, head, unit, rank);
   } else {
     wn_registers_grow<240>();
-    wn_forward_consume<DQ, DV, MASKED>(shared, job, head, block);
+    wn_forward_consume<DQ, DV, MASKED, SHARING>(shared, job, head, unit, rank);
   }
+  if (SHARING == 1) return;
+  __syncwarp();
+  wn_cluster_sync(); /* the other block arrives at this one's barriers */
 }
 
 template <bool MASKED> struct wn_attend_forward_launch {
   wn_device *device;
   const wn_attend_job *job;
 
+  template <int DQ, int DV, int SHARING> wn_status run_groups() const {
+    wn_attend_maps maps;
+    WN_TRY(wn_attend_describe(&maps, job, WN_TILE, WN_GROUP_KEYS / SHARING));
+    return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED, SHARING>,
+                            SHARING * wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads, WN_GROUP_THREADS,
+                            wn_forward_layout<DQ, DV>::bytes, *job, maps);
+  }
+
   template <int DQ, int DV> wn_status run() const {
-    const int64_t blocks = wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads;
-    if constexpr (DV <= 128) {
-      wn_attend_maps maps;
-      WN_TRY(wn_attend_describe(&maps, job, WN_BLOCK_ROWS, WN_GROUP_KEYS));
-      return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED>, blocks, WN_GROUP_THREADS,
-                              wn_forward_layout<DQ, DV>::bytes, *job, maps);
-    } else {
-      return wn_attend_launch(device, wn_attend_forward_kernel<DQ, DV, MASKED>, blocks, WN_MAKERS,
+    if constexpr (DV > 128) {
+      return wn_attend_launch(device, wn_attend_forward_kernel<DQ, DV, MASKED>,
+                              wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads, WN_MAKERS,
                               (WN_BLOCK_ROWS * DQ + WN_TILE * (DQ + DV)) * 2, *job);
+    } else {
+      /* Blocks that share keys wait for each other, some 3%, and gain more only where a launch is long enough, a few
+       * milliseconds, for the GPU to come to its power limit. */
+      const int64_t products = (int64_t)job->n * job->m * job->heads;
+      if constexpr (!MASKED)
+        if (products >= (int64_t)1 << 34) return run_groups<DQ, DV, 2>();
+      return run_groups<DQ, DV, 1>();
     }
   }
 };

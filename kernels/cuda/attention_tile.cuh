@@ -269,48 +269,55 @@ template <bool MASKED> __device__ __forceinline__ uint64_t wn_row_word(const wn_
   return low > high ? 0 : (~0ull << low) & (~0ull >> (WN_TILE - 1 - high));
 }
 
-/* Key tiles that a block of 128 rows has to look at. */
+/* Key tiles that some rows have to look at. */
 typedef struct wn_key_walk {
-  int32_t end;                /* one past the last tile */
+  int32_t end;                /* one past the last tile; 0: none */
   int32_t full_low, full_end; /* dense: tiles in between are visible to every row */
 } wn_key_walk;
 
-/* The first tile from `t` on that is not dark to all rows of the block; none: walk.end or more, and so for the pair
- * that it is in. */
-template <bool MASKED>
-__device__ __forceinline__ int wn_next_tile(const wn_attend_job &job, const wn_key_walk &walk, int block, int t) {
+/* The first tile from `t` on that is not dark to all of the rows ROW_TILES * rows .., ROW_TILES tiles of 64; none:
+ * walk.end or more, and so for the pair that it is in. */
+template <bool MASKED, int ROW_TILES>
+__device__ __forceinline__ int wn_next_tile(const wn_attend_job &job, const wn_key_walk &walk, int rows, int t) {
   if (!MASKED) return t;
-  const uint32_t *low = job.active + (int64_t)2 * block * job.active_pitch, *high = low + job.active_pitch;
+  const uint32_t *active = job.active + (int64_t)ROW_TILES * rows * job.active_pitch;
   for (int w = t >> 5; w < job.active_pitch; w++) {
-    uint32_t bits = low[w] | high[w];
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; i++) bits |= active[i * job.active_pitch + w];
     if (w == t >> 5) bits &= ~0u << (t & 31);
     if (bits) return w * 32 + __ffs((int)bits) - 1;
   }
   return walk.end + 1;
 }
 
-/* Fills *walk and returns the first tile. */
-template <bool MASKED>
-__device__ __forceinline__ int wn_begin_walk(const wn_attend_job &job, int block, wn_key_walk *walk) {
+/* Fills *walk for the same rows, which may lie past the end, and returns the first tile. */
+template <bool MASKED, int ROW_TILES>
+__device__ __forceinline__ int wn_begin_walk(const wn_attend_job &job, int rows, wn_key_walk *walk) {
   if (MASKED) {
     *walk = {(job.m + WN_TILE - 1) / WN_TILE, 0, 0};
-    return wn_next_tile<MASKED>(job, *walk, block, 0);
+    return wn_next_tile<MASKED, ROW_TILES>(job, *walk, rows, 0);
   }
-  wn_tile_bounds a = job.bounds[2 * block];
-  if ((2 * block + 1) * WN_TILE < job.n) {
-    const wn_tile_bounds b = job.bounds[2 * block + 1];
-    a = {min(a.lowest_first, b.lowest_first), max(a.highest_last, b.highest_last),
-         max(a.highest_first, b.highest_first), min(a.lowest_last, b.lowest_last)};
-  }
-  *walk = {a.highest_last < 0 ? 0 : a.highest_last / WN_TILE + 1, 0, (a.lowest_last + 1) / WN_TILE};
-  walk->full_low = a.highest_first / WN_TILE + (a.highest_first % WN_TILE != 0);
-  return a.highest_last < 0 ? 0 : a.lowest_first / WN_TILE;
+  wn_tile_bounds a = {INT32_MAX, -1, -1, INT32_MAX};
+#pragma unroll
+  for (int i = 0; i < ROW_TILES; i++)
+    if ((ROW_TILES * rows + i) * WN_TILE < job.n) {
+      const wn_tile_bounds b = job.bounds[ROW_TILES * rows + i];
+      a = {min(a.lowest_first, b.lowest_first), max(a.highest_last, b.highest_last),
+           max(a.highest_first, b.highest_first), min(a.lowest_last, b.lowest_last)};
+    }
+  *walk = {0, 0, 0};
+  if (a.highest_last < 0) return 0;
+  *walk = {a.highest_last / WN_TILE + 1, a.highest_first / WN_TILE + (a.highest_first % WN_TILE != 0),
+           (a.lowest_last + 1) / WN_TILE};
+  return a.lowest_first / WN_TILE;
 }
 
-/* Blocks in one dimension: a group of heads at a time, in a group all heads of one tile before the next tile. */
-__device__ __forceinline__ void wn_block_place(const wn_attend_job &job, int tiles, int *head, int *tile) {
-  const int64_t all = (int64_t)job.group * tiles, g = blockIdx.x / all;
-  const int r = (int)(blockIdx.x - g * all), first = (int)g * job.group, heads = min(job.group, job.heads - first);
+/* Where unit `at` of heads x tiles stands: a group of heads at a time, in a group all heads of one tile before the next
+ * tile. */
+__device__ __forceinline__ void wn_block_place(const wn_attend_job &job, uint32_t at, int tiles, int *head, int *tile) {
+  const int64_t all = (int64_t)job.group * tiles, g = at / all;
+  const int r = (int)(at - g * all), first = (int)g * job.group, heads = min(job.group, job.heads - first);
   *head = first + r % heads;
   *tile = r / heads;
 }

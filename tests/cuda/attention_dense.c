@@ -239,6 +239,57 @@ static void row_chunks_add_up(void **state) {
   twin_end(b);
 }
 
+/* One head's rows, which serve for all. */
+static twin for_all_heads(twin t, int64_t heads) {
+  t.cuda.dim[1] = heads;
+  t.cuda.stride[1] = 0;
+  return t;
+}
+
+/* Enough work that two blocks share keys: the same bits as from runs of rows, each of which is too little for that. The
+ * last rows of many, of which the second case has some that see few keys beside some that see all. */
+static void shared_keys(void **state) {
+  twin_bench *b = twin_begin(state);
+  enum { N = 1100, M = 131072, HEADS = 128, CUT = 500 };
+  static const shape shapes[] = {{N, HEADS, 192, 128}, {N, HEADS, 64, 64}};
+  static const int32_t documents[] = {0, M - N / 2};
+  for (int w = 0; w < 2; w++) {
+    const shape s = shapes[w];
+    const wn_attention_params params = {.scale = 1 / sqrt((double)s.dq)};
+    twin_rows rows = twin_causal_end(b, N, M, documents[w], true);
+    twin q = twin_random(b, WN_ACT, SEED_Q, 1, 0, 3, N, HEADS, s.dq),
+         d_o = twin_random(b, WN_ACT, SEED_DO, 1, 0, 3, N, HEADS, s.dv),
+         k = for_all_heads(twin_random(b, WN_ACT, SEED_K, 1, 0, 3, M, 1, s.dq), HEADS),
+         v = for_all_heads(twin_random(b, WN_ACT, SEED_V, 1, 0, 3, M, 1, s.dv), HEADS), out[2][3];
+    for (int i = 0; i < 2; i++) {
+      out[i][0] = twin_tensor(b, WN_ACT, 3, N, HEADS, s.dv);
+      for (int j = 1; j < 3; j++) out[i][j] = twin_tensor(b, WN_STAT, 2, N, HEADS, 0);
+      for (int j = 0; j < 3; j++) twin_poison(b, &out[i][j]);
+    }
+    OK(b->cuda->ops->attention_dense(b->cuda, &out[0][0].cuda, &out[0][1].cuda, &out[0][2].cuda, &d_o.cuda, &q.cuda,
+                                     &k.cuda, &v.cuda, &rows.cuda, &params));
+    for (int64_t from = 0, count = CUT; from < N; from += count, count = N - CUT) {
+      wn_rows run = rows.cuda;
+      run.n_rows = (int32_t)count;
+      run.first_key += from;
+      run.last_key += from;
+      run.position += from;
+      twin some[3], some_q = twin_slice(q, 0, from, count), some_d_o = twin_slice(d_o, 0, from, count);
+      for (int j = 0; j < 3; j++) some[j] = twin_slice(out[1][j], 0, from, count);
+      OK(b->cuda->ops->attention_dense(b->cuda, &some[0].cuda, &some[1].cuda, &some[2].cuda, &some_d_o.cuda,
+                                       &some_q.cuda, &k.cuda, &v.cuda, &run, &params));
+    }
+    for (int j = 0; j < 3; j++) {
+      wn_tensor whole = twin_download(b, &out[0][j].cuda), runs = twin_download(b, &out[1][j].cuda);
+      assert_memory_equal(whole.data, runs.data, (size_t)wn_tensor_count(&whole) * (j == 0 ? 2 : 4));
+      assert_true(wn_test_get(&whole, 0) - wn_test_get(&whole, 0) == 0);
+      free(whole.data);
+      free(runs.data);
+    }
+    twin_end(b);
+  }
+}
+
 static void run_both(wn_device *device, void *context) {
   attention *a = context;
   OK(device->ops->attention_dense(device, &a->o.cuda, &a->lse.cuda, &a->delta.cuda, &a->d_o.cuda, &a->q.cuda,
@@ -274,6 +325,7 @@ int main(void) {
       cmocka_unit_test(a_row_without_numbers),
       cmocka_unit_test(without_delta),
       cmocka_unit_test(row_chunks_add_up),
+      cmocka_unit_test(shared_keys),
       cmocka_unit_test(repeats),
   };
   return cmocka_run_group_tests(tests, twin_setup, twin_teardown);

@@ -1,6 +1,6 @@
 /* Small named helpers for the warp-level tensor-core path: shared-memory matrix loads, bf16 products, asynchronous
- * copies. PTX ISA 9.0, sections "mma.sync.aligned.m16n8k16", "ldmatrix", "movmatrix", "st", "cp.async", "cvt", "ex2".
- * All lanes of a warp call what loads, transposes or multiplies matrices; any thread calls the rest. */
+ * copies. PTX ISA 9.0, sections "mma.sync.aligned.m16n8k16", "ldmatrix", "stmatrix", "movmatrix", "st", "cp.async",
+ * "cvt", "ex2". All lanes of a warp call what loads, transposes or multiplies matrices; any thread calls the rest. */
 #ifndef WN_KERNELS_CUDA_PTX_MMA_CUH
 #define WN_KERNELS_CUDA_PTX_MMA_CUH
 
@@ -32,6 +32,13 @@ __device__ __forceinline__ void wn_ldmatrix_x2_trans(uint32_t r[2], uint32_t add
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
                : "r"(address)
+               : "memory");
+}
+
+/* wn_ldmatrix_x4 the other way. stmatrix.x4 */
+__device__ __forceinline__ void wn_stmatrix_x4(uint32_t address, const uint32_t r[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
                : "memory");
 }
 

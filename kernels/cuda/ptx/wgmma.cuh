@@ -133,7 +133,7 @@ __device__ __forceinline__ void wn_wgmma_registers(float (&d)[16][4], const uint
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-/* The same with NT 32, and with NT 8 and b along its rows. */
+/* The same with NT 32, and with b along its rows; add false: d is overwritten. */
 __device__ __forceinline__ void wn_wgmma_registers(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" WN_NAMES_32 "}, "
                "{%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
@@ -145,6 +145,14 @@ __device__ __forceinline__ void wn_wgmma_registers_along(float (&d)[8][4], const
                "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
                : WN_SUMS_8(d, 0)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void wn_wgmma_registers_along(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                                         bool add) {
+  asm volatile("{.reg .pred keep; setp.ne.b32 keep, %69, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WN_NAMES_16 "}, "
+               "{%64, %65, %66, %67}, %68, keep, 1, 1, 0;}"
+               : WN_SUMS_16(d, 0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int32_t)add));
 }
 
 #endif
