@@ -29,11 +29,12 @@ __device__ __forceinline__ void wn_mask_logits(float (&s)[NT][4], const uint64_t
     }
 }
 
-/* A row's top follows the largest product, but only once that stands above it by more than the slack. A weight of
- * 2^slack at most is as exact as one of 1, since BF16 and FP32 have exponents to spare (an idea of FlashAttention 4),
- * but not of 1 itself: slack is small enough that the weight is an eighth of the row's sum at most, and so rows that
- * see one key almost alone have that key's values as they are, and no gradient. What becomes of a row depends on no
- * other. True: a top of the warp has moved, and what was summed has to be multiplied by `decay`. */
+/* A row's top follows the largest product, but only once that stands above it by more than the slack. BF16 and FP32
+ * have exponents to spare for weights above 1 (an idea of FlashAttention 4), but a weight of 1 is exact and one above
+ * it is rounded. So a weight above 1 stays below 2^8 and below an eighth of the row's sum, as it was when the top moved
+ * last; where that sum is below 8 nothing may rise above the top. Rows that see one key almost alone have that key's
+ * values as they are, then, and no gradient. What becomes of a row depends on no other. True: a top of the warp has
+ * moved, and what was summed has to be multiplied by `decay`. */
 template <int NT>
 __device__ __forceinline__ bool wn_follow_top(const float (&s)[NT][4], wn_softmax_rows &rows, float (&decay)[2],
                                               float scale_log2) {
@@ -96,13 +97,13 @@ template <int NO> __device__ __forceinline__ void wn_rescale(float (&o)[NO][4], 
     for (int e = 0; e < 4; e++) o[j][e] *= decay[e >> 1];
 }
 
-/* A warp's outputs, rounded, to rows row0 .. of y, through rows tile_row .. of a tile that this warp alone uses: stores
- * are of whole lines. A y that does not allow 16-byte accesses is written as the lanes have it. */
+/* A warp's outputs, rounded, to rows row0 .. of y, through rows tile_row .. of a tile, which this warp alone uses:
+ * stores are of whole lines. A y that does not allow 16-byte accesses is written as the lanes have it. */
 template <int NO>
 __device__ __forceinline__ void wn_put_lines(const wn_view<wn_bf16> &y, int row0, int rows, int head,
                                              const float (&o)[NO][4], char *tile, int tile_row) {
   const int lane = threadIdx.x & 31;
-  if ((((uintptr_t)y.data | (uintptr_t)(y.row * 2) | (uintptr_t)(y.head * 2) | (uintptr_t)(y.width * 2)) & 15) != 0) {
+  if (!wn_view_vectors(y)) {
     wn_put_rows<false>(y, row0, rows, 0, head, o, 1);
     return;
   }
@@ -122,9 +123,9 @@ __device__ __forceinline__ void wn_put_lines(const wn_view<wn_bf16> &y, int row0
   }
 }
 
-/* o, lse and delta of a warp's 16 rows; q, q_row: the block's rows of Q and the warp's among them,
- * whose place its outputs take. gradient(r,
- * col): d_o of row lane / 4 + 8 r, columns col and col + 1, 0 past the end and the width. */
+/* o, lse and delta of a warp's 16 rows. q, q_row: the block's rows of Q, and which of them are the warp's; its outputs
+ * take their place. gradient(r, col): d_o of row lane / 4 + 8 r, columns col and col + 1, 0 past the end and the width.
+ */
 template <int NO, typename Gradient>
 __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int head, int row0, float (&o)[NO][4],
                                                const wn_softmax_rows &rows, char *q, int q_row, Gradient gradient) {
@@ -420,8 +421,10 @@ __device__ __forceinline__ void wn_forward_consume(char *shared, const wn_attend
   for (; 2 * pair < walk.end; i++) { /* keys that only other rows see */
     const uint32_t stage = 8 * (i & 1), parity = i >> 1 & 1;
     wn_mbarrier_wait(barriers + WN_K_FULL + stage, parity);
+    __syncwarp();
     wn_keys_done<SHARING>(barriers + WN_K_EMPTY + stage);
     wn_mbarrier_wait(barriers + WN_V_FULL + stage, parity);
+    __syncwarp();
     wn_keys_done<SHARING>(barriers + WN_V_EMPTY + stage);
     pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
   }
@@ -489,7 +492,7 @@ template <bool MASKED> struct wn_attend_forward_launch {
                               (WN_BLOCK_ROWS * DQ + WN_TILE * (DQ + DV)) * 2, *job);
     } else {
       /* Blocks that share keys wait for each other, some 3%, and gain more only where a launch is long enough, a few
-       * milliseconds, for the GPU to come to its power limit. */
+       * milliseconds, for the GPU to come to its power limit (tests/cuda/attention_dense.c knows the number). */
       const int64_t products = (int64_t)job->n * job->m * job->heads;
       if constexpr (!MASKED)
         if (products >= (int64_t)1 << 34) return run_groups<DQ, DV, 2>();

@@ -110,12 +110,12 @@ template <typename T> static inline wn_view<T> wn_view_of(const wn_tensor *t) {
 }
 
 /* Every row of a head begins at a multiple of so many bytes. */
-template <typename T> static inline bool wn_view_aligned(const wn_view<T> &v, int64_t bytes) {
+template <typename T> __host__ __device__ static inline bool wn_view_aligned(const wn_view<T> &v, int64_t bytes) {
   const int64_t k = bytes / (int64_t)sizeof(T);
   return (uintptr_t)v.data % (size_t)bytes == 0 && v.row % k == 0 && v.head % k == 0;
 }
 /* True when 16-byte accesses are fine: the width is whole such pieces as well. */
-template <typename T> static inline bool wn_view_vectors(const wn_view<T> &v) {
+template <typename T> __host__ __device__ static inline bool wn_view_vectors(const wn_view<T> &v) {
   return wn_view_aligned(v, 16) && v.width % (16 / (int64_t)sizeof(T)) == 0;
 }
 
