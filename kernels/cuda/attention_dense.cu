@@ -21,7 +21,7 @@
  * 6 ships: up to 98% and 65% of the 780 TFLOP/s of a large product. With 128 heads, T = 8192, 16384, 32768: forward
  * 3.81 ms 722, 15.9 ms 691, 61.2 ms 719 (FlashAttention 4 in the same run 745, 699, 706), backward 14.8 ms 483, 57.5 ms
  * 497, 237 ms 482 (389, 415, 431 deterministic). The forward's figures are of a form with one wait more. Version 1's
- * forward kernel still serves 256/256. docs/performance.md has * each step. */
+ * forward kernel still serves 256/256. docs/performance.md has each step. */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
 

@@ -443,7 +443,8 @@ __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREA
                                    const __grid_constant__ wn_attend_maps maps) {
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = wn_shared_address(shared), barriers = base + wn_forward_layout<DQ, DV>::barriers;
-  const int units = (job.n + SHARING * WN_BLOCK_ROWS - 1) / (SHARING * WN_BLOCK_ROWS), rank = (int)blockIdx.x % SHARING;
+  const int units = (job.n + SHARING * WN_BLOCK_ROWS - 1) / (SHARING * WN_BLOCK_ROWS);
+  const int rank = (int)blockIdx.x % SHARING; /* wn_cluster_rank, but known to be the same in all threads */
   int head, unit;
   wn_block_place(job, blockIdx.x / SHARING, units, &head, &unit);
   unit = units - 1 - unit; /* the last rows see most keys: they go first */

@@ -212,6 +212,15 @@ static void without_delta(void **state) {
   twin_end(b);
 }
 
+/* Rows from .. from + count - 1 of `rows`. */
+static wn_rows run_of(wn_rows rows, int64_t from, int64_t count) {
+  rows.n_rows = (int32_t)count;
+  rows.first_key += from;
+  rows.last_key += from;
+  rows.position += from;
+  return rows;
+}
+
 /* Two runs of rows add into the same dk and dv. */
 static void row_chunks_add_up(void **state) {
   twin_bench *b = twin_begin(state);
@@ -220,11 +229,7 @@ static void row_chunks_add_up(void **state) {
   forward(b, &a);
   for (int part = 0; part < 2; part++) {
     int64_t from = part ? CUT : 0, count = part ? N - CUT : CUT;
-    wn_rows rows = a.rows.cuda;
-    rows.n_rows = (int32_t)count;
-    rows.first_key += from;
-    rows.last_key += from;
-    rows.position += from;
+    const wn_rows rows = run_of(a.rows.cuda, from, count);
     twin dq = twin_slice(a.dq, 0, from, count), d_o = twin_slice(a.d_o, 0, from, count),
          q = twin_slice(a.q, 0, from, count), lse = twin_slice(a.lse, 0, from, count),
          delta = twin_slice(a.delta, 0, from, count);
@@ -287,11 +292,7 @@ static void shared_keys(void **state) {
     OK(b->cuda->ops->attention_dense(b->cuda, &out[2][0].cuda, &out[2][1].cuda, NULL, NULL, &q.cuda, &k, &v, &rows.cuda,
                                      &params));
     for (int64_t from = 0, count = CUT; from < N; from += count, count = N - CUT) {
-      wn_rows run = rows.cuda;
-      run.n_rows = (int32_t)count;
-      run.first_key += from;
-      run.last_key += from;
-      run.position += from;
+      const wn_rows run = run_of(rows.cuda, from, count);
       twin some[3], some_q = twin_slice(q, 0, from, count), some_d_o = twin_slice(d_o, 0, from, count);
       for (int j = 0; j < 3; j++) some[j] = twin_slice(out[1][j], 0, from, count);
       OK(b->cuda->ops->attention_dense(b->cuda, &some[0].cuda, &some[1].cuda, &some[2].cuda, &some_d_o.cuda,

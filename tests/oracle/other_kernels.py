@@ -64,14 +64,6 @@ def attention(length, heads, backward):
         row("FlashAttention 4 " + name, length, heads, ms, 2 * pairs * heads * (3 * NOPE_ROPE + 2 * VALUE))
 
 
-def forward(length, heads):
-    attention(length, heads, False)
-
-
-def backward(length, heads):
-    attention(length, heads, True)
-
-
 def dense_kl(length, heads):
     from cudnn.deepseek_sparse_attention import DSA
 
@@ -103,7 +95,11 @@ def dense_kl(length, heads):
     row("cuDNN front end dense KL: whole", length, heads, total, sum(flop for _, _, flop in parts))
 
 
-OPERATIONS = {"forward": forward, "backward": backward, "dense_kl": dense_kl}
+OPERATIONS = {
+    "forward": lambda length, heads: attention(length, heads, False),
+    "backward": lambda length, heads: attention(length, heads, True),
+    "dense_kl": dense_kl,
+}
 
 
 def main():
@@ -117,13 +113,13 @@ def main():
     REPEATS = args.repeats
     print("operation,T,heads,ms,TFLOP/s")
     product()
-    for operation in (OPERATIONS[name] for name in args.operations.split(",")):
+    for name in args.operations.split(","):
         for length in (int(x) for x in args.lengths.split(",")):
             try:
-                operation(length, args.heads)
+                OPERATIONS[name](length, args.heads)
             except Exception as error:  # a package that is absent, or a shape that a package refuses, leaves its rows out
                 traceback.print_exc(limit=-3)
-                print(f"left out: {operation.__name__} at {length}: {type(error).__name__}: {str(error)[:200]}")
+                print(f"left out: {name} at {length}: {type(error).__name__}: {str(error)[:200]}")
             torch.cuda.empty_cache()
     product()
 
