@@ -120,7 +120,7 @@ typedef struct running {
   float sum[2], sum_bf16[2];
 } running;
 
-/* A warp's lane, once all have come here. */
+/* A warp's lane, once all have come here: for what products of the warp have read. */
 __device__ __forceinline__ static void arrive_once(uint32_t barrier) {
   __syncwarp();
   if ((threadIdx.x & 31) == 0) wn_mbarrier_arrive(barrier);
@@ -260,7 +260,7 @@ __device__ static void first_tiles(const wn_sparse_forward &a, const layout &l, 
     exponentials(r, p, s, before, a.scale_log2, count - 2 * pair * WN_SPARSE_KEYS);
     wn_mbarrier_wait(barrier_of(l, P_FREE, 0), parity ^ 1);
     give(r, p, p_of(l, 0), l.top, warp);
-    arrive_once(barrier_of(l, P_FULL, 0));
+    wn_mbarrier_arrive(barrier_of(l, P_FULL, 0));
     rescale(o, before, r.top);
     add_values(o, p, keys_of(l, 0));
     wn_wgmma_wait<0>();
@@ -274,7 +274,7 @@ __device__ static void first_tiles(const wn_sparse_forward &a, const layout &l, 
     wn_wgmma_wait<0>();
     wn_wgmma_settle(o);
     arrive_once(barrier_of(l, KV_FREE, 1));
-    arrive_once(barrier_of(l, P_FREE, 1));
+    wn_mbarrier_arrive(barrier_of(l, P_FREE, 1));
   }
 }
 
@@ -298,11 +298,11 @@ __device__ static void second_tiles(const wn_sparse_forward &a, const layout &l,
     exponentials(r, p, s, before, a.scale_log2, count - (2 * pair + 1) * WN_SPARSE_KEYS);
     wn_mbarrier_wait(barrier_of(l, P_FREE, 1), parity ^ 1);
     give(r, p, p_of(l, 1), l.top + WN_WIDE_HEADS, warp);
-    arrive_once(barrier_of(l, P_FULL, 1));
+    wn_mbarrier_arrive(barrier_of(l, P_FULL, 1));
     wn_wgmma_wait<0>();
     wn_wgmma_settle(o);
     arrive_once(barrier_of(l, KV_FREE, 0));
-    arrive_once(barrier_of(l, P_FREE, 0));
+    wn_mbarrier_arrive(barrier_of(l, P_FREE, 0));
     rescale(o, before, r.top);
     add_values(o, p, keys_of(l, 1) + half);
     wn_wgmma_wait<0>();
@@ -388,8 +388,8 @@ __global__ __launch_bounds__(THREADS, 1) static void forward_kernel(const wn_spa
     for (int i = 0; i < 2; i++) {
       wn_mbarrier_init(barrier_of(l, KV_FULL, i), 128);
       wn_mbarrier_init(barrier_of(l, KV_FREE, i), CONSUMER_WARPS);
-      wn_mbarrier_init(barrier_of(l, P_FULL, i), GROUP_WARPS);
-      wn_mbarrier_init(barrier_of(l, P_FREE, i), GROUP_WARPS);
+      wn_mbarrier_init(barrier_of(l, P_FULL, i), GROUP_WARPS * 32); /* each lane, for what it wrote or read */
+      wn_mbarrier_init(barrier_of(l, P_FREE, i), GROUP_WARPS * 32);
     }
     wn_mbarrier_init_fence();
   }

@@ -80,14 +80,17 @@ __device__ __forceinline__ void inner_scores_of(float score[4], const span &s, i
   score[3] = x.w;
 }
 
-/* The scores of group g, -inf where there is none. */
+/* The scores of group g, -inf where there is none; those that do not exist are not read. */
 __device__ __forceinline__ void scores_of(float score[4], const span &s, int32_t g) {
-  score[0] = score[1] = score[2] = score[3] = -INFINITY;
-  if (g < s.groups) inner_scores_of(score, s, g);
-  if (g != 0 && g != s.groups - 1) return;
+  if (g > 0 && g < s.groups - 1) {
+    inner_scores_of(score, s, g);
+    return;
+  }
 #pragma unroll
-  for (int e = 0; e < 4; e++)
-    if (4 * g + e < s.begin || 4 * g + e >= s.end) score[e] = -INFINITY;
+  for (int e = 0; e < 4; e++) {
+    const int32_t i = 4 * g + e;
+    score[e] = i >= s.begin && i < s.end ? __ldcs((const float *)s.at + i) : -INFINITY;
+  }
 }
 
 /* The largest digit that at least `wanted` counts reach (1 <= wanted <= all); how many lie above it and in it. */
