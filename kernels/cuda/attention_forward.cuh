@@ -336,6 +336,17 @@ __device__ __forceinline__ void wn_forward_produce(uint32_t shared, const wn_att
                                at + WN_K_FULL);
 }
 
+/* Takes the keys and values of tile i, which only other rows see, and gives them back. */
+template <int SHARING> __device__ __forceinline__ void wn_forward_pass_over(uint32_t barriers, uint32_t i) {
+  const uint32_t stage = 8 * (i & 1), parity = i >> 1 & 1;
+  wn_mbarrier_wait(barriers + WN_K_FULL + stage, parity);
+  __syncwarp();
+  wn_keys_done<SHARING>(barriers + WN_K_EMPTY + stage);
+  wn_mbarrier_wait(barriers + WN_V_FULL + stage, parity);
+  __syncwarp();
+  wn_keys_done<SHARING>(barriers + WN_V_EMPTY + stage);
+}
+
 /* A warpgroup's 64 rows. Q goes to registers, since its reads from shared memory would be a quarter of all that
  * products read there. The next logits and these weights' products run together, and the softmax is made mostly while
  * the other warpgroup's do, so its length counts: tiles that are seen whole have a loop of their own without the mask's
@@ -356,31 +367,32 @@ __device__ __forceinline__ void wn_forward_consume(char *shared, const wn_attend
   wn_clear(o);
   wn_key_walk walk; /* of the unit; all warps go along */
   int pair = wn_begin_walk<MASKED, 2 * SHARING>(job, unit, &walk) / 2;
-  wn_key_walk own = walk;
-  if (!MASKED) wn_begin_walk<MASKED, 1>(job, row_tile, &own);
-  uint32_t i = 0; /* tiles whose logits are made */
+  wn_key_walk own = walk; /* of these rows */
+  const int first = MASKED ? pair : wn_begin_walk<MASKED, 1>(job, row_tile, &own) / 2;
+  uint32_t i = 0; /* tiles whose logits are made, or that are passed over */
   if (2 * pair < walk.end) wn_mbarrier_wait(barriers + WN_Q_FULL, 0);
   if (2 * pair < own.end) {
+    for (; pair < first; pair++) wn_forward_pass_over<SHARING>(barriers, i++);
     float s[KEYS / 8][4];
     uint32_t p[KEYS / 16][4], q[DQ / 16][4];
     uint64_t words[2][2];
 #pragma unroll
     for (int ks = 0; ks < DQ / 16; ks++)
       wn_ldmatrix_x4(q[ks], wn_tile_at<WN_BLOCK_ROWS>(base, warp_row + (lane & 15), 2 * ks + (lane >> 4)));
-    wn_mbarrier_wait(barriers + WN_K_FULL, 0);
+    wn_mbarrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
     wn_wgmma_fence();
-    wn_group_logits<DQ>(s, q, base + layout::keys);
+    wn_group_logits<DQ>(s, q, base + layout::keys + (i & 1) * layout::k_bytes);
     wn_wgmma_commit();
     const bool full = wn_pair_is_full<MASKED>(own, pair);
     if (!full) wn_pair_words<MASKED>(words, job, own, mine, pair);
     wn_wgmma_wait<0>();
     wn_wgmma_settle(s);
-    wn_keys_done<SHARING>(barriers + WN_K_EMPTY);
+    wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * (i & 1));
     if (!full) wn_mask_logits(s, words);
     wn_follow_top(s, rows, decay, scale_log2);
     wn_make_weights(p, s, rows, scale_log2);
     pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
-    i = 1;
+    i++;
     /* one tile; FULL: seen whole */
     auto tile = [&]<bool FULL>() {
       const uint32_t next = i & 1, here = next ^ 1;
@@ -418,16 +430,8 @@ __device__ __forceinline__ void wn_forward_consume(char *shared, const wn_attend
     wn_wgmma_settle(o);
     wn_keys_done<SHARING>(barriers + WN_V_EMPTY + 8 * ((i - 1) & 1));
   }
-  for (; 2 * pair < walk.end; i++) { /* keys that only other rows see */
-    const uint32_t stage = 8 * (i & 1), parity = i >> 1 & 1;
-    wn_mbarrier_wait(barriers + WN_K_FULL + stage, parity);
-    __syncwarp();
-    wn_keys_done<SHARING>(barriers + WN_K_EMPTY + stage);
-    wn_mbarrier_wait(barriers + WN_V_FULL + stage, parity);
-    __syncwarp();
-    wn_keys_done<SHARING>(barriers + WN_V_EMPTY + stage);
-    pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
-  }
+  for (; 2 * pair < walk.end; pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2)
+    wn_forward_pass_over<SHARING>(barriers, i++);
   const char *d_o = shared + layout::keys + (i & 1) * layout::k_bytes;
   if (job.delta.data) wn_mbarrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
   wn_finish_rows(job, head, row0, o, rows, shared, warp_row, [&](int r, int col) {
