@@ -97,38 +97,43 @@ template <int NO> __device__ __forceinline__ void wn_rescale(float (&o)[NO][4], 
     for (int e = 0; e < 4; e++) o[j][e] *= decay[e >> 1];
 }
 
-/* A warp's outputs, rounded, to rows row0 .. of y, through rows tile_row .. of a tile, which this warp alone uses:
- * stores are of whole lines. A y that does not allow 16-byte accesses is written as the lanes have it. */
+/* A warp's outputs, rounded, to rows row0 .. of y, 64 columns at a time through WN_WARP_LINES bytes of its own: stores
+ * are of whole lines. A y that does not allow 16-byte accesses is written as the lanes have it. */
+enum { WN_WARP_LINES = 16 * 128 };
 template <int NO>
 __device__ __forceinline__ void wn_put_lines(const wn_view<wn_bf16> &y, int row0, int rows, int head,
-                                             const float (&o)[NO][4], char *tile, int tile_row) {
+                                             const float (&o)[NO][4], char *lines) {
   const int lane = threadIdx.x & 31;
   if (!wn_view_vectors(y)) {
     wn_put_rows<false>(y, row0, rows, 0, head, o, 1);
     return;
   }
 #pragma unroll
-  for (int j = 0; j < NO; j += 2) {
-    const uint32_t four[4] = {wn_pack_bf16(o[j][0], o[j][1]), wn_pack_bf16(o[j][2], o[j][3]),
-                              wn_pack_bf16(o[j + 1][0], o[j + 1][1]), wn_pack_bf16(o[j + 1][2], o[j + 1][3])};
-    wn_stmatrix_x4(wn_tile_at<WN_BLOCK_ROWS>(wn_shared_address(tile), tile_row + (lane & 15), j + (lane >> 4)), four);
-  }
-  __syncwarp();
+  for (int c = 0; c < NO; c += 8) {
 #pragma unroll
-  for (int i = lane; i < 16 * NO; i += 32) {
-    const int row = i / NO, chunk = i % NO;
-    const uint4 eight = *(const uint4 *)(tile + wn_tile_at<WN_BLOCK_ROWS>(0, tile_row + row, chunk));
-    if (row0 + row < rows && 8 * chunk < y.width)
-      *(uint4 *)(y.data + (row0 + row) * y.row + head * y.head + 8 * chunk) = eight;
+    for (int j = 0; j < 8; j += 2) {
+      const float(&x)[4] = o[c + j], (&z)[4] = o[c + j + 1];
+      const uint32_t four[4] = {wn_pack_bf16(x[0], x[1]), wn_pack_bf16(x[2], x[3]), wn_pack_bf16(z[0], z[1]),
+                                wn_pack_bf16(z[2], z[3])};
+      wn_stmatrix_x4(wn_tile_at<16>(wn_shared_address(lines), lane & 15, j + (lane >> 4)), four);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = 4 * i + lane / 8, chunk = lane & 7;
+      const uint4 eight = *(const uint4 *)(lines + wn_tile_at<16>(0, row, chunk));
+      if (row0 + row < rows && 8 * (c + chunk) < y.width)
+        *(uint4 *)(y.data + (row0 + row) * y.row + head * y.head + 8 * (c + chunk)) = eight;
+    }
+    __syncwarp();
   }
 }
 
-/* o, lse and delta of a warp's 16 rows. q, q_row: the block's rows of Q, and which of them are the warp's; its outputs
- * take their place. gradient(r, col): d_o of row lane / 4 + 8 r, columns col and col + 1, 0 past the end and the width.
- */
+/* o, lse and delta of a warp's 16 rows; lines: for wn_put_lines. gradient(r, col): d_o of row lane / 4 + 8 r, columns
+ * col and col + 1, 0 past the end and the width. */
 template <int NO, typename Gradient>
 __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int head, int row0, float (&o)[NO][4],
-                                               const wn_softmax_rows &rows, char *q, int q_row, Gradient gradient) {
+                                               const wn_softmax_rows &rows, char *lines, Gradient gradient) {
   const int lane = threadIdx.x & 31, col = (lane & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -154,7 +159,7 @@ __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int hea
   if (job.unrounded.data)
     wn_put_unrounded(job.unrounded, row0, job.n, head, o);
   else
-    wn_put_lines(job.o, row0, job.n, head, o, q, q_row);
+    wn_put_lines(job.o, row0, job.n, head, o, lines);
 }
 
 /* ---- any width: warp-level products ---- */
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(WN_MAKERS, 1) wn_attend_forward_kernel(const _
     wn_make_weights(p, s, rows, job.scale * WN_LOG2E);
     wn_product_registers<DV / 8, 4, WN_TILE>(o, p, v, 0);
   }
-  wn_finish_rows(job, head, row0, o, rows, shared, warp_row, [&](int r, int col) {
+  wn_finish_rows(job, head, row0, o, rows, shared + warp_row * 128, [&](int r, int col) {
     return mine + 8 * r < job.n ? wn_get_pair(job.d_o, mine + 8 * r, head, col) : float2{0, 0};
   });
 }
@@ -246,15 +251,16 @@ __device__ __forceinline__ void wn_pair_words(uint64_t (&words)[2][2], const wn_
   }
 }
 
-/* Shared memory of the kernel below: Q, two stages of keys, two of values, barriers. */
+/* Shared memory of the kernel below: Q, two stages of keys, two of values, the warps' lines on their way out, barriers,
+ * the number of the unit whose Q has come (below 0: none is left). */
 template <int DQ, int DV> struct wn_forward_layout {
   static constexpr int k_bytes = WN_GROUP_KEYS * DQ * 2, v_bytes = WN_GROUP_KEYS * DV * 2;
-  static constexpr int keys = WN_BLOCK_ROWS * DQ * 2, values = keys + 2 * k_bytes, barriers = values + 2 * v_bytes;
-  static constexpr int bytes = barriers + 9 * 8;
+  static constexpr int keys = WN_BLOCK_ROWS * DQ * 2, values = keys + 2 * k_bytes, lines = values + 2 * v_bytes;
+  static constexpr int barriers = lines + WN_MAKERS / 32 * WN_WARP_LINES, unit = barriers + 10 * 8, bytes = unit + 8;
 };
 
-/* Barriers: for each stage of keys and of values, come and done with; and of Q, come. */
-enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FULL = 64 };
+/* Barriers: for each stage of keys and of values, come and done with; the same of Q and the unit's number. */
+enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FULL = 64, WN_Q_EMPTY = 72 };
 
 /* What the kernel's blocks share: SHARING is 1, or 2 where two blocks of a cluster have rows of one head that follow
  * each other, and each fetches half of a tile's keys and values for both: half the traffic with the L2 cache, which is
@@ -264,6 +270,13 @@ enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FUL
  * rows see, are as much work for both. */
 template <int SHARING> __device__ __forceinline__ int wn_row_tile(int unit, int rank, int group) {
   return SHARING == 1 ? 2 * unit + group : 4 * unit + (rank == 0 ? 3 * group : 1 + group);
+}
+
+/* Where unit `at` stands; the last rows see most keys: they go first. */
+__device__ __forceinline__ void wn_forward_place(const wn_attend_job &job, uint32_t at, int units, int *head,
+                                                 int *unit) {
+  wn_block_place(job, at, units, head, unit);
+  *unit = units - 1 - *unit;
 }
 
 /* A block's rows of Q or d_o [128, COLS]. */
@@ -303,58 +316,80 @@ template <int SHARING> __device__ __forceinline__ void wn_keys_done(uint32_t bar
   }
 }
 
-/* The thread that starts all copies; the last is d_o, for delta, in the place of the next keys. */
+/* The thread that starts all copies. Of a unit the last is d_o, for delta, in the place of the next keys. Blocks that
+ * share make one unit; others take the next one when all copies are under way, not before, lest a block with much to do
+ * holds one that another could begin. */
 template <int DQ, int DV, bool MASKED, int SHARING>
-__device__ __forceinline__ void wn_forward_produce(uint32_t shared, const wn_attend_job &job,
-                                                   const wn_attend_maps &maps, int head, int unit, int rank) {
+__device__ __forceinline__ void wn_forward_produce(char *memory, const wn_attend_job &job, const wn_attend_maps &maps,
+                                                   int units, int rank) {
   typedef wn_forward_layout<DQ, DV> layout;
-  const uint32_t barriers = shared + layout::barriers;
-  wn_key_walk walk;
-  int pair = wn_begin_walk<MASKED, 2 * SHARING>(job, unit, &walk) / 2;
-  uint32_t i = 0;
-  if (2 * pair < walk.end) {
-    wn_mbarrier_expect(barriers + WN_Q_FULL, WN_BLOCK_ROWS * DQ * 2);
-    wn_forward_rows<DQ, SHARING>(shared, &maps.q, head, unit, rank, barriers + WN_Q_FULL);
+  const uint32_t shared = wn_shared_address(memory), barriers = shared + layout::barriers;
+  uint32_t keys = 0, values = 0; /* tiles fetched */
+  int64_t at = blockIdx.x / SHARING;
+  for (uint32_t turn = 0;; turn++) {
+    int head, unit;
+    wn_mbarrier_wait(barriers + WN_Q_EMPTY, (turn & 1) ^ 1); /* passes at once the first time, as those below */
+    const bool left = at < (int64_t)units * job.heads;
+    *(int32_t *)(memory + layout::unit) = left ? (int32_t)at : -1;
+    if (!left) {
+      wn_mbarrier_arrive(barriers + WN_Q_FULL);
+      return;
+    }
+    wn_forward_place(job, (uint32_t)at, units, &head, &unit);
+    wn_key_walk walk;
+    int pair = wn_begin_walk<MASKED, 2 * SHARING>(job, unit, &walk) / 2;
+    if (2 * pair < walk.end) {
+      wn_mbarrier_expect(barriers + WN_Q_FULL, WN_BLOCK_ROWS * DQ * 2);
+      wn_forward_rows<DQ, SHARING>(shared, &maps.q, head, unit, rank, barriers + WN_Q_FULL);
+    } else {
+      wn_mbarrier_arrive(barriers + WN_Q_FULL);
+    }
+    for (; 2 * pair < walk.end; keys++, values++) {
+      const uint32_t k = keys & 1, v = values & 1;
+      wn_mbarrier_wait(barriers + WN_K_EMPTY + 8 * k, (keys >> 1 & 1) ^ 1);
+      wn_mbarrier_expect(barriers + WN_K_FULL + 8 * k, layout::k_bytes);
+      wn_forward_keys<DQ, SHARING>(shared + layout::keys + k * layout::k_bytes, &maps.k, head, pair * WN_GROUP_KEYS,
+                                   rank, barriers + WN_K_FULL + 8 * k);
+      wn_mbarrier_wait(barriers + WN_V_EMPTY + 8 * v, (values >> 1 & 1) ^ 1);
+      wn_mbarrier_expect(barriers + WN_V_FULL + 8 * v, layout::v_bytes);
+      wn_forward_keys<DV, SHARING>(shared + layout::values + v * layout::v_bytes, &maps.v, head, pair * WN_GROUP_KEYS,
+                                   rank, barriers + WN_V_FULL + 8 * v);
+      pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
+    }
+    if (job.delta.data) {
+      const uint32_t k = keys & 1;
+      wn_mbarrier_wait(barriers + WN_K_EMPTY + 8 * k, (keys >> 1 & 1) ^ 1);
+      wn_mbarrier_expect(barriers + WN_K_FULL + 8 * k, WN_BLOCK_ROWS * DV * 2);
+      wn_forward_rows<DV, SHARING>(shared + layout::keys + k * layout::k_bytes, &maps.d_o, head, unit, rank,
+                                   barriers + WN_K_FULL + 8 * k);
+      keys++;
+    }
+    if (SHARING > 1) return;
+    at = (int64_t)gridDim.x + atomicAdd(job.taken, 1);
   }
-  for (; 2 * pair < walk.end; i++) {
-    const uint32_t stage = i & 1, at = barriers + 8 * stage, before = (i >> 1) - 1;
-    if (i > 1) wn_mbarrier_wait(at + WN_K_EMPTY, before & 1);
-    wn_mbarrier_expect(at + WN_K_FULL, layout::k_bytes);
-    wn_forward_keys<DQ, SHARING>(shared + layout::keys + stage * layout::k_bytes, &maps.k, head, pair * WN_GROUP_KEYS,
-                                 rank, at + WN_K_FULL);
-    if (i > 1) wn_mbarrier_wait(at + WN_V_EMPTY, before & 1);
-    wn_mbarrier_expect(at + WN_V_FULL, layout::v_bytes);
-    wn_forward_keys<DV, SHARING>(shared + layout::values + stage * layout::v_bytes, &maps.v, head, pair * WN_GROUP_KEYS,
-                                 rank, at + WN_V_FULL);
-    pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
-  }
-  if (!job.delta.data) return;
-  const uint32_t stage = i & 1, at = barriers + 8 * stage;
-  if (i > 1) wn_mbarrier_wait(at + WN_K_EMPTY, ((i >> 1) - 1) & 1);
-  wn_mbarrier_expect(at + WN_K_FULL, WN_BLOCK_ROWS * DV * 2);
-  wn_forward_rows<DV, SHARING>(shared + layout::keys + stage * layout::k_bytes, &maps.d_o, head, unit, rank,
-                               at + WN_K_FULL);
 }
 
-/* Takes the keys and values of tile i, which only other rows see, and gives them back. */
-template <int SHARING> __device__ __forceinline__ void wn_forward_pass_over(uint32_t barriers, uint32_t i) {
-  const uint32_t stage = 8 * (i & 1), parity = i >> 1 & 1;
-  wn_mbarrier_wait(barriers + WN_K_FULL + stage, parity);
+/* Takes the next keys and values, which only other rows see, and gives them back. */
+template <int SHARING>
+__device__ __forceinline__ void wn_forward_pass_over(uint32_t barriers, uint32_t &keys, uint32_t &values) {
+  const uint32_t k = 8 * (keys & 1), v = 8 * (values & 1);
+  wn_mbarrier_wait(barriers + WN_K_FULL + k, keys++ >> 1 & 1);
   __syncwarp();
-  wn_keys_done<SHARING>(barriers + WN_K_EMPTY + stage);
-  wn_mbarrier_wait(barriers + WN_V_FULL + stage, parity);
+  wn_keys_done<SHARING>(barriers + WN_K_EMPTY + k);
+  wn_mbarrier_wait(barriers + WN_V_FULL + v, values++ >> 1 & 1);
   __syncwarp();
-  wn_keys_done<SHARING>(barriers + WN_V_EMPTY + stage);
+  wn_keys_done<SHARING>(barriers + WN_V_EMPTY + v);
 }
 
-/* A warpgroup's 64 rows. Q goes to registers, since its reads from shared memory would be a quarter of all that
- * products read there. The next logits and these weights' products run together, and the softmax is made mostly while
- * the other warpgroup's do, so its length counts: tiles that are seen whole have a loop of their own without the mask's
- * code, weights are packed as they come, and the branch on whether tops move keeps the assembler from making the maxima
- * after the wait for P V. No wait stands in that branch: those of a warpgroup's four warps go in step. */
+/* A warpgroup's 64 rows of a unit whose Q has come; keys, values: tiles done with so far. Q goes to registers, since
+ * its reads from shared memory would be a quarter of all that products read there. The next logits and these weights'
+ * products run together, and the softmax is made mostly while the other warpgroup's do, so its length counts: tiles
+ * that are seen whole have a loop of their own without the mask's code, weights are packed as they come, and the branch
+ * on whether tops move keeps the assembler from making the maxima after the wait for P V. No wait stands in that
+ * branch: those of a warpgroup's four warps go in step. */
 template <int DQ, int DV, bool MASKED, int SHARING>
-__device__ __forceinline__ void wn_forward_consume(char *shared, const wn_attend_job &job, int head, int unit,
-                                                   int rank) {
+__device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_job &job, int head, int unit, int rank,
+                                                uint32_t &keys, uint32_t &values) {
   typedef wn_forward_layout<DQ, DV> layout;
   constexpr int KEYS = WN_GROUP_KEYS;
   const uint32_t base = wn_shared_address(shared), barriers = base + layout::barriers;
@@ -369,89 +404,99 @@ __device__ __forceinline__ void wn_forward_consume(char *shared, const wn_attend
   int pair = wn_begin_walk<MASKED, 2 * SHARING>(job, unit, &walk) / 2;
   wn_key_walk own = walk; /* of these rows */
   const int first = MASKED ? pair : wn_begin_walk<MASKED, 1>(job, row_tile, &own) / 2;
-  uint32_t i = 0; /* tiles whose logits are made, or that are passed over */
-  if (2 * pair < walk.end) wn_mbarrier_wait(barriers + WN_Q_FULL, 0);
-  if (2 * pair < own.end) {
-    for (; pair < first; pair++) wn_forward_pass_over<SHARING>(barriers, i++);
-    float s[KEYS / 8][4];
-    uint32_t p[KEYS / 16][4], q[DQ / 16][4];
-    uint64_t words[2][2];
+  float s[KEYS / 8][4];
+  uint32_t p[KEYS / 16][4], q[DQ / 16][4];
+  uint64_t words[2][2];
 #pragma unroll
-    for (int ks = 0; ks < DQ / 16; ks++)
-      wn_ldmatrix_x4(q[ks], wn_tile_at<WN_BLOCK_ROWS>(base, warp_row + (lane & 15), 2 * ks + (lane >> 4)));
-    wn_mbarrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
+  for (int ks = 0; ks < DQ / 16; ks++)
+    wn_ldmatrix_x4(q[ks], wn_tile_at<WN_BLOCK_ROWS>(base, warp_row + (lane & 15), 2 * ks + (lane >> 4)));
+  __syncwarp();
+  if (lane == 0) wn_mbarrier_arrive(barriers + WN_Q_EMPTY);
+  if (2 * pair < own.end) {
+    for (; pair < first; pair++) wn_forward_pass_over<SHARING>(barriers, keys, values);
+    uint32_t k = keys & 1;
+    wn_mbarrier_wait(barriers + WN_K_FULL + 8 * k, keys >> 1 & 1);
     wn_wgmma_fence();
-    wn_group_logits<DQ>(s, q, base + layout::keys + (i & 1) * layout::k_bytes);
+    wn_group_logits<DQ>(s, q, base + layout::keys + k * layout::k_bytes);
     wn_wgmma_commit();
     const bool full = wn_pair_is_full<MASKED>(own, pair);
     if (!full) wn_pair_words<MASKED>(words, job, own, mine, pair);
     wn_wgmma_wait<0>();
     wn_wgmma_settle(s);
-    wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * (i & 1));
+    wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
+    keys++;
     if (!full) wn_mask_logits(s, words);
     wn_follow_top(s, rows, decay, scale_log2);
     wn_make_weights(p, s, rows, scale_log2);
     pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
-    i++;
+    /* o += P V, under way */
+    auto add_values = [&]() {
+      const uint32_t v = values & 1;
+      wn_mbarrier_wait(barriers + WN_V_FULL + 8 * v, values >> 1 & 1);
+      wn_wgmma_fence();
+      wn_group_values<DV>(o, p, base + layout::values + v * layout::v_bytes);
+      wn_wgmma_commit();
+    };
+    auto end_values = [&]() {
+      wn_wgmma_wait<0>();
+      wn_wgmma_settle(o);
+      wn_keys_done<SHARING>(barriers + WN_V_EMPTY + 8 * (values & 1));
+      values++;
+    };
     /* one tile; FULL: seen whole */
     auto tile = [&]<bool FULL>() {
-      const uint32_t next = i & 1, here = next ^ 1;
-      wn_mbarrier_wait(barriers + WN_K_FULL + 8 * next, i >> 1 & 1);
+      k = keys & 1;
+      wn_mbarrier_wait(barriers + WN_K_FULL + 8 * k, keys >> 1 & 1);
       wn_wgmma_fence();
-      wn_group_logits<DQ>(s, q, base + layout::keys + next * layout::k_bytes);
+      wn_group_logits<DQ>(s, q, base + layout::keys + k * layout::k_bytes);
       wn_wgmma_commit();
-      wn_mbarrier_wait(barriers + WN_V_FULL + 8 * here, (i - 1) >> 1 & 1);
-      wn_wgmma_fence();
-      wn_group_values<DV>(o, p, base + layout::values + here * layout::v_bytes);
-      wn_wgmma_commit();
+      add_values();
       if (!FULL) wn_pair_words<MASKED>(words, job, own, mine, pair);
       wn_wgmma_wait<1>();
       wn_wgmma_settle(s);
-      wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * next);
+      wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
+      keys++;
       if (!FULL) wn_mask_logits(s, words);
       const bool moved = wn_follow_top(s, rows, decay, scale_log2);
-      wn_wgmma_wait<0>();
-      wn_wgmma_settle(o);
-      wn_keys_done<SHARING>(barriers + WN_V_EMPTY + 8 * here);
+      end_values();
       if (moved) wn_rescale(o, decay);
       wn_make_weights(p, s, rows, scale_log2);
       pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
-      i++;
     };
     while (2 * pair < own.end) {
       while (wn_pair_is_full<MASKED>(own, pair)) tile.template operator()<true>();
       if (2 * pair < own.end) tile.template operator()<false>();
     }
-    wn_mbarrier_wait(barriers + WN_V_FULL + 8 * ((i - 1) & 1), (i - 1) >> 1 & 1);
-    wn_wgmma_fence();
-    wn_group_values<DV>(o, p, base + layout::values + ((i - 1) & 1) * layout::v_bytes);
-    wn_wgmma_commit();
-    wn_wgmma_wait<0>();
-    wn_wgmma_settle(o);
-    wn_keys_done<SHARING>(barriers + WN_V_EMPTY + 8 * ((i - 1) & 1));
+    add_values();
+    end_values();
   }
   for (; 2 * pair < walk.end; pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2)
-    wn_forward_pass_over<SHARING>(barriers, i++);
-  const char *d_o = shared + layout::keys + (i & 1) * layout::k_bytes;
-  if (job.delta.data) wn_mbarrier_wait(barriers + WN_K_FULL + 8 * (i & 1), i >> 1 & 1);
-  wn_finish_rows(job, head, row0, o, rows, shared, warp_row, [&](int r, int col) {
-    const uint32_t at = wn_tile_at<WN_BLOCK_ROWS>(0, warp_row + lane / 4 + 8 * r, col >> 3) + (uint32_t)(col & 7) * 2;
-    return __bfloat1622float2(*(const __nv_bfloat162 *)(d_o + at));
+    wn_forward_pass_over<SHARING>(barriers, keys, values);
+  const uint32_t at = keys & 1;
+  const char *d_o = shared + layout::keys + at * layout::k_bytes;
+  if (job.delta.data) wn_mbarrier_wait(barriers + WN_K_FULL + 8 * at, keys >> 1 & 1);
+  wn_finish_rows(job, head, row0, o, rows, shared + layout::lines + warp_row / 16 * WN_WARP_LINES, [&](int r, int col) {
+    const uint32_t to = wn_tile_at<WN_BLOCK_ROWS>(0, warp_row + lane / 4 + 8 * r, col >> 3) + (uint32_t)(col & 7) * 2;
+    return __bfloat1622float2(*(const __nv_bfloat162 *)(d_o + to));
   });
+  if (!job.delta.data) return;
+  __syncwarp();
+  wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * at);
+  keys++;
 }
 
-/* Two warpgroups of 64 rows each, and one whose first thread starts the copies, two tiles of 128 keys ahead. */
+/* Two warpgroups of 64 rows each, and one whose first thread starts the copies, two tiles of 128 keys ahead. A block
+ * that shares nothing makes units until none is left: the next one's first tiles are fetched while this one's rows go
+ * out. */
 template <int DQ, int DV, bool MASKED, int SHARING>
 __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREADS, 1)
     wn_attend_forward_group_kernel(const __grid_constant__ wn_attend_job job,
                                    const __grid_constant__ wn_attend_maps maps) {
   extern __shared__ __align__(1024) char shared[];
-  const uint32_t base = wn_shared_address(shared), barriers = base + wn_forward_layout<DQ, DV>::barriers;
+  typedef wn_forward_layout<DQ, DV> layout;
+  const uint32_t barriers = wn_shared_address(shared) + layout::barriers;
   const int units = (job.n + SHARING * WN_BLOCK_ROWS - 1) / (SHARING * WN_BLOCK_ROWS);
   const int rank = (int)blockIdx.x % SHARING; /* wn_cluster_rank, but known to be the same in all threads */
-  int head, unit;
-  wn_block_place(job, blockIdx.x / SHARING, units, &head, &unit);
-  unit = units - 1 - unit; /* the last rows see most keys: they go first */
   if (threadIdx.x == 0) {
     for (uint32_t stage = 0; stage < 16; stage += 8) {
       wn_mbarrier_init(barriers + WN_K_FULL + stage, 1);
@@ -460,6 +505,7 @@ __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREA
       wn_mbarrier_init(barriers + WN_V_EMPTY + stage, SHARING * WN_MAKERS / 32);
     }
     wn_mbarrier_init(barriers + WN_Q_FULL, 1);
+    wn_mbarrier_init(barriers + WN_Q_EMPTY, WN_MAKERS / 32);
     wn_mbarrier_init_fence();
   }
   if (SHARING == 1)
@@ -468,10 +514,19 @@ __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREA
     wn_cluster_sync();
   if (threadIdx.x >= WN_MAKERS) {
     wn_registers_shrink<24>();
-    if (threadIdx.x == WN_MAKERS) wn_forward_produce<DQ, DV, MASKED, SHARING>(base, job, maps, head, unit, rank);
+    if (threadIdx.x == WN_MAKERS) wn_forward_produce<DQ, DV, MASKED, SHARING>(shared, job, maps, units, rank);
   } else {
     wn_registers_grow<240>();
-    wn_forward_consume<DQ, DV, MASKED, SHARING>(shared, job, head, unit, rank);
+    uint32_t keys = 0, values = 0;
+    for (uint32_t turn = 0; SHARING == 1 || turn == 0; turn++) {
+      wn_mbarrier_wait(barriers + WN_Q_FULL, turn & 1);
+      /* read by the lane that gives Q back */
+      const int at = wn_uniform((threadIdx.x & 31) == 0 ? *(const volatile int32_t *)(shared + layout::unit) : 0);
+      if (at < 0) break;
+      int head, unit;
+      wn_forward_place(job, (uint32_t)at, units, &head, &unit);
+      wn_forward_unit<DQ, DV, MASKED, SHARING>(shared, job, head, unit, rank, keys, values);
+    }
   }
   if (SHARING == 1) return;
   __syncwarp();
@@ -485,8 +540,10 @@ template <bool MASKED> struct wn_attend_forward_launch {
   template <int DQ, int DV, int SHARING> wn_status run_groups() const {
     wn_attend_maps maps;
     WN_TRY(wn_attend_describe(&maps, job, WN_TILE, WN_GROUP_KEYS / SHARING));
+    const int64_t blocks = SHARING * wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads;
+    const int64_t sms = wn_cuda_of(device)->n_sms;
     return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED, SHARING>,
-                            SHARING * wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads, WN_GROUP_THREADS,
+                            SHARING == 1 && blocks > sms ? sms : blocks, WN_GROUP_THREADS,
                             wn_forward_layout<DQ, DV>::bytes, *job, maps);
   }
 

@@ -45,7 +45,8 @@ typedef struct wn_attend_job {
   int64_t word_pitch;
   int32_t active_pitch;
   int32_t n, m, heads;
-  int32_t group; /* heads that run together: their keys and values fit the L2 cache */
+  int32_t *taken; /* units that the forward's blocks took besides their first; 0 at its start */
+  int32_t group;  /* heads that run together: their keys and values fit the L2 cache */
   float scale;
 } wn_attend_job;
 
