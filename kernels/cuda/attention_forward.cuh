@@ -256,11 +256,12 @@ __device__ __forceinline__ void wn_pair_words(uint64_t (&words)[2][2], const wn_
 template <int DQ, int DV> struct wn_forward_layout {
   static constexpr int k_bytes = WN_GROUP_KEYS * DQ * 2, v_bytes = WN_GROUP_KEYS * DV * 2;
   static constexpr int keys = WN_BLOCK_ROWS * DQ * 2, values = keys + 2 * k_bytes, lines = values + 2 * v_bytes;
-  static constexpr int barriers = lines + WN_MAKERS / 32 * WN_WARP_LINES, unit = barriers + 10 * 8, bytes = unit + 8;
+  static constexpr int barriers = lines + WN_MAKERS / 32 * WN_WARP_LINES, unit = barriers + 11 * 8, bytes = unit + 8;
 };
 
-/* Barriers: for each stage of keys and of values, come and done with; the same of Q and the unit's number. */
-enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FULL = 64, WN_Q_EMPTY = 72 };
+/* Barriers: for each stage of keys and of values, come and done with; the same of Q and the unit's number; and the
+ * number has come from the other block. */
+enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FULL = 64, WN_Q_EMPTY = 72, WN_TOLD = 80 };
 
 /* What the kernel's blocks share: SHARING is 1, or 2 where two blocks of a cluster have rows of one head that follow
  * each other, and each fetches half of a tile's keys and values for both: half the traffic with the L2 cache, which is
@@ -316,22 +317,41 @@ template <int SHARING> __device__ __forceinline__ void wn_keys_done(uint32_t bar
   }
 }
 
-/* The thread that starts all copies. Of a unit the last is d_o, for delta, in the place of the next keys. Blocks that
- * share make one unit; others take the next one when all copies are under way, not before, lest a block with much to do
- * holds one that another could begin. */
+/* The number of the unit to make next, once the one before is done with in Q's place; below 0: none is left. Of blocks
+ * that share the first takes it and tells the other. */
+template <int DQ, int DV, int SHARING>
+__device__ __forceinline__ int wn_forward_take(char *memory, const wn_attend_job &job, int units, int rank,
+                                               uint32_t turn) {
+  typedef wn_forward_layout<DQ, DV> layout;
+  const uint32_t shared = wn_shared_address(memory), barriers = shared + layout::barriers;
+  volatile int32_t *const here = (volatile int32_t *)(memory + layout::unit);
+  int64_t at = blockIdx.x / SHARING;
+  if (turn > 0 && rank == 0) at = (int64_t)(gridDim.x / SHARING) + atomicAdd(job.taken, 1);
+  if (at >= (int64_t)units * job.heads) at = -1;
+  wn_mbarrier_wait(barriers + WN_Q_EMPTY, (turn & 1) ^ 1); /* passes at once the first time, as those for keys */
+  if (rank == 0) {
+    *here = (int32_t)at;
+    if (SHARING > 1) wn_cluster_send(shared + layout::unit, (int32_t)at, barriers + WN_TOLD, 1);
+    return (int)at;
+  }
+  wn_mbarrier_expect(barriers + WN_TOLD, sizeof *here);
+  wn_mbarrier_wait_cluster(barriers + WN_TOLD, turn & 1);
+  return *here;
+}
+
+/* The thread that starts all copies. Of a unit the last is d_o, for delta, in the place of the next keys. The next unit
+ * is taken when all copies are under way, not before, lest a block with much to do holds one that another could begin.
+ */
 template <int DQ, int DV, bool MASKED, int SHARING>
 __device__ __forceinline__ void wn_forward_produce(char *memory, const wn_attend_job &job, const wn_attend_maps &maps,
                                                    int units, int rank) {
   typedef wn_forward_layout<DQ, DV> layout;
   const uint32_t shared = wn_shared_address(memory), barriers = shared + layout::barriers;
   uint32_t keys = 0, values = 0; /* tiles fetched */
-  int64_t at = blockIdx.x / SHARING;
   for (uint32_t turn = 0;; turn++) {
     int head, unit;
-    wn_mbarrier_wait(barriers + WN_Q_EMPTY, (turn & 1) ^ 1); /* passes at once the first time, as those below */
-    const bool left = at < (int64_t)units * job.heads;
-    *(int32_t *)(memory + layout::unit) = left ? (int32_t)at : -1;
-    if (!left) {
+    const int at = wn_forward_take<DQ, DV, SHARING>(memory, job, units, rank, turn);
+    if (at < 0) {
       wn_mbarrier_arrive(barriers + WN_Q_FULL);
       return;
     }
@@ -364,8 +384,6 @@ __device__ __forceinline__ void wn_forward_produce(char *memory, const wn_attend
                                    barriers + WN_K_FULL + 8 * k);
       keys++;
     }
-    if (SHARING > 1) return;
-    at = (int64_t)gridDim.x + atomicAdd(job.taken, 1);
   }
 }
 
@@ -411,7 +429,7 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
   for (int ks = 0; ks < DQ / 16; ks++)
     wn_ldmatrix_x4(q[ks], wn_tile_at<WN_BLOCK_ROWS>(base, warp_row + (lane & 15), 2 * ks + (lane >> 4)));
   __syncwarp();
-  if (lane == 0) wn_mbarrier_arrive(barriers + WN_Q_EMPTY);
+  wn_keys_done<SHARING>(barriers + WN_Q_EMPTY);
   if (2 * pair < own.end) {
     for (; pair < first; pair++) wn_forward_pass_over<SHARING>(barriers, keys, values);
     uint32_t k = keys & 1;
@@ -485,9 +503,8 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
   keys++;
 }
 
-/* Two warpgroups of 64 rows each, and one whose first thread starts the copies, two tiles of 128 keys ahead. A block
- * that shares nothing makes units until none is left: the next one's first tiles are fetched while this one's rows go
- * out. */
+/* Two warpgroups of 64 rows each, and one whose first thread starts the copies, two tiles of 128 keys ahead. Units are
+ * made until none is left: the next one's first tiles are fetched while this one's rows go out. */
 template <int DQ, int DV, bool MASKED, int SHARING>
 __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREADS, 1)
     wn_attend_forward_group_kernel(const __grid_constant__ wn_attend_job job,
@@ -505,7 +522,8 @@ __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREA
       wn_mbarrier_init(barriers + WN_V_EMPTY + stage, SHARING * WN_MAKERS / 32);
     }
     wn_mbarrier_init(barriers + WN_Q_FULL, 1);
-    wn_mbarrier_init(barriers + WN_Q_EMPTY, WN_MAKERS / 32);
+    wn_mbarrier_init(barriers + WN_Q_EMPTY, SHARING * WN_MAKERS / 32);
+    wn_mbarrier_init(barriers + WN_TOLD, 1);
     wn_mbarrier_init_fence();
   }
   if (SHARING == 1)
@@ -518,7 +536,7 @@ __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREA
   } else {
     wn_registers_grow<240>();
     uint32_t keys = 0, values = 0;
-    for (uint32_t turn = 0; SHARING == 1 || turn == 0; turn++) {
+    for (uint32_t turn = 0;; turn++) {
       wn_mbarrier_wait(barriers + WN_Q_FULL, turn & 1);
       /* read by the lane that gives Q back */
       const int at = wn_uniform((threadIdx.x & 31) == 0 ? *(const volatile int32_t *)(shared + layout::unit) : 0);
@@ -540,10 +558,10 @@ template <bool MASKED> struct wn_attend_forward_launch {
   template <int DQ, int DV, int SHARING> wn_status run_groups() const {
     wn_attend_maps maps;
     WN_TRY(wn_attend_describe(&maps, job, WN_TILE, WN_GROUP_KEYS / SHARING));
-    const int64_t blocks = SHARING * wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads;
-    const int64_t sms = wn_cuda_of(device)->n_sms;
+    const int64_t units = wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads;
+    const int64_t at_once = wn_cuda_of(device)->n_sms / SHARING;
     return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED, SHARING>,
-                            SHARING == 1 && blocks > sms ? sms : blocks, WN_GROUP_THREADS,
+                            SHARING * (units < at_once ? units : at_once), WN_GROUP_THREADS,
                             wn_forward_layout<DQ, DV>::bytes, *job, maps);
   }
 

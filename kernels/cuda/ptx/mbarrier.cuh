@@ -54,7 +54,17 @@ __device__ __forceinline__ void wn_mbarrier_wait(uint32_t barrier, uint32_t pari
                "r"(parity)
                : "memory");
 }
-/* The same once, for a while: whether the phase is over. mbarrier.try_wait.parity */
+/* The same where it was ended by what a thread of another block of the cluster did, which is seen after.
+ * mbarrier.try_wait.parity.acquire.cluster */
+__device__ __forceinline__ void wn_mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile("{.reg .pred done;\n"
+               "again:\n"
+               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+               "@!done bra again;}" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
+}
+/* wn_mbarrier_wait once, for a while: whether the phase is over. mbarrier.try_wait.parity */
 __device__ __forceinline__ bool wn_mbarrier_try(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile("{.reg .pred over;\n"
@@ -81,6 +91,16 @@ __device__ __forceinline__ uint32_t wn_cluster_rank(void) {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+/* A thread: x to this address in block `rank` of the cluster; its 4 bytes come to the barrier that stands at this
+ * address in that block. mapa, st.async */
+__device__ __forceinline__ void wn_cluster_send(uint32_t to, int32_t x, uint32_t barrier, uint32_t rank) {
+  asm volatile("{.reg .b32 there, barrier;\n"
+               "mapa.shared::cluster.u32 there, %0, %3;\n"
+               "mapa.shared::cluster.u32 barrier, %2, %3;\n"
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [barrier];}" ::"r"(to),
+               "r"(x), "r"(barrier), "r"(rank)
+               : "memory");
 }
 /* All threads of all blocks of the cluster; what they wrote before is seen after. barrier.cluster */
 __device__ __forceinline__ void wn_cluster_sync(void) {
