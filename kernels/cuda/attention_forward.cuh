@@ -571,11 +571,11 @@ template <bool MASKED> struct wn_attend_forward_launch {
                               wn_ceil_div(job->n, WN_BLOCK_ROWS) * job->heads, WN_MAKERS,
                               (WN_BLOCK_ROWS * DQ + WN_TILE * (DQ + DV)) * 2, *job);
     } else {
-      /* Blocks that share keys wait for each other, some 3%, and gain more only where a launch is long enough, a few
-       * milliseconds, for the GPU to come to its power limit (tests/cuda/attention_dense.c knows the number). */
+      /* Blocks that share keys wait for each other, some 3%, and gain more only where launches are long enough, or many
+       * enough, for the GPU to come to its power limit (tests/cuda/attention_dense.c knows the number). */
       const int64_t products = (int64_t)job->n * job->m * job->heads;
       if constexpr (!MASKED)
-        if (products >= (int64_t)1 << 34) return run_groups<DQ, DV, 2>();
+        if (products >= (int64_t)1 << 32) return run_groups<DQ, DV, 2>();
       return run_groups<DQ, DV, 1>();
     }
   }

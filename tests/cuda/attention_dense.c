@@ -276,16 +276,16 @@ static twin_rows blinded(twin_bench *b, const twin_rows *rows, int32_t from, int
   return result;
 }
 
-/* Enough work that two blocks share keys, which the forward decides from 2^34 products of rows, keys and heads on: the
+/* Enough work that two blocks share keys, which the forward decides from 2^32 products of rows, keys and heads on: the
  * same bits as from runs of rows, each of which is too little for that, with delta and without. The last rows of many,
  * each pair of blocks with several units to make. One case has rows that see few keys beside some that see all, another
  * short documents, so that the next unit is begun soon, and units that see nothing. */
 static void shared_keys(void **state) {
   twin_bench *b = twin_begin(state);
-  enum { N = 1100, M = 131072, HEADS = 128, CUT = 500 };
+  enum { N = 1100, M = 32768, HEADS = 128, CUT = 500 };
   static const shape shapes[] = {{N, HEADS, 192, 128}, {N, HEADS, 64, 64}, {N, HEADS, 128, 128}, {N, HEADS, 192, 128}};
   static const int32_t documents[] = {0, M - N / 2, 0, 40}, blind[] = {0, 0, 0, 600};
-  assert_true((int64_t)N * M * HEADS >= (int64_t)1 << 34 && (int64_t)(N - CUT) * M * HEADS < (int64_t)1 << 34);
+  assert_true((int64_t)N * M * HEADS >= (int64_t)1 << 32 && (int64_t)(N - CUT) * M * HEADS < (int64_t)1 << 32);
   for (int w = 0; w < 4; w++) {
     const shape s = shapes[w];
     const wn_attention_params params = {.scale = 1 / sqrt((double)s.dq)};
