@@ -18,10 +18,12 @@
  *   5  the mask's tests only in tiles that it cuts                                      7.00 ms 510
  *   6  older maxima, Q in registers, whole tiles apart, stores    1.79 ms 768           7.14 ms 500
  *      of whole lines; in long calls two blocks share keys
- * 6 ships: up to 98% and 65% of the 780 TFLOP/s of a large product. With 128 heads, T = 8192, 16384, 32768: forward
- * 3.81 ms 722, 15.9 ms 691, 61.2 ms 719 (FlashAttention 4 in the same run 745, 699, 706), backward 14.8 ms 483, 57.5 ms
- * 497, 237 ms 482 (389, 415, 431 deterministic). The forward's figures are of a form with one wait more. Version 1's
- * forward kernel still serves 256/256. docs/performance.md has each step. */
+ *   7  blocks, or pairs that share, make units until none is      1.78 ms 771           7.05 ms 507
+ *      left (1.76 and 780 in another run)
+ * 7 ships: up to 98% and 65% of the 780 TFLOP/s of a large product. With 128 heads, T = 8192, 16384, 32768: forward
+ * 3.70 ms 742, 15.8 ms 697, 61.2 ms 719 (FlashAttention 4 in the same run 668, 673, 697), backward 15.1 ms 473, 59.0 ms
+ * 485, 240 ms 476 (389, 415, 431 deterministic, in another). Version 1's forward kernel still serves 256/256.
+ * docs/performance.md has each step. */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
 
