@@ -121,17 +121,25 @@ wn_status wn_bench_out_of(wn_bench *b, wn_role role, wn_bench_out kind, int32_t 
   return kind == WN_BENCH_KEEP ? wn_bench_fill(b, t, 1) : wn_bench_poison(b, t);
 }
 
-wn_status wn_bench_causal(wn_bench *b, int64_t n, int64_t m, int64_t topk) {
+int64_t wn_bench_first(const wn_bench *b, int64_t row) {
+  return (b->s.seq - b->s.rows + row) / b->s.document * b->s.document;
+}
+int64_t wn_bench_visible(const wn_bench *b, int64_t row) {
+  return b->s.seq - b->s.rows + row + 1 - wn_bench_first(b, row);
+}
+
+wn_status wn_bench_causal(wn_bench *b) {
+  int64_t n = b->s.rows, m = b->s.seq;
   int32_t *host;
   wn_tensor t;
   WN_TRY(wn_bench_host(b, (void **)&host, 3 * n * 4));
   b->pairs = b->picked = 0;
   for (int64_t i = 0; i < n; i++) {
-    int64_t last = m - n + i;
-    host[i] = 0;
-    host[n + i] = host[2 * n + i] = (int32_t)last;
-    b->pairs += (double)(last + 1);
-    b->picked += (double)(last + 1 < topk ? last + 1 : topk);
+    int64_t visible = wn_bench_visible(b, i);
+    host[i] = (int32_t)wn_bench_first(b, i);
+    host[n + i] = host[2 * n + i] = (int32_t)(m - n + i);
+    b->pairs += (double)visible;
+    b->picked += (double)(visible < b->s.topk ? visible : b->s.topk);
   }
   WN_TRY(wn_device_tensor(b->device, &t, b->device->stash, "bench rows", WN_INDEX, 2, 3, n, 0, 0));
   WN_TRY(b->ops->upload(b->device, &t, host));

@@ -7,7 +7,7 @@
 
 /* 0: the default of the device (cmd_bench.c) */
 typedef struct wn_bench_sizes {
-  int64_t seq, rows; /* keys; queries, the last of them */
+  int64_t seq, rows, document; /* keys; queries, the last of them; keys of a document */
   int64_t hidden, heads, nope, rope, v, latent, q_latent;
   int64_t index_heads, index_width, topk, sampled;
   int64_t experts, experts_a_token, expert_width, vocab;
@@ -41,7 +41,7 @@ typedef struct wn_bench {
   int32_t n_in, n_out;
   double work; /* bytes, counted from the operands; or FLOP, which a case sets with `flops` */
   bool flops;
-  wn_rows rows;         /* causal, on the device */
+  wn_rows rows;         /* on the device */
   double pairs, picked; /* (row, visible key) and (row, picked key) pairs */
   int64_t *offset;      /* host, [experts + 1] */
   wn_tensor *expert;    /* host, [experts] */
@@ -63,8 +63,11 @@ WN_MUST_USE wn_status wn_bench_poison(wn_bench *b, wn_tensor *t);
 WN_MUST_USE wn_status wn_bench_not_finite(wn_bench *b, int64_t *count, const wn_tensor *t);
 /* Host memory until the next operation. */
 WN_MUST_USE wn_status wn_bench_host(wn_bench *b, void **out, int64_t bytes);
-/* The last `n` of `m` causal rows; counts pairs, and picks of `topk`. */
-WN_MUST_USE wn_status wn_bench_causal(wn_bench *b, int64_t n, int64_t m, int64_t topk);
+/* Makes `rows`, the last s.rows of s.seq causal ones, each within its document; counts pairs, and picks of s.topk. */
+WN_MUST_USE wn_status wn_bench_causal(wn_bench *b);
+/* The first key that one of them sees, and how many it sees. */
+int64_t wn_bench_first(const wn_bench *b, int64_t row);
+int64_t wn_bench_visible(const wn_bench *b, int64_t row);
 /* A tensor's elements as doubles in host memory, row-major. */
 WN_MUST_USE wn_status wn_bench_values(wn_bench *b, double **out, wn_tensor t);
 /* WN_E_CHECK unless ||got - expected|| is within the device's rounding of ||expected||. */

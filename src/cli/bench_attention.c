@@ -24,34 +24,31 @@ static wn_attention_params attention_params(const wn_bench *b) {
   return (wn_attention_params){.scale = 1 / sqrt(key_width(b)), .v_width = (int32_t)b->s.latent};
 }
 
-static wn_status rows(wn_bench *b) {
-  return wn_bench_causal(b, b->s.rows, b->s.seq, b->s.topk);
-}
-
 /* ---- selections ---- */
 
 /* Row i's picks: all that it sees, the last k, or one key at random out of each k-th part of what it sees. */
-static void fill_picks(int32_t *row, int64_t visible, int64_t k, bool recent, uint64_t seed) {
+static void fill_picks(const wn_bench *b, int32_t *picks, int64_t i) {
+  int64_t first = wn_bench_first(b, i), visible = wn_bench_visible(b, i), k = b->s.topk;
   for (int64_t j = 0; j < k; j++) {
     if (visible <= k) {
-      row[j] = j < visible ? (int32_t)j : -1;
-    } else if (recent) {
-      row[j] = (int32_t)(visible - k + j);
+      picks[j] = j < visible ? (int32_t)(first + j) : -1;
+    } else if (b->recent) {
+      picks[j] = (int32_t)(first + visible - k + j);
     } else {
       int64_t from = j * visible / k, to = (j + 1) * visible / k;
-      row[j] = (int32_t)(from + (int64_t)(wn_rng_uniform(seed, WN_RNG_TEST, (uint64_t)j) * (double)(to - from)));
+      double part = wn_rng_uniform((uint64_t)i, WN_RNG_TEST, (uint64_t)j);
+      picks[j] = (int32_t)(first + from + (int64_t)(part * (double)(to - from)));
     }
   }
 }
 
 /* selection[n,k] as an input. */
 static wn_status picks(wn_bench *b) {
-  int64_t n = b->s.rows, k = b->s.topk, m = b->s.seq;
-  bool recent = b->recent;
+  int64_t n = b->s.rows, k = b->s.topk;
   int32_t *host;
   WN_TRY(wn_bench_host(b, (void **)&host, n * k * 4));
 #pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) fill_picks(host + i * k, m - n + i + 1, k, recent, (uint64_t)i);
+  for (int64_t i = 0; i < n; i++) fill_picks(b, host + i * k, i);
   return wn_bench_ints(b, host, 2, n, k);
 }
 
@@ -60,7 +57,7 @@ static wn_status picks(wn_bench *b) {
 /* in: q, k, v, d_o; with `selected` the selection before d_o. */
 static wn_status per_head_operands(wn_bench *b, bool selected, bool d_o) {
   const wn_bench_sizes *s = &b->s;
-  WN_TRY(rows(b));
+  WN_TRY(wn_bench_causal(b));
   MAKE_IN(WN_ACT, 1, 3, s->rows, s->heads, s->nope + s->rope);
   MAKE_IN(WN_ACT, 1, 3, s->seq, s->heads, s->nope + s->rope);
   MAKE_IN(WN_ACT, 1, 3, s->seq, s->heads, s->v);
@@ -134,19 +131,19 @@ static double dot(const double *a, const double *b, int64_t n) {
 /* A row in the middle, its last head; `selection` NULL: every visible key. */
 static wn_status check_per_head(wn_bench *b, const wn_tensor *selection) {
   const wn_bench_sizes *s = &b->s;
-  int64_t row = s->rows / 2, head = s->heads - 1, visible = s->seq - s->rows + row + 1, width = s->nope + s->rope;
-  int64_t n = 0;
+  int64_t row = s->rows / 2, head = s->heads - 1, width = s->nope + s->rope;
+  int64_t first = wn_bench_first(b, row), visible = wn_bench_visible(b, row), n = 0;
   double *q, *k, *v, *o, *expected, *scores, *picked = NULL;
   WN_TRY(head_of(b, &q, &b->in[0], row, head));
   WN_TRY(head_of(b, &o, &b->out[0], row, head));
-  WN_TRY(wn_bench_values(b, &k, wn_tensor_slice(wn_tensor_slice(b->in[1], 0, 0, visible), 1, head, 1)));
-  WN_TRY(wn_bench_values(b, &v, wn_tensor_slice(wn_tensor_slice(b->in[2], 0, 0, visible), 1, head, 1)));
+  WN_TRY(wn_bench_values(b, &k, wn_tensor_slice(wn_tensor_slice(b->in[1], 0, first, visible), 1, head, 1)));
+  WN_TRY(wn_bench_values(b, &v, wn_tensor_slice(wn_tensor_slice(b->in[2], 0, first, visible), 1, head, 1)));
   WN_TRY(wn_bench_host(b, (void **)&scores, visible * 8));
   WN_TRY(wn_bench_host(b, (void **)&expected, s->v * 8));
   if (selection) WN_TRY(wn_bench_values(b, &picked, wn_tensor_slice(*selection, 0, row, 1)));
   for (int64_t j = 0; j < (selection ? s->topk : visible); j++) {
     if (selection && picked[j] < 0) break;
-    int64_t key = selection ? (int64_t)picked[j] : j;
+    int64_t key = selection ? (int64_t)picked[j] - first : j;
     memmove(v + n * s->v, v + key * s->v, (size_t)s->v * sizeof *v); /* keys ascend: nothing is overwritten early */
     scores[n++] = attention_params(b).scale * dot(q, k + key * width, width);
   }
@@ -221,7 +218,7 @@ static wn_status attention_masked_backward_run(wn_bench *b) {
 /* in: q', kv, selection, and d_o'. */
 static wn_status absorbed_operands(wn_bench *b, bool d_o) {
   const wn_bench_sizes *s = &b->s;
-  WN_TRY(rows(b));
+  WN_TRY(wn_bench_causal(b));
   MAKE_IN(WN_ACT, 0.5, 3, s->rows, s->heads, s->latent + s->rope);
   MAKE_IN(WN_ACT, 1, 2, s->seq, s->latent + s->rope, 0);
   WN_TRY(picks(b));
@@ -294,7 +291,7 @@ static wn_indexer_params indexer_params(const wn_bench *b) {
 /* in: q, k, w */
 static wn_status index_operands(wn_bench *b) {
   const wn_bench_sizes *s = &b->s;
-  WN_TRY(rows(b));
+  WN_TRY(wn_bench_causal(b));
   MAKE_IN(WN_ACT, 1, 3, s->rows, s->index_heads, s->index_width);
   MAKE_IN(WN_ACT, 1, 2, s->seq, s->index_width, 0);
   MAKE_IN(WN_STAT, 1 / sqrt((double)s->index_heads), 2, s->rows, s->index_heads, 0);
@@ -319,12 +316,13 @@ static wn_status indexer_scores_run(wn_bench *b) {
   return b->ops->indexer_scores(b->device, &b->out[0], &b->in[0], &b->in[1], &b->in[2], &b->rows, &params);
 }
 
-/* The row's scores in FP64. */
-static wn_status score_row(wn_bench *b, double **scores, int64_t row, int64_t visible) {
+/* The scores of the keys that the row sees, in FP64. */
+static wn_status score_row(wn_bench *b, double **scores, int64_t row) {
   const wn_bench_sizes *s = &b->s;
+  int64_t visible = wn_bench_visible(b, row);
   double *q, *k, *w;
   WN_TRY(wn_bench_values(b, &q, wn_tensor_slice(b->in[0], 0, row, 1)));
-  WN_TRY(wn_bench_values(b, &k, wn_tensor_slice(b->in[1], 0, 0, visible)));
+  WN_TRY(wn_bench_values(b, &k, wn_tensor_slice(b->in[1], 0, wn_bench_first(b, row), visible)));
   WN_TRY(wn_bench_values(b, &w, wn_tensor_slice(b->in[2], 0, row, 1)));
   WN_TRY(wn_bench_host(b, (void **)scores, visible * 8));
   for (int64_t j = 0; j < visible; j++) {
@@ -339,9 +337,9 @@ static wn_status score_row(wn_bench *b, double **scores, int64_t row, int64_t vi
 static wn_status indexer_scores_check(wn_bench *b) {
   int64_t row = b->s.rows - 1;
   double *expected, *got;
-  WN_TRY(score_row(b, &expected, row, b->s.seq));
+  WN_TRY(score_row(b, &expected, row));
   WN_TRY(wn_bench_values(b, &got, wn_tensor_slice(b->out[0], 0, row, 1)));
-  return wn_bench_close(b, "a row of scores", got, expected, b->s.seq);
+  return wn_bench_close(b, "a row of scores", got + wn_bench_first(b, row), expected, wn_bench_visible(b, row));
 }
 
 static wn_status indexer_select_make(wn_bench *b) {
@@ -356,13 +354,13 @@ static wn_status indexer_select_run(wn_bench *b) {
 }
 /* In the last row nothing that was left out may lie above what was picked by more than rounding. */
 static wn_status indexer_select_check(wn_bench *b) {
-  int64_t row = b->s.rows - 1, m = b->s.seq, at = 0;
+  int64_t row = b->s.rows - 1, first = wn_bench_first(b, row), at = 0;
   double *scores, *picked, lowest = INFINITY, highest = -INFINITY, most = 0;
-  WN_TRY(score_row(b, &scores, row, m));
+  WN_TRY(score_row(b, &scores, row));
   WN_TRY(wn_bench_values(b, &picked, wn_tensor_slice(b->out[0], 0, row, 1)));
-  for (int64_t j = 0; j < m; j++) {
+  for (int64_t j = 0; j < wn_bench_visible(b, row); j++) {
     most = fmax(most, fabs(scores[j]));
-    if (at < b->s.topk && picked[at] == (double)j) {
+    if (at < b->s.topk && picked[at] == (double)(first + j)) {
       lowest = fmin(lowest, scores[j]);
       at++;
     } else {
@@ -375,7 +373,7 @@ static wn_status indexer_select_check(wn_bench *b) {
 
 static wn_status select_best_make(wn_bench *b) {
   const wn_bench_sizes *s = &b->s;
-  WN_TRY(rows(b));
+  WN_TRY(wn_bench_causal(b));
   MAKE_IN(WN_ACT, 1, 3, s->rows, s->heads, s->nope + s->rope);
   MAKE_IN(WN_ACT, 1, 3, s->seq, s->heads, s->nope + s->rope);
   MAKE_OUT(WN_INDEX, WN_BENCH_PICKS, 2, s->rows, s->topk, 0);
@@ -388,7 +386,7 @@ static wn_status select_best_run(wn_bench *b) {
 }
 
 static wn_status select_pattern_make(wn_bench *b) {
-  WN_TRY(rows(b));
+  WN_TRY(wn_bench_causal(b));
   MAKE_OUT(WN_INDEX, WN_BENCH_PICKS, 2, b->s.rows, b->s.topk, 0);
   return NULL;
 }
@@ -434,7 +432,7 @@ static wn_status indexer_kl_dense_run(wn_bench *b) {
 
 /* in: q, k, w, selection, p */
 static wn_status indexer_kl_sparse_make(wn_bench *b) {
-  int64_t n = b->s.rows, k = b->s.topk, m = b->s.seq;
+  int64_t n = b->s.rows, k = b->s.topk;
   WN_TRY(index_operands(b));
   WN_TRY(picks(b));
   MAKE_IN(WN_STAT, 0, 2, n, k, 0);
@@ -442,7 +440,7 @@ static wn_status indexer_kl_sparse_make(wn_bench *b) {
   float *p; /* sums to 1 over a row's picks */
   WN_TRY(wn_bench_host(b, (void **)&p, n * k * 4));
   for (int64_t i = 0; i < n; i++) {
-    int64_t seen = m - n + i + 1, of = seen < k ? seen : k;
+    int64_t seen = wn_bench_visible(b, i), of = seen < k ? seen : k;
     for (int64_t j = 0; j < k; j++) /* falls linearly */
       p[i * k + j] = j < of ? 2 * (float)(of - j) / ((float)of * (float)(of + 1)) : 0;
   }
@@ -467,8 +465,9 @@ static wn_status selection_stats_make(wn_bench *b) {
   WN_TRY(wn_bench_host(b, (void **)&sample, count * 4));
   for (int64_t i = 0; i < count; i++) {
     sample[i] = (int32_t)((i + 1) * s->rows / count - 1);
-    pairs += (double)(s->seq - s->rows + sample[i] + 1);
-    if (s->seq - s->rows + sample[i] + 1 > s->topk) b->not_finite[0]++; /* no picks of a previous layer */
+    int64_t visible = wn_bench_visible(b, sample[i]);
+    pairs += (double)visible;
+    if (visible > s->topk) b->not_finite[0]++; /* no picks of a previous layer */
   }
   WN_TRY(wn_bench_ints(b, sample, 1, count, 0));
   MAKE_OUT(WN_STAT, WN_BENCH_SET, 2, count, WN_N_STATS, 0);

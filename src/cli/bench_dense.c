@@ -216,7 +216,7 @@ static wn_tensor rope_part(const wn_bench *b, wn_tensor q) {
 }
 
 static wn_status rope_make(wn_bench *b) {
-  WN_TRY(wn_bench_causal(b, b->s.rows, b->s.seq, b->s.topk));
+  WN_TRY(wn_bench_causal(b));
   MAKE_OUT(WN_ACT, WN_BENCH_KEEP, 3, b->s.rows, b->s.heads, b->s.nope + b->s.rope);
   b->work *= (double)b->s.rope / (double)(b->s.nope + b->s.rope);
   return NULL;

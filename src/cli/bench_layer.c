@@ -204,7 +204,7 @@ static wn_status measure(layer_bench *l, const char *csv, bool memory) {
   int32_t n, n_backward = 0;
   WN_TRY(make_weights(l));
   WN_TRY(make_states(l));
-  WN_TRY(wn_bench_causal(b, b->s.seq, b->s.seq, b->s.topk));
+  WN_TRY(wn_bench_causal(b));
   wn_arena_reset_peak(b->device->stash);
   wn_arena_reset_peak(b->device->scratch);
   WN_TRY(wn_bench_time(b, l->adapt ? adapt_forward : warmup_forward, l, &forward, &n));

@@ -57,6 +57,7 @@ static wn_status complete(wn_bench_sizes *s, bool gpu) {
     if (given[i]) filled[i] = given[i];
   memcpy(s, filled, sizeof filled);
   if (!s->rows) s->rows = s->seq;
+  if (!s->document) s->document = s->seq;
   if (s->topk > s->seq) s->topk = s->seq;
   if (s->rows > s->seq)
     return WN_FAIL(WN_E_USAGE, "--rows is %lld, but --seq only %lld", (long long)s->rows, (long long)s->seq);
@@ -76,17 +77,17 @@ static bool present(const wn_bench *b, const wn_bench_case *c) {
 
 /* Every row ascends, holds distinct keys that the row sees, as many as there are up to k, and -1 after them. */
 static wn_status check_picks(wn_bench *b, const wn_tensor *t) {
-  int64_t n = t->dim[0], k = t->dim[1], m = b->s.seq;
+  int64_t n = t->dim[0], k = t->dim[1];
   int32_t *host;
   WN_TRY(wn_bench_host(b, (void **)&host, n * k * 4));
   WN_TRY(b->ops->download(b->device, host, t));
   for (int64_t i = 0; i < n; i++) {
-    int64_t visible = m - n + i + 1, expected = visible < k ? visible : k;
+    int64_t first = wn_bench_first(b, i), visible = wn_bench_visible(b, i), expected = visible < k ? visible : k;
     for (int64_t j = 0; j < k; j++) {
-      int32_t pick = host[i * k + j], before = j ? host[i * k + j - 1] : -1;
-      if (j < expected ? pick <= before || pick >= visible : pick != -1)
-        return WN_FAIL(WN_E_CHECK, "row %lld's pick %lld is %d after %d; the row sees %lld keys", (long long)i,
-                       (long long)j, pick, before, (long long)visible);
+      int32_t pick = host[i * k + j], before = j ? host[i * k + j - 1] : (int32_t)first - 1;
+      if (j < expected ? pick <= before || pick >= first + visible : pick != -1)
+        return WN_FAIL(WN_E_CHECK, "row %lld's pick %lld is %d after %d; the row sees %lld keys from %lld on",
+                       (long long)i, (long long)j, pick, before, (long long)visible, (long long)first);
     }
   }
   return NULL;
@@ -259,6 +260,7 @@ wn_status wn_cmd_bench(int argc, char **argv, wn_world *world, wn_log *log) {
       WN_FLAG_DEVICE(&f.device),
       SIZE("--seq", seq, "keys (default 8192; on a CPU every size is small by default)"),
       SIZE("--rows", rows, "queries, the last of them (default: all)"),
+      SIZE("--document", document, "keys of a document, which only its own rows see (default: all)"),
       SIZE("--hidden", hidden, "hidden width (7168)"),
       SIZE("--heads", heads, "attention heads (128)"),
       SIZE("--nope", nope, "key width without rope (128)"),

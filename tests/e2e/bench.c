@@ -22,14 +22,16 @@ static int lines_of(const char *text) {
 }
 
 static void every_operation_has_a_row(void **state) {
-  static const char *const picks[] = {"random", "recent"};
+  static const char *const more[] = {"--picks random", "--picks recent", "--document 23",
+                                     "--document 40 --picks recent"};
+  enum { TIMES = sizeof more / sizeof *more };
   wn_temp_path csv = wn_temp(state, "bench.csv");
   wn_program p, names;
   wn_winnow(&names, 1, "bench --list");
   assert_int_equal(names.code, 0);
   assert_true(lines_of(names.out) > 40);
-  for (int i = 0; i < 2; i++) {
-    wn_winnow(&p, 1, "bench %s --picks %s --csv %s", sizes, picks[i], csv.text);
+  for (int i = 0; i < TIMES; i++) {
+    wn_winnow(&p, 1, "bench %s %s --csv %s", sizes, more[i], csv.text);
     if (p.code != 0) fail_msg("exit code %d: %s", p.code, p.err);
     assert_int_equal(lines_of(p.out), lines_of(names.out) + 1);
     assert_true(strncmp(p.out,
@@ -39,7 +41,7 @@ static void every_operation_has_a_row(void **state) {
   char *content;
   size_t bytes;
   OK(wn_read_file(&content, &bytes, csv.text, 1 << 20));
-  assert_int_equal(lines_of(content), 2 * lines_of(names.out) + 1);
+  assert_int_equal(lines_of(content), TIMES * lines_of(names.out) + 1);
   free(content);
 }
 
@@ -47,19 +49,23 @@ static void every_operation_has_a_row(void **state) {
 static void work_is_counted(void **state) {
   (void)state;
   static const struct {
-    const char *operation;
+    const char *operation; /* and flags */
     double work;
   } expected[] = {
       {"attention_dense", 2.0 * 3 * (27 + 67) * 41 / 2 * (18 + 12)},
       {"indexer_select", 2.0 * 2 * 16 * (27 + 67) * 41 / 2},
       {"attention_sparse", 2.0 * 3 * (27 + 28 + 29 + 30 + 31 + 32 + 33 * 35) * (24 + 16)},
+      {"attention_dense --document 23", 2.0 * 3 * (270 + 231) * (18 + 12)}, /* rows see 4 .. 23 keys, then 1 .. 21 */
+      {"attention_masked --document 23", 2.0 * 3 * (270 + 231) * (18 + 12)},
+      {"attention_sparse --document 23 --topk 20", 2.0 * 3 * (270 - 6 + 231 - 1) * (24 + 16)},
+      {"indexer_select --document 23", 2.0 * 2 * 16 * (270 + 231)},
       {"rms_norm", 4.0 * (2 * 41 * 72 + 72 + 41)},
       {"adamw", 4.0 * 5001 * 7},
   };
   for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) {
     wn_program p;
     char work[64];
-    wn_winnow(&p, 1, "bench %s %s --quiet", expected[i].operation, sizes);
+    wn_winnow(&p, 1, "bench %s %s --quiet", sizes, expected[i].operation);
     if (p.code != 0) fail_msg("%s: exit code %d: %s", expected[i].operation, p.code, p.err);
     snprintf(work, sizeof work, ",%.9g,", expected[i].work);
     if (!strstr(p.out, work)) fail_msg("%s: no work of %s in %s", expected[i].operation, work, p.out);
@@ -70,10 +76,12 @@ static void layers_run(void **state) {
   (void)state;
   wn_program p;
   for (int stage = 1; stage <= 2; stage++) {
-    wn_winnow(&p, 1, "bench layer %s --rows 67 --stage %d --memory", sizes, stage);
-    if (p.code != 0) fail_msg("stage %d: exit code %d: %s", stage, p.code, p.err);
-    assert_int_equal(lines_of(p.out), 2);
-    assert_non_null(strstr(p.err, "(peak)"));
+    for (int32_t document = 30; document <= 67; document += 37) {
+      wn_winnow(&p, 1, "bench layer %s --rows 67 --document %d --stage %d --memory", sizes, document, stage);
+      if (p.code != 0) fail_msg("stage %d, documents of %d: exit code %d: %s", stage, document, p.code, p.err);
+      assert_int_equal(lines_of(p.out), 2);
+      assert_non_null(strstr(p.err, "(peak)"));
+    }
   }
 }
 
