@@ -1,4 +1,5 @@
-/* Forward of the per-head attention: a block keeps 128 rows of one head and walks the key tiles they see. A warp keeps
+/* Forward of the per-head attention: a block keeps 128 rows of one head, one such unit after another where the widths
+ * allow warpgroups' products, and walks the key tiles they see. A warp keeps
  * its rows' sums, running maximum and running sum of weights in registers; a maximum that has grown by much rescales
  * what was summed. Exponentials are base 2. */
 #ifndef WN_KERNELS_CUDA_ATTENTION_FORWARD_CUH
@@ -257,6 +258,7 @@ template <int DQ, int DV> struct wn_forward_layout {
   static constexpr int k_bytes = WN_GROUP_KEYS * DQ * 2, v_bytes = WN_GROUP_KEYS * DV * 2;
   static constexpr int keys = WN_BLOCK_ROWS * DQ * 2, values = keys + 2 * k_bytes, lines = values + 2 * v_bytes;
   static constexpr int barriers = lines + WN_MAKERS / 32 * WN_WARP_LINES, unit = barriers + 11 * 8, bytes = unit + 8;
+  static_assert(bytes <= 227 << 10, "more shared memory than a block can have");
 };
 
 /* Barriers: for each stage of keys and of values, come and done with; the same of Q and the unit's number; and the
@@ -265,7 +267,8 @@ enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FUL
 
 /* What the kernel's blocks share: SHARING is 1, or 2 where two blocks of a cluster have rows of one head that follow
  * each other, and each fetches half of a tile's keys and values for both: half the traffic with the L2 cache, which is
- * power that products can have. A unit is the rows of SHARING blocks. */
+ * power that products can have. A unit is the rows of SHARING blocks; a number names a unit of a head
+ * (wn_forward_place). */
 
 /* The row tile of a warpgroup. Of two blocks the outer and the inner tiles, so that the last keys, which only the last
  * rows see, are as much work for both. */
@@ -307,8 +310,8 @@ __device__ __forceinline__ void wn_forward_keys(uint32_t to, const CUtensorMap *
   }
 }
 
-/* A warp: its block, or both, may fetch the next tile to where this one stood. */
-template <int SHARING> __device__ __forceinline__ void wn_keys_done(uint32_t barrier) {
+/* A warp: its block, or both, may fetch the next to where this stood. */
+template <int SHARING> __device__ __forceinline__ void wn_place_done(uint32_t barrier) {
   const uint32_t lane = threadIdx.x & 31;
   if (SHARING == 1) {
     if (lane == 0) wn_mbarrier_arrive(barrier);
@@ -318,21 +321,21 @@ template <int SHARING> __device__ __forceinline__ void wn_keys_done(uint32_t bar
 }
 
 /* The number of the unit to make next, once the one before is done with in Q's place; below 0: none is left. Of blocks
- * that share the first takes it and tells the other. */
+ * that share the first takes it and tells the other. The first unit comes from the counter too: a block that could not
+ * begin with the others, since another kernel runs or no two places are free, finds the shortest units left, or none.
+ */
 template <int DQ, int DV, int SHARING>
 __device__ __forceinline__ int wn_forward_take(char *memory, const wn_attend_job &job, int units, int rank,
                                                uint32_t turn) {
   typedef wn_forward_layout<DQ, DV> layout;
   const uint32_t shared = wn_shared_address(memory), barriers = shared + layout::barriers;
   volatile int32_t *const here = (volatile int32_t *)(memory + layout::unit);
-  int64_t at = blockIdx.x / SHARING;
-  if (turn > 0 && rank == 0) at = (int64_t)(gridDim.x / SHARING) + atomicAdd(job.taken, 1);
-  if (at >= (int64_t)units * job.heads) at = -1;
+  const int taken = rank == 0 ? atomicAdd(job.taken, 1) : 0, at = taken < units * job.heads ? taken : -1;
   wn_mbarrier_wait(barriers + WN_Q_EMPTY, (turn & 1) ^ 1); /* passes at once the first time, as those for keys */
   if (rank == 0) {
-    *here = (int32_t)at;
-    if (SHARING > 1) wn_cluster_send(shared + layout::unit, (int32_t)at, barriers + WN_TOLD, 1);
-    return (int)at;
+    *here = at;
+    if (SHARING > 1) wn_cluster_send(shared + layout::unit, at, barriers + WN_TOLD, 1);
+    return at;
   }
   wn_mbarrier_expect(barriers + WN_TOLD, sizeof *here);
   wn_mbarrier_wait_cluster(barriers + WN_TOLD, turn & 1);
@@ -393,10 +396,43 @@ __device__ __forceinline__ void wn_forward_pass_over(uint32_t barriers, uint32_t
   const uint32_t k = 8 * (keys & 1), v = 8 * (values & 1);
   wn_mbarrier_wait(barriers + WN_K_FULL + k, keys++ >> 1 & 1);
   __syncwarp();
-  wn_keys_done<SHARING>(barriers + WN_K_EMPTY + k);
+  wn_place_done<SHARING>(barriers + WN_K_EMPTY + k);
   wn_mbarrier_wait(barriers + WN_V_FULL + v, values++ >> 1 & 1);
   __syncwarp();
-  wn_keys_done<SHARING>(barriers + WN_V_EMPTY + v);
+  wn_place_done<SHARING>(barriers + WN_V_EMPTY + v);
+}
+
+/* A warp's rows of Q as left operands, after which the next unit's may come. Where a unit sees no key no Q has come:
+ * these are then whatever stood there, and not used. */
+template <int DQ, int SHARING>
+__device__ __forceinline__ void wn_forward_queries(uint32_t (&q)[DQ / 16][4], uint32_t from, int warp_row,
+                                                   uint32_t empty) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int ks = 0; ks < DQ / 16; ks++)
+    wn_ldmatrix_x4(q[ks], wn_tile_at<WN_BLOCK_ROWS>(from, warp_row + (lane & 15), 2 * ks + (lane >> 4)));
+  __syncwarp();
+  wn_place_done<SHARING>(empty);
+}
+
+/* A warp's results; d_o, for delta, comes as the keys after the last. */
+template <int DQ, int DV, int SHARING>
+__device__ __forceinline__ void wn_forward_finish(char *shared, const wn_attend_job &job, int head, int row0,
+                                                  float (&o)[DV / 8][4], const wn_softmax_rows &rows, int warp_row,
+                                                  uint32_t &keys) {
+  typedef wn_forward_layout<DQ, DV> layout;
+  const uint32_t barriers = wn_shared_address(shared) + layout::barriers, k = keys & 1;
+  const int lane = threadIdx.x & 31;
+  const char *d_o = shared + layout::keys + k * layout::k_bytes;
+  if (job.delta.data) wn_mbarrier_wait(barriers + WN_K_FULL + 8 * k, keys >> 1 & 1);
+  wn_finish_rows(job, head, row0, o, rows, shared + layout::lines + warp_row / 16 * WN_WARP_LINES, [&](int r, int col) {
+    const uint32_t to = wn_tile_at<WN_BLOCK_ROWS>(0, warp_row + lane / 4 + 8 * r, col >> 3) + (uint32_t)(col & 7) * 2;
+    return __bfloat1622float2(*(const __nv_bfloat162 *)(d_o + to));
+  });
+  if (!job.delta.data) return;
+  __syncwarp();
+  wn_place_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
+  keys++;
 }
 
 /* A warpgroup's 64 rows of a unit whose Q has come; keys, values: tiles done with so far. Q goes to registers, since
@@ -425,11 +461,7 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
   float s[KEYS / 8][4];
   uint32_t p[KEYS / 16][4], q[DQ / 16][4];
   uint64_t words[2][2];
-#pragma unroll
-  for (int ks = 0; ks < DQ / 16; ks++)
-    wn_ldmatrix_x4(q[ks], wn_tile_at<WN_BLOCK_ROWS>(base, warp_row + (lane & 15), 2 * ks + (lane >> 4)));
-  __syncwarp();
-  wn_keys_done<SHARING>(barriers + WN_Q_EMPTY);
+  wn_forward_queries<DQ, SHARING>(q, base, warp_row, barriers + WN_Q_EMPTY);
   if (2 * pair < own.end) {
     for (; pair < first; pair++) wn_forward_pass_over<SHARING>(barriers, keys, values);
     uint32_t k = keys & 1;
@@ -441,7 +473,7 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
     if (!full) wn_pair_words<MASKED>(words, job, own, mine, pair);
     wn_wgmma_wait<0>();
     wn_wgmma_settle(s);
-    wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
+    wn_place_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
     keys++;
     if (!full) wn_mask_logits(s, words);
     wn_follow_top(s, rows, decay, scale_log2);
@@ -458,7 +490,7 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
     auto end_values = [&]() {
       wn_wgmma_wait<0>();
       wn_wgmma_settle(o);
-      wn_keys_done<SHARING>(barriers + WN_V_EMPTY + 8 * (values & 1));
+      wn_place_done<SHARING>(barriers + WN_V_EMPTY + 8 * (values & 1));
       values++;
     };
     /* one tile; FULL: seen whole */
@@ -472,7 +504,7 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
       if (!FULL) wn_pair_words<MASKED>(words, job, own, mine, pair);
       wn_wgmma_wait<1>();
       wn_wgmma_settle(s);
-      wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
+      wn_place_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
       keys++;
       if (!FULL) wn_mask_logits(s, words);
       const bool moved = wn_follow_top(s, rows, decay, scale_log2);
@@ -490,17 +522,7 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
   }
   for (; 2 * pair < walk.end; pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2)
     wn_forward_pass_over<SHARING>(barriers, keys, values);
-  const uint32_t at = keys & 1;
-  const char *d_o = shared + layout::keys + at * layout::k_bytes;
-  if (job.delta.data) wn_mbarrier_wait(barriers + WN_K_FULL + 8 * at, keys >> 1 & 1);
-  wn_finish_rows(job, head, row0, o, rows, shared + layout::lines + warp_row / 16 * WN_WARP_LINES, [&](int r, int col) {
-    const uint32_t to = wn_tile_at<WN_BLOCK_ROWS>(0, warp_row + lane / 4 + 8 * r, col >> 3) + (uint32_t)(col & 7) * 2;
-    return __bfloat1622float2(*(const __nv_bfloat162 *)(d_o + to));
-  });
-  if (!job.delta.data) return;
-  __syncwarp();
-  wn_keys_done<SHARING>(barriers + WN_K_EMPTY + 8 * at);
-  keys++;
+  wn_forward_finish<DQ, DV, SHARING>(shared, job, head, row0, o, rows, warp_row, keys);
 }
 
 /* Two warpgroups of 64 rows each, and one whose first thread starts the copies, two tiles of 128 keys ahead. Units are
@@ -538,7 +560,7 @@ __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREA
     uint32_t keys = 0, values = 0;
     for (uint32_t turn = 0;; turn++) {
       wn_mbarrier_wait(barriers + WN_Q_FULL, turn & 1);
-      /* read by the lane that gives Q back */
+      /* lane 0, since its arrival at Q_EMPTY is what lets the next number come, in both blocks */
       const int at = wn_uniform((threadIdx.x & 31) == 0 ? *(const volatile int32_t *)(shared + layout::unit) : 0);
       if (at < 0) break;
       int head, unit;
@@ -558,10 +580,11 @@ template <bool MASKED> struct wn_attend_forward_launch {
   template <int DQ, int DV, int SHARING> wn_status run_groups() const {
     wn_attend_maps maps;
     WN_TRY(wn_attend_describe(&maps, job, WN_TILE, WN_GROUP_KEYS / SHARING));
-    const int64_t units = wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads;
+    const int64_t all_units = wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads;
     const int64_t at_once = wn_cuda_of(device)->n_sms / SHARING;
+    WN_ASSERT(all_units <= INT32_MAX / 2, "attention over %d rows of %d heads", job->n, job->heads);
     return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED, SHARING>,
-                            SHARING * (units < at_once ? units : at_once), WN_GROUP_THREADS,
+                            SHARING * (all_units < at_once ? all_units : at_once), WN_GROUP_THREADS,
                             wn_forward_layout<DQ, DV>::bytes, *job, maps);
   }
 
@@ -575,7 +598,7 @@ template <bool MASKED> struct wn_attend_forward_launch {
        * enough, for the GPU to come to its power limit (tests/cuda/attention_dense.c knows the number). */
       const int64_t products = (int64_t)job->n * job->m * job->heads;
       if constexpr (!MASKED)
-        if (products >= (int64_t)1 << 32) return run_groups<DQ, DV, 2>();
+        if (products >= (int64_t)1 << 32 && job->n >= 8 * WN_BLOCK_ROWS) return run_groups<DQ, DV, 2>();
       return run_groups<DQ, DV, 1>();
     }
   }

@@ -1,5 +1,6 @@
 /* What the per-head attention kernels need once for all heads: bounds of each 64 rows' visible keys; of a selection, a
- * 64-bit word for every row and key tile and which key tiles 64 rows pick in; operands that allow 16-byte accesses.
+ * 64-bit word for every row and key tile and which key tiles 64 rows pick in; the counter that blocks of the forward
+ * take their rows from; operands that allow 16-byte accesses.
  * Words are no larger than the selection itself: attention_masked.cu cuts rows, or keys, where they would be. */
 #include <assert.h>
 
@@ -10,7 +11,7 @@ enum {
   WORD_ROWS = 8,       /* rows of a block of words_kernel, a warp each */
   SEGMENT_TILES = 256, /* key tiles whose words it holds at a time */
   L2_BYTES = 20 << 20, /* of keys and values of heads that run together */
-  FEW_ROUNDS = 12      /* of blocks on all multiprocessors */
+  FEW_ROUNDS = 12      /* of 128 rows of a head for all multiprocessors */
 };
 
 __global__ static void bounds_kernel(wn_tile_bounds *bounds, int32_t *taken, const int32_t *first, const int32_t *last,
@@ -165,8 +166,8 @@ wn_view<float> wn_attend_stat(const wn_tensor *t, int64_t n, int64_t heads) {
   return wn_view_of<float>(t);
 }
 
-/* Heads whose blocks run together, longest first: so many that keys and values fit the L2 cache. A launch of few blocks
- * would end with a few heads' long blocks on a mostly idle GPU, so it takes enough heads for two rounds of blocks. All
+/* Heads whose rows run together, longest first: so many that keys and values fit the L2 cache. A launch of few blocks'
+ * rows would end with a few heads' long ones on a mostly idle GPU, so it takes enough heads for two rounds of them. All
  * groups are alike, for the same reason. */
 static int32_t heads_together(wn_device *device, const wn_attend_job *job, int64_t width) {
   const int64_t sms = wn_cuda_of(device)->n_sms, blocks = wn_ceil_div(job->n > job->m ? job->n : job->m, WN_BLOCK_ROWS);

@@ -6,8 +6,8 @@
 
 /* selection[i,k] = the k largest scores[i * pitch + key] among the keys first[i] .. last[i], ascending, -1 at the end;
  * lowest key on ties, -0 equals 0, NaN counts as -inf. Other scores, and all scores of rows that see at most k keys,
- * never decide anything. scores is 16-byte aligned, pitch a multiple of 4 and at
- * least n_keys; first, last [n] on the device. */
+ * never decide anything. scores is 16-byte aligned, pitch a multiple of 4 and at least n_keys; first, last [n] on the
+ * device. */
 WN_MUST_USE wn_status wn_cuda_top_k(wn_device *device, wn_view<int32_t> selection, const float *scores, int64_t pitch,
                                     const int32_t *first, const int32_t *last, int32_t n_keys);
 

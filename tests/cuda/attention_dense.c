@@ -101,9 +101,23 @@ static void a_chunk_of_rows(void **state) {
   check(b, (shape){0, 3, 128, 128}, twin_rows_of(b, M, first, last, last, N), 0);
 }
 
+/* These rows, but from .. to - 1 see nothing. */
+static twin_rows blinded(twin_bench *b, const twin_rows *rows, int32_t from, int32_t to) {
+  const wn_rows *x = &rows->cpu;
+  int32_t *last = malloc((size_t)x->n_rows * sizeof *last);
+  assert_non_null(last);
+  for (int32_t i = 0; i < x->n_rows; i++) last[i] = i >= from && i < to ? x->first_key[i] - 1 : x->last_key[i];
+  twin_rows result = twin_rows_of(b, x->n_keys, x->first_key, last, x->position, x->n_rows);
+  free(last);
+  return result;
+}
+
+/* The second has few rows and many heads: blocks make several units of rows, of which some see nothing. */
 static void many_heads(void **state) {
   twin_bench *b = twin_begin(state);
   check(b, (shape){0, 16, 192, 128}, twin_causal(b, 300, 0, false), 0);
+  const twin_rows seeing = twin_causal(b, 300, 50, true);
+  check(b, (shape){0, 200, 192, 128}, blinded(b, &seeing, 128, 256), 0);
   check(b, (shape){0, 2, 192, 128}, twin_causal(b, 1500, 0, false), 0);
 }
 
@@ -265,17 +279,6 @@ static void all_numbers(const wn_tensor *t, const wn_rows *rows, bool lse) {
   }
 }
 
-/* These rows, but from .. to - 1 see nothing. */
-static twin_rows blinded(twin_bench *b, const twin_rows *rows, int32_t from, int32_t to) {
-  const wn_rows *x = &rows->cpu;
-  int32_t *last = malloc((size_t)x->n_rows * sizeof *last);
-  assert_non_null(last);
-  for (int32_t i = 0; i < x->n_rows; i++) last[i] = i >= from && i < to ? x->first_key[i] - 1 : x->last_key[i];
-  twin_rows result = twin_rows_of(b, x->n_keys, x->first_key, last, x->position, x->n_rows);
-  free(last);
-  return result;
-}
-
 /* Enough work that two blocks share keys, which the forward decides from 2^32 products of rows, keys and heads on: the
  * same bits as from runs of rows, each of which is too little for that, with delta and without. The last rows of many,
  * each pair of blocks with several units to make. One case has rows that see few keys beside some that see all, another
@@ -335,8 +338,9 @@ static void run_both(wn_device *device, void *context) {
 
 static void repeats(void **state) {
   twin_bench *b = twin_begin(state);
-  for (int w = 0; w < N_WIDTHS; w++) {
-    attention a = attention_of(b, widths[w], twin_causal(b, 513, 200, true), 1, 0);
+  for (int w = 0; w <= N_WIDTHS; w++) {
+    const shape s = w < N_WIDTHS ? widths[w] : (shape){0, 100, 192, 128}; /* 500 units of rows */
+    attention a = attention_of(b, s, twin_causal(b, 513, 200, true), 1, 0);
     const twin_out outs[] = {{&a.o, false},  {&a.lse, false}, {&a.delta, false},
                              {&a.dq, false}, {&a.dk, true},   {&a.dv, true}};
     twin_repeats(b, run_both, &a, outs, 6);

@@ -150,6 +150,17 @@ static void one_pick(void **state) {
   twin_end(b);
 }
 
+/* Blocks of the forward make several units of rows. */
+static void many_heads(void **state) {
+  twin_bench *b = twin_begin(state);
+  attention a = attention_of(b, (shape){4, 200, 64, 64}, twin_causal(b, 600, 70, true), (draw){4, -1}, 0);
+  both_ways(b, &a);
+  twin_end(b);
+  a = attention_of(b, (shape){20, 100, 192, 128}, twin_causal(b, 400, 0, true), (draw){20, -1}, 0);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
 static void everybody_picks_one_key(void **state) {
   twin_bench *b = twin_begin(state);
   attention a = attention_of(b, (shape){16, 3, 192, 128}, twin_causal(b, 400, 0, false), (draw){16, 0}, 0);
@@ -285,6 +296,7 @@ int main(void) {
       cmocka_unit_test(fewer_keys_than_picks),
       cmocka_unit_test(empty_rows_and_padding),
       cmocka_unit_test(one_pick),
+      cmocka_unit_test(many_heads),
       cmocka_unit_test(everybody_picks_one_key),
       cmocka_unit_test(many_keys),
       cmocka_unit_test(strided_views),

@@ -54,7 +54,8 @@ __device__ __forceinline__ void wn_mbarrier_wait(uint32_t barrier, uint32_t pari
                "r"(parity)
                : "memory");
 }
-/* The same where it was ended by what a thread of another block of the cluster did, which is seen after.
+/* The same where something is read after that a thread of another block of the cluster wrote; arrivals from there that
+ * only give a place back need no more than wn_mbarrier_wait. Empties the multiprocessor's first-level cache.
  * mbarrier.try_wait.parity.acquire.cluster */
 __device__ __forceinline__ void wn_mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile("{.reg .pred done;\n"
