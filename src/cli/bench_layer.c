@@ -178,6 +178,7 @@ static wn_status report(layer_bench *l, const double *forward, int32_t n, const 
   const wn_bench_cell cells[] = {
       {"stage", NULL, l->adapt ? 2 : 1},
       {"seq", NULL, (double)b->s.seq},
+      {"document", NULL, (double)b->s.document},
       {"experts", NULL, (double)b->s.experts},
       {"repeats", NULL, n},
       {"median_ms", NULL, total * 1e3},

@@ -113,7 +113,7 @@ static wn_status run_case(wn_bench *b, void *context) {
   return ((const wn_bench_case *)context)->run(b);
 }
 
-/* "8192x128x192 8192x128x128": the operands, outputs where there are no inputs. */
+/* "8192x128x192 8192x128x128 documents of 512": the operands, outputs where there are no inputs. */
 static void describe(const wn_bench *b, char text[160]) {
   const wn_tensor *t = b->n_in ? b->in : b->out;
   size_t used = 0;
@@ -121,6 +121,8 @@ static void describe(const wn_bench *b, char text[160]) {
   for (int32_t i = 0; i < (b->n_in ? b->n_in : b->n_out); i++)
     for (int32_t d = 0; d < t[i].rank && used < 120; d++)
       used += (size_t)snprintf(text + used, 160 - used, "%s%lld", d ? "x" : i ? " " : "", (long long)t[i].dim[d]);
+  if (b->pairs > 0 && b->s.document < b->s.seq)
+    snprintf(text + used, 160 - used, " documents of %lld", (long long)b->s.document);
 }
 
 static wn_status report(wn_bench *b, const wn_bench_case *c, const double *times, int32_t n, bool first,
@@ -161,7 +163,7 @@ static wn_status one(wn_bench *b, const wn_bench_case *c, bool *first, const cha
   size_t stash = wn_arena_mark(b->device->stash), scratch = wn_arena_mark(b->device->scratch),
          host = wn_arena_mark(b->device->host);
   b->n_in = b->n_out = 0;
-  b->work = 0;
+  b->work = b->pairs = b->picked = 0;
   b->flops = false;
   memset(b->not_finite, 0, sizeof b->not_finite);
   wn_status status = measure(b, c, first, csv);
