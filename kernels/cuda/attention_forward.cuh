@@ -1,7 +1,7 @@
 /* Forward of the per-head attention: a block keeps 128 rows of one head, one such unit after another where the widths
- * allow warpgroups' products, and walks the key tiles they see. A warp keeps
- * its rows' sums, running maximum and running sum of weights in registers; a maximum that has grown by much rescales
- * what was summed. Exponentials are base 2. */
+ * allow warpgroups' products, and walks the key tiles they see. A warp keeps its rows' sums, running maximum and
+ * running sum of weights in registers; a maximum that has grown by much rescales what was summed. Exponentials are
+ * base 2. */
 #ifndef WN_KERNELS_CUDA_ATTENTION_FORWARD_CUH
 #define WN_KERNELS_CUDA_ATTENTION_FORWARD_CUH
 
@@ -171,8 +171,7 @@ __global__ void __launch_bounds__(WN_MAKERS, 1) wn_attend_forward_kernel(const _
   const uint32_t q = wn_shared_address(shared), k = q + WN_BLOCK_ROWS * DQ * 2, v = k + WN_TILE * DQ * 2;
   const int blocks = (job.n + WN_BLOCK_ROWS - 1) / WN_BLOCK_ROWS, warp_row = (int)(threadIdx.x >> 5) * 16;
   int head, block;
-  wn_block_place(job, blockIdx.x, blocks, &head, &block);
-  block = blocks - 1 - block; /* the last rows see most keys: they go first */
+  wn_block_place_last_first(job, blockIdx.x, blocks, &head, &block);
   const int row0 = block * WN_BLOCK_ROWS + warp_row, mine = row0 + (int)(threadIdx.x & 31) / 4;
   float o[DV / 8][4];
   wn_softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, {0, 0}};
@@ -268,19 +267,12 @@ enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FUL
 /* What the kernel's blocks share: SHARING is 1, or 2 where two blocks of a cluster have rows of one head that follow
  * each other, and each fetches half of a tile's keys and values for both: half the traffic with the L2 cache, which is
  * power that products can have. A unit is the rows of SHARING blocks; a number names a unit of a head
- * (wn_forward_place). */
+ *. */
 
 /* The row tile of a warpgroup. Of two blocks the outer and the inner tiles, so that the last keys, which only the last
  * rows see, are as much work for both. */
 template <int SHARING> __device__ __forceinline__ int wn_row_tile(int unit, int rank, int group) {
   return SHARING == 1 ? 2 * unit + group : 4 * unit + (rank == 0 ? 3 * group : 1 + group);
-}
-
-/* Where unit `at` stands; the last rows see most keys: they go first. */
-__device__ __forceinline__ void wn_forward_place(const wn_attend_job &job, uint32_t at, int units, int *head,
-                                                 int *unit) {
-  wn_block_place(job, at, units, head, unit);
-  *unit = units - 1 - *unit;
 }
 
 /* A block's rows of Q or d_o [128, COLS]. */
@@ -351,6 +343,13 @@ __device__ __forceinline__ void wn_forward_produce(char *memory, const wn_attend
   typedef wn_forward_layout<DQ, DV> layout;
   const uint32_t shared = wn_shared_address(memory), barriers = shared + layout::barriers;
   uint32_t keys = 0, values = 0; /* tiles fetched */
+  /* the barrier at which so many bytes are to come, once the tile two before is done with */
+  auto expect = [&](uint32_t full, uint32_t empty, uint32_t tiles, int bytes) {
+    const uint32_t stage = 8 * (tiles & 1);
+    wn_mbarrier_wait(barriers + empty + stage, (tiles >> 1 & 1) ^ 1);
+    wn_mbarrier_expect(barriers + full + stage, (uint32_t)bytes);
+    return barriers + full + stage;
+  };
   for (uint32_t turn = 0;; turn++) {
     int head, unit;
     const int at = wn_forward_take<DQ, DV, SHARING>(memory, job, units, rank, turn);
@@ -358,7 +357,7 @@ __device__ __forceinline__ void wn_forward_produce(char *memory, const wn_attend
       wn_mbarrier_arrive(barriers + WN_Q_FULL);
       return;
     }
-    wn_forward_place(job, (uint32_t)at, units, &head, &unit);
+    wn_block_place_last_first(job, (uint32_t)at, units, &head, &unit);
     wn_key_walk walk;
     int pair = wn_begin_walk<MASKED, 2 * SHARING>(job, unit, &walk) / 2;
     if (2 * pair < walk.end) {
@@ -368,23 +367,18 @@ __device__ __forceinline__ void wn_forward_produce(char *memory, const wn_attend
       wn_mbarrier_arrive(barriers + WN_Q_FULL);
     }
     for (; 2 * pair < walk.end; keys++, values++) {
-      const uint32_t k = keys & 1, v = values & 1;
-      wn_mbarrier_wait(barriers + WN_K_EMPTY + 8 * k, (keys >> 1 & 1) ^ 1);
-      wn_mbarrier_expect(barriers + WN_K_FULL + 8 * k, layout::k_bytes);
-      wn_forward_keys<DQ, SHARING>(shared + layout::keys + k * layout::k_bytes, &maps.k, head, pair * WN_GROUP_KEYS,
-                                   rank, barriers + WN_K_FULL + 8 * k);
-      wn_mbarrier_wait(barriers + WN_V_EMPTY + 8 * v, (values >> 1 & 1) ^ 1);
-      wn_mbarrier_expect(barriers + WN_V_FULL + 8 * v, layout::v_bytes);
-      wn_forward_keys<DV, SHARING>(shared + layout::values + v * layout::v_bytes, &maps.v, head, pair * WN_GROUP_KEYS,
-                                   rank, barriers + WN_V_FULL + 8 * v);
+      const uint32_t k = expect(WN_K_FULL, WN_K_EMPTY, keys, layout::k_bytes);
+      wn_forward_keys<DQ, SHARING>(shared + layout::keys + (keys & 1) * layout::k_bytes, &maps.k, head,
+                                   pair * WN_GROUP_KEYS, rank, k);
+      const uint32_t v = expect(WN_V_FULL, WN_V_EMPTY, values, layout::v_bytes);
+      wn_forward_keys<DV, SHARING>(shared + layout::values + (values & 1) * layout::v_bytes, &maps.v, head,
+                                   pair * WN_GROUP_KEYS, rank, v);
       pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
     }
     if (job.delta.data) {
-      const uint32_t k = keys & 1;
-      wn_mbarrier_wait(barriers + WN_K_EMPTY + 8 * k, (keys >> 1 & 1) ^ 1);
-      wn_mbarrier_expect(barriers + WN_K_FULL + 8 * k, WN_BLOCK_ROWS * DV * 2);
-      wn_forward_rows<DV, SHARING>(shared + layout::keys + k * layout::k_bytes, &maps.d_o, head, unit, rank,
-                                   barriers + WN_K_FULL + 8 * k);
+      const uint32_t k = expect(WN_K_FULL, WN_K_EMPTY, keys, WN_BLOCK_ROWS * DV * 2);
+      wn_forward_rows<DV, SHARING>(shared + layout::keys + (keys & 1) * layout::k_bytes, &maps.d_o, head, unit, rank,
+                                   k);
       keys++;
     }
   }
@@ -464,21 +458,21 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
   wn_forward_queries<DQ, SHARING>(q, base, warp_row, barriers + WN_Q_EMPTY);
   if (2 * pair < own.end) {
     for (; pair < first; pair++) wn_forward_pass_over<SHARING>(barriers, keys, values);
-    uint32_t k = keys & 1;
-    wn_mbarrier_wait(barriers + WN_K_FULL + 8 * k, keys >> 1 & 1);
-    wn_wgmma_fence();
-    wn_group_logits<DQ>(s, q, base + layout::keys + k * layout::k_bytes);
-    wn_wgmma_commit();
-    const bool full = wn_pair_is_full<MASKED>(own, pair);
-    if (!full) wn_pair_words<MASKED>(words, job, own, mine, pair);
-    wn_wgmma_wait<0>();
-    wn_wgmma_settle(s);
-    wn_place_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
-    keys++;
-    if (!full) wn_mask_logits(s, words);
-    wn_follow_top(s, rows, decay, scale_log2);
-    wn_make_weights(p, s, rows, scale_log2);
-    pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
+    /* s = Q K^T of the next keys, under way */
+    auto start_logits = [&]() {
+      const uint32_t k = keys & 1;
+      wn_mbarrier_wait(barriers + WN_K_FULL + 8 * k, keys >> 1 & 1);
+      wn_wgmma_fence();
+      wn_group_logits<DQ>(s, q, base + layout::keys + k * layout::k_bytes);
+      wn_wgmma_commit();
+    };
+    /* once they have come: the keys are done with; what rows do not see is masked */
+    auto end_logits = [&](bool full) {
+      wn_wgmma_settle(s);
+      wn_place_done<SHARING>(barriers + WN_K_EMPTY + 8 * (keys & 1));
+      keys++;
+      if (!full) wn_mask_logits(s, words);
+    };
     /* o += P V, under way */
     auto add_values = [&]() {
       const uint32_t v = values & 1;
@@ -493,26 +487,30 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
       wn_place_done<SHARING>(barriers + WN_V_EMPTY + 8 * (values & 1));
       values++;
     };
-    /* one tile; FULL: seen whole */
-    auto tile = [&]<bool FULL>() {
-      k = keys & 1;
-      wn_mbarrier_wait(barriers + WN_K_FULL + 8 * k, keys >> 1 & 1);
-      wn_wgmma_fence();
-      wn_group_logits<DQ>(s, q, base + layout::keys + k * layout::k_bytes);
-      wn_wgmma_commit();
-      add_values();
-      if (!FULL) wn_pair_words<MASKED>(words, job, own, mine, pair);
-      wn_wgmma_wait<1>();
-      wn_wgmma_settle(s);
-      wn_place_done<SHARING>(barriers + WN_K_EMPTY + 8 * k);
-      keys++;
-      if (!FULL) wn_mask_logits(s, words);
-      const bool moved = wn_follow_top(s, rows, decay, scale_log2);
-      end_values();
-      if (moved) wn_rescale(o, decay);
+    /* the tile's weights; on to the next tile */
+    auto make_weights = [&]() {
       wn_make_weights(p, s, rows, scale_log2);
       pair = wn_next_tile<MASKED, 2 * SHARING>(job, walk, unit, 2 * pair + 2) / 2;
     };
+    /* one tile; FULL: seen whole */
+    auto tile = [&]<bool FULL>() {
+      start_logits();
+      add_values();
+      if (!FULL) wn_pair_words<MASKED>(words, job, own, mine, pair);
+      wn_wgmma_wait<1>();
+      end_logits(FULL);
+      const bool moved = wn_follow_top(s, rows, decay, scale_log2);
+      end_values();
+      if (moved) wn_rescale(o, decay);
+      make_weights();
+    };
+    start_logits();
+    const bool full = wn_pair_is_full<MASKED>(own, pair);
+    if (!full) wn_pair_words<MASKED>(words, job, own, mine, pair);
+    wn_wgmma_wait<0>();
+    end_logits(full);
+    wn_follow_top(s, rows, decay, scale_log2);
+    make_weights();
     while (2 * pair < own.end) {
       while (wn_pair_is_full<MASKED>(own, pair)) tile.template operator()<true>();
       if (2 * pair < own.end) tile.template operator()<false>();
@@ -564,7 +562,7 @@ __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREA
       const int at = wn_uniform((threadIdx.x & 31) == 0 ? *(const volatile int32_t *)(shared + layout::unit) : 0);
       if (at < 0) break;
       int head, unit;
-      wn_forward_place(job, (uint32_t)at, units, &head, &unit);
+      wn_block_place_last_first(job, (uint32_t)at, units, &head, &unit);
       wn_forward_unit<DQ, DV, MASKED, SHARING>(shared, job, head, unit, rank, keys, values);
     }
   }

@@ -1,7 +1,7 @@
 /* What the per-head attention kernels need once for all heads: bounds of each 64 rows' visible keys; of a selection, a
  * 64-bit word for every row and key tile and which key tiles 64 rows pick in; the counter that blocks of the forward
- * take their rows from; operands that allow 16-byte accesses.
- * Words are no larger than the selection itself: attention_masked.cu cuts rows, or keys, where they would be. */
+ * take their rows from; operands that allow 16-byte accesses. Words are no larger than the selection itself:
+ * attention_masked.cu cuts rows, or keys, where they would be. */
 #include <assert.h>
 
 #include "kernels/cuda/attention_tile.cuh"

@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
   const uint32_t base = wn_shared_address(shared);
   const int rows = 2 * layout::TILES * WN_TILE, blocks = (job.n + rows - 1) / rows;
   int head, block;
-  wn_block_place(job, blockIdx.x, blocks, &head, &block);
-  const int tile0 = (blocks - 1 - block) * 2 * layout::TILES; /* the last rows see most keys: they go first */
+  wn_block_place_last_first(job, blockIdx.x, blocks, &head, &block);
+  const int tile0 = block * 2 * layout::TILES;
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < 8 * layout::stages; i += 8) {
       wn_mbarrier_init(base + layout::full + i, 1);

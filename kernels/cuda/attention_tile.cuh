@@ -322,6 +322,12 @@ __device__ __forceinline__ void wn_block_place(const wn_attend_job &job, uint32_
   *head = first + r % heads;
   *tile = r / heads;
 }
+/* The same with the last tile first: its rows see most keys. */
+__device__ __forceinline__ void wn_block_place_last_first(const wn_attend_job &job, uint32_t at, int tiles, int *head,
+                                                          int *tile) {
+  wn_block_place(job, at, tiles, head, tile);
+  *tile = tiles - 1 - *tile;
+}
 
 /* ---- results ---- */
 

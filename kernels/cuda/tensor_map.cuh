@@ -17,7 +17,7 @@ template <typename T>
 static inline wn_status wn_cuda_view_map(CUtensorMap *map, const wn_view<T> &v, int64_t n_rows, int32_t columns,
                                          int32_t heads, int32_t rows) {
   WN_ASSERT(v.heads <= 1 || v.head != 0, "the copy engine knows no heads that have the same rows");
-  const int64_t dim[3] = {v.width, v.head ? v.heads : 1, n_rows}, stride[2] = {v.head ? v.head : v.row, v.row};
+  const int64_t dim[3] = {v.width, v.heads, n_rows}, stride[2] = {v.head ? v.head : v.row, v.row};
   const uint32_t box[3] = {(uint32_t)columns, (uint32_t)heads, (uint32_t)rows};
   return wn_cuda_tensor_map(map, wn_type_of<T>::dtype, v.data, 3, dim, stride, box);
 }

@@ -319,10 +319,10 @@ static wn_status indexer_scores_run(wn_bench *b) {
 /* The scores of the keys that the row sees, in FP64. */
 static wn_status score_row(wn_bench *b, double **scores, int64_t row) {
   const wn_bench_sizes *s = &b->s;
-  int64_t visible = wn_bench_visible(b, row);
+  int64_t first = wn_bench_first(b, row), visible = wn_bench_visible(b, row);
   double *q, *k, *w;
   WN_TRY(wn_bench_values(b, &q, wn_tensor_slice(b->in[0], 0, row, 1)));
-  WN_TRY(wn_bench_values(b, &k, wn_tensor_slice(b->in[1], 0, wn_bench_first(b, row), visible)));
+  WN_TRY(wn_bench_values(b, &k, wn_tensor_slice(b->in[1], 0, first, visible)));
   WN_TRY(wn_bench_values(b, &w, wn_tensor_slice(b->in[2], 0, row, 1)));
   WN_TRY(wn_bench_host(b, (void **)scores, visible * 8));
   for (int64_t j = 0; j < visible; j++) {
@@ -354,11 +354,11 @@ static wn_status indexer_select_run(wn_bench *b) {
 }
 /* In the last row nothing that was left out may lie above what was picked by more than rounding. */
 static wn_status indexer_select_check(wn_bench *b) {
-  int64_t row = b->s.rows - 1, first = wn_bench_first(b, row), at = 0;
+  int64_t row = b->s.rows - 1, first = wn_bench_first(b, row), visible = wn_bench_visible(b, row), at = 0;
   double *scores, *picked, lowest = INFINITY, highest = -INFINITY, most = 0;
   WN_TRY(score_row(b, &scores, row));
   WN_TRY(wn_bench_values(b, &picked, wn_tensor_slice(b->out[0], 0, row, 1)));
-  for (int64_t j = 0; j < wn_bench_visible(b, row); j++) {
+  for (int64_t j = 0; j < visible; j++) {
     most = fmax(most, fabs(scores[j]));
     if (at < b->s.topk && picked[at] == (double)(first + j)) {
       lowest = fmin(lowest, scores[j]);

@@ -71,9 +71,8 @@ static void every_width_and_length(void **state) {
 static void documents_and_empty_rows(void **state) {
   twin_bench *b = twin_begin(state);
   static const int32_t documents[] = {0, 1, 50, 64, 100};
-  for (size_t i = 0; i < sizeof documents / sizeof *documents; i++) {
+  for (size_t i = 0; i < sizeof documents / sizeof *documents; i++)
     check(b, (shape){0, 3, 192, 128}, twin_causal(b, 331, documents[i], true), 0);
-  }
 }
 
 /* Rows of which none sees anything, over whole tiles. */
@@ -134,9 +133,7 @@ static void strided_views(void **state) {
   twin_bench *b = twin_begin(state);
   static const int64_t margins[] = {8, 2, 1, 3};
   for (size_t i = 0; i < sizeof margins / sizeof *margins; i++)
-    for (int w = 0; w < 3; w++) {
-      check(b, widths[w], twin_causal(b, 100, 0, true), margins[i]);
-    }
+    for (int w = 0; w < 3; w++) check(b, widths[w], twin_causal(b, 100, 0, true), margins[i]);
 }
 
 /* k_nope and v are slices of one tensor [m, heads, nope + v], and so are their gradients. */
@@ -226,15 +223,6 @@ static void without_delta(void **state) {
   twin_end(b);
 }
 
-/* Rows from .. from + count - 1 of `rows`. */
-static wn_rows run_of(wn_rows rows, int64_t from, int64_t count) {
-  rows.n_rows = (int32_t)count;
-  rows.first_key += from;
-  rows.last_key += from;
-  rows.position += from;
-  return rows;
-}
-
 /* Two runs of rows add into the same dk and dv. */
 static void row_chunks_add_up(void **state) {
   twin_bench *b = twin_begin(state);
@@ -243,7 +231,7 @@ static void row_chunks_add_up(void **state) {
   forward(b, &a);
   for (int part = 0; part < 2; part++) {
     int64_t from = part ? CUT : 0, count = part ? N - CUT : CUT;
-    const wn_rows rows = run_of(a.rows.cuda, from, count);
+    const wn_rows rows = twin_run(a.rows.cuda, from, count);
     twin dq = twin_slice(a.dq, 0, from, count), d_o = twin_slice(a.d_o, 0, from, count),
          q = twin_slice(a.q, 0, from, count), lse = twin_slice(a.lse, 0, from, count),
          delta = twin_slice(a.delta, 0, from, count);
@@ -286,19 +274,21 @@ static void all_numbers(const wn_tensor *t, const wn_rows *rows, bool lse) {
 static void shared_keys(void **state) {
   twin_bench *b = twin_begin(state);
   enum { N = 1100, M = 32768, HEADS = 128, CUT = 500 };
-  static const shape shapes[] = {{N, HEADS, 192, 128}, {N, HEADS, 64, 64}, {N, HEADS, 128, 128}, {N, HEADS, 192, 128}};
-  static const int32_t documents[] = {0, M - N / 2, 0, 40}, blind[] = {0, 0, 0, 600};
+  static const struct {
+    int32_t dq, dv, document, blind; /* rows 200 .. blind - 1 see nothing */
+  } cases[] = {{192, 128, 0, 0}, {64, 64, M - N / 2, 0}, {128, 128, 0, 0}, {192, 128, 40, 600}};
   assert_true((int64_t)N * M * HEADS >= (int64_t)1 << 32 && (int64_t)(N - CUT) * M * HEADS < (int64_t)1 << 32);
-  for (int w = 0; w < 4; w++) {
-    const shape s = shapes[w];
-    const wn_attention_params params = {.scale = 1 / sqrt((double)s.dq)};
-    const twin_rows seeing = twin_causal_end(b, N, M, documents[w], true), rows = blinded(b, &seeing, 200, blind[w]);
-    twin q = twin_random(b, WN_ACT, SEED_Q, 1, 0, 3, N, HEADS, s.dq),
-         d_o = twin_random(b, WN_ACT, SEED_DO, 1, 0, 3, N, HEADS, s.dv), out[3][3];
-    const wn_tensor k = overlapping_heads(twin_random(b, WN_ACT, SEED_K, 1, 0, 3, M + HEADS - 1, 1, s.dq), HEADS),
-                    v = overlapping_heads(twin_random(b, WN_ACT, SEED_V, 1, 0, 3, M + HEADS - 1, 1, s.dv), HEADS);
+  for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+    const int32_t dq = cases[c].dq, dv = cases[c].dv;
+    const wn_attention_params params = {.scale = 1 / sqrt((double)dq)};
+    const twin_rows seeing = twin_causal_end(b, N, M, cases[c].document, true),
+                    rows = blinded(b, &seeing, 200, cases[c].blind);
+    twin q = twin_random(b, WN_ACT, SEED_Q, 1, 0, 3, N, HEADS, dq),
+         d_o = twin_random(b, WN_ACT, SEED_DO, 1, 0, 3, N, HEADS, dv), out[3][3];
+    const wn_tensor k = overlapping_heads(twin_random(b, WN_ACT, SEED_K, 1, 0, 3, M + HEADS - 1, 1, dq), HEADS),
+                    v = overlapping_heads(twin_random(b, WN_ACT, SEED_V, 1, 0, 3, M + HEADS - 1, 1, dv), HEADS);
     for (int i = 0; i < 3; i++) {
-      out[i][0] = twin_tensor(b, WN_ACT, 3, N, HEADS, s.dv);
+      out[i][0] = twin_tensor(b, WN_ACT, 3, N, HEADS, dv);
       for (int j = 1; j < 3; j++) out[i][j] = twin_tensor(b, WN_STAT, 2, N, HEADS, 0);
       for (int j = 0; j < 3; j++) twin_poison(b, &out[i][j]);
     }
@@ -307,7 +297,7 @@ static void shared_keys(void **state) {
     OK(b->cuda->ops->attention_dense(b->cuda, &out[2][0].cuda, &out[2][1].cuda, NULL, NULL, &q.cuda, &k, &v, &rows.cuda,
                                      &params));
     for (int64_t from = 0, count = CUT; from < N; from += count, count = N - CUT) {
-      const wn_rows run = run_of(rows.cuda, from, count);
+      const wn_rows run = twin_run(rows.cuda, from, count);
       twin some[3], some_q = twin_slice(q, 0, from, count), some_d_o = twin_slice(d_o, 0, from, count);
       for (int j = 0; j < 3; j++) some[j] = twin_slice(out[1][j], 0, from, count);
       OK(b->cuda->ops->attention_dense(b->cuda, &some[0].cuda, &some[1].cuda, &some[2].cuda, &some_d_o.cuda,

@@ -93,6 +93,12 @@ static void both_ways(twin_bench *b, attention *a) {
   check_p(b, a);
 }
 
+static void check(twin_bench *b, shape s, twin_rows rows, draw d, int64_t margin) {
+  attention a = attention_of(b, s, rows, d, margin);
+  both_ways(b, &a);
+  twin_end(b);
+}
+
 static const shape shapes[] = {{16, 3, 192, 128}, {7, 1, 18, 12},  {16, 2, 64, 64},
                                {32, 2, 96, 32},   {16, 3, 40, 24}, {48, 2, 256, 256}};
 enum { N_SHAPES = sizeof shapes / sizeof *shapes };
@@ -104,9 +110,7 @@ static void every_width_and_length(void **state) {
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
       shape s = shapes[w];
       print_message("n %d, k %d, heads %d, widths %d/%d\n", lengths[i], s.k, s.heads, s.dq, s.dv);
-      attention a = attention_of(b, s, twin_causal(b, lengths[i], 0, false), (draw){s.k, -1}, 0);
-      both_ways(b, &a);
-      twin_end(b);
+      check(b, s, twin_causal(b, lengths[i], 0, false), (draw){s.k, -1}, 0);
     }
 }
 
@@ -114,9 +118,7 @@ static void fewer_keys_than_picks(void **state) {
   twin_bench *b = twin_begin(state);
   static const int32_t lengths[] = {40, 64, 65};
   for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
-    attention a = attention_of(b, (shape){64, 3, 192, 128}, twin_causal(b, lengths[i], 0, false), (draw){64, -1}, 0);
-    both_ways(b, &a);
-    twin_end(b);
+    check(b, (shape){64, 3, 192, 128}, twin_causal(b, lengths[i], 0, false), (draw){64, -1}, 0);
   }
 }
 
@@ -124,15 +126,11 @@ static void empty_rows_and_padding(void **state) {
   twin_bench *b = twin_begin(state);
   static const int32_t documents[] = {0, 50, 64};
   for (size_t i = 0; i < sizeof documents / sizeof *documents; i++) {
-    attention a = attention_of(b, (shape){32, 3, 192, 128}, twin_causal(b, 300, documents[i], true), (draw){32, -1}, 0);
-    both_ways(b, &a);
-    twin_end(b);
-    a = attention_of(b, (shape){40, 2, 64, 64}, twin_causal(b, 300, documents[i], true), (draw){13, -1}, 0);
-    both_ways(b, &a); /* every row's list ends in -1 */
-    twin_end(b);
-    a = attention_of(b, (shape){8, 2, 64, 64}, twin_causal(b, 300, documents[i], true), (draw){0, -1}, 0);
-    both_ways(b, &a); /* nobody picks anything */
-    twin_end(b);
+    check(b, (shape){32, 3, 192, 128}, twin_causal(b, 300, documents[i], true), (draw){32, -1}, 0);
+    /* every row's list ends in -1 */
+    check(b, (shape){40, 2, 64, 64}, twin_causal(b, 300, documents[i], true), (draw){13, -1}, 0);
+    /* nobody picks anything */
+    check(b, (shape){8, 2, 64, 64}, twin_causal(b, 300, documents[i], true), (draw){0, -1}, 0);
   }
 }
 
@@ -153,22 +151,14 @@ static void one_pick(void **state) {
 /* Blocks of the forward make several units of rows. */
 static void many_heads(void **state) {
   twin_bench *b = twin_begin(state);
-  attention a = attention_of(b, (shape){4, 200, 64, 64}, twin_causal(b, 600, 70, true), (draw){4, -1}, 0);
-  both_ways(b, &a);
-  twin_end(b);
-  a = attention_of(b, (shape){20, 100, 192, 128}, twin_causal(b, 400, 0, true), (draw){20, -1}, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){4, 200, 64, 64}, twin_causal(b, 600, 70, true), (draw){4, -1}, 0);
+  check(b, (shape){20, 100, 192, 128}, twin_causal(b, 400, 0, true), (draw){20, -1}, 0);
 }
 
 static void everybody_picks_one_key(void **state) {
   twin_bench *b = twin_begin(state);
-  attention a = attention_of(b, (shape){16, 3, 192, 128}, twin_causal(b, 400, 0, false), (draw){16, 0}, 0);
-  both_ways(b, &a);
-  twin_end(b);
-  a = attention_of(b, (shape){1, 3, 192, 128}, twin_causal(b, 400, 0, false), (draw){1, 0}, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){16, 3, 192, 128}, twin_causal(b, 400, 0, false), (draw){16, 0}, 0);
+  check(b, (shape){1, 3, 192, 128}, twin_causal(b, 400, 0, false), (draw){1, 0}, 0);
 }
 
 /* More keys than the plan's kernel holds words of at a time, and picks on both sides of the cut. */
@@ -177,9 +167,7 @@ static void many_keys(void **state) {
   enum { N = 70, M = 17000 };
   int32_t first[N] = {0}, last[N];
   for (int i = 0; i < N; i++) last[i] = M - N + i;
-  attention a = attention_of(b, (shape){100, 1, 64, 64}, twin_rows_of(b, M, first, last, last, N), (draw){100, -1}, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){100, 1, 64, 64}, twin_rows_of(b, M, first, last, last, N), (draw){100, -1}, 0);
 }
 
 static void strided_views(void **state) {
@@ -187,9 +175,7 @@ static void strided_views(void **state) {
   static const int64_t margins[] = {8, 2, 1};
   for (size_t i = 0; i < sizeof margins / sizeof *margins; i++)
     for (int w = 0; w < 3; w++) {
-      attention a = attention_of(b, shapes[w], twin_causal(b, 100, 0, true), (draw){shapes[w].k, -1}, margins[i]);
-      both_ways(b, &a);
-      twin_end(b);
+      check(b, shapes[w], twin_causal(b, 100, 0, true), (draw){shapes[w].k, -1}, margins[i]);
     }
 }
 
@@ -266,12 +252,8 @@ static void gradients_are_rounded_once(void **state) {
   twin_close(b, "dv", &a.dv, 5e-3);
   check_p(b, &a);
   twin_end(b);
-  a = attention_of(b, (shape){4, 2, 64, 64}, twin_causal(b, 2000, 300, true), (draw){4, -1}, 0);
-  both_ways(b, &a);
-  twin_end(b);
-  a = attention_of(b, (shape){4, 1, 256, 256}, twin_causal(b, 700, 0, false), (draw){4, 0}, 0);
-  both_ways(b, &a);
-  twin_end(b);
+  check(b, (shape){4, 2, 64, 64}, twin_causal(b, 2000, 300, true), (draw){4, -1}, 0);
+  check(b, (shape){4, 1, 256, 256}, twin_causal(b, 700, 0, false), (draw){4, 0}, 0);
 }
 
 static void run_both(wn_device *device, void *context) {

@@ -287,10 +287,7 @@ static void row_chunks_add_up(void **state) {
     int32_t n = 67 - from < 30 ? 67 - from : 30;
     twin *whole[] = {&x.dq, &x.p, &x.d_o, &x.q, &x.selection, &x.lse, &x.delta}, part[7];
     for (int i = 0; i < 7; i++) part[i] = twin_slice(*whole[i], 0, from, n);
-    twin_rows rows = x.rows;
-    wn_rows *sides[] = {&rows.cpu, &rows.cuda};
-    for (int i = 0; i < 2; i++)
-      *sides[i] = (wn_rows){n, x.s.m, sides[i]->first_key + from, sides[i]->last_key + from, sides[i]->position + from};
+    const twin_rows rows = {twin_run(x.rows.cpu, from, n), twin_run(x.rows.cuda, from, n)};
     OK(b->cpu->ops->attention_sparse_backward(b->cpu, &part[0].cpu, &x.dkv.cpu, &part[1].cpu, &part[2].cpu,
                                               &part[3].cpu, &x.kv.cpu, &part[4].cpu, &part[5].cpu, &part[6].cpu,
                                               &rows.cpu, &x.params));

@@ -365,13 +365,7 @@ static void chunks_of_rows_join(void **state) {
   scene part = s;
   part.q = twin_slice(s.q, 0, FROM, COUNT);
   part.w = twin_slice(s.w, 0, FROM, COUNT);
-  wn_rows *rows[2] = {&part.rows.cpu, &part.rows.cuda};
-  for (int i = 0; i < 2; i++) {
-    rows[i]->n_rows = COUNT;
-    rows[i]->first_key += FROM;
-    rows[i]->last_key += FROM;
-    rows[i]->position += FROM;
-  }
+  part.rows = (twin_rows){twin_run(s.rows.cpu, FROM, COUNT), twin_run(s.rows.cuda, FROM, COUNT)};
   check_selection(b, "rows at the cut", &part, K, 0);
   wn_tensor alone;
   OK(wn_device_tensor(b->cuda, &alone, b->cuda->stash, "picks", WN_INDEX, 2, COUNT, K, 0, 0));

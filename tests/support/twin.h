@@ -145,6 +145,11 @@ static inline twin_rows twin_rows_of(twin_bench *b, int32_t n_keys, const int32_
                      {n, n_keys, f.cuda.data, l.cuda.data, p.cuda.data}};
 }
 
+/* Rows from .. from + n - 1 of `rows`, of one device. */
+static inline wn_rows twin_run(wn_rows rows, int64_t from, int64_t n) {
+  return (wn_rows){(int32_t)n, rows.n_keys, rows.first_key + from, rows.last_key + from, rows.position + from};
+}
+
 /* The last n of m causal rows over m keys, in documents of `document` rows (0: one). With `holes`, every 7th is empty.
  */
 static inline twin_rows twin_causal_end(twin_bench *b, int32_t n, int32_t m, int32_t document, bool holes) {

@@ -44,27 +44,26 @@ __device__ __forceinline__ void wn_mbarrier_arrive_after_copies(uint32_t barrier
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+/* ORDER: ".sem.scope" of mbarrier.try_wait.parity, "" for .acquire.cta */
+#define WN_MBARRIER_WAIT(ORDER, barrier, parity)                                                                       \
+  asm volatile("{.reg .pred done;\n"                                                                                   \
+               "again:\n"                                                                                              \
+               "mbarrier.try_wait.parity" ORDER ".shared::cta.b64 done, [%0], %1;\n"                                   \
+               "@!done bra again;}" ::"r"(barrier),                                                                    \
+               "r"(parity)                                                                                             \
+               : "memory")
 /* Every thread that needs it: until the phase of this parity is over. A new barrier counts as past a phase of parity 1.
  * mbarrier.try_wait.parity */
 __device__ __forceinline__ void wn_mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile("{.reg .pred done;\n"
-               "again:\n"
-               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again;}" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
+  WN_MBARRIER_WAIT("", barrier, parity);
 }
 /* The same where something is read after that a thread of another block of the cluster wrote; arrivals from there that
  * only give a place back need no more than wn_mbarrier_wait. Empties the multiprocessor's first-level cache.
  * mbarrier.try_wait.parity.acquire.cluster */
 __device__ __forceinline__ void wn_mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  asm volatile("{.reg .pred done;\n"
-               "again:\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again;}" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
+  WN_MBARRIER_WAIT(".acquire.cluster", barrier, parity);
 }
+#undef WN_MBARRIER_WAIT
 /* wn_mbarrier_wait once, for a while: whether the phase is over. mbarrier.try_wait.parity */
 __device__ __forceinline__ bool wn_mbarrier_try(uint32_t barrier, uint32_t parity) {
   uint32_t done;
