@@ -60,10 +60,23 @@ __device__ __forceinline__ bool wn_row_tile_active(const wn_attend_job &job, int
   return b.lowest_first < (block + 1) * WN_BLOCK_ROWS && b.highest_last >= block * WN_BLOCK_ROWS;
 }
 
-/* The first active row tile from `tile` on. */
+/* ranges[block] = its first active row tile, one past the last; 0, 0: none. A warp a block. Looking for them tile by
+ * tile, as every thread of the kernels below would have to, takes longer than making them where few rows see a key. */
 template <bool MASKED>
-__device__ __forceinline__ int wn_next_rows(const wn_attend_job &job, int tile, int tiles, int block) {
-  while (tile < tiles && !wn_row_tile_active<MASKED>(job, tile, block)) tile++;
+__global__ void __launch_bounds__(32) wn_attend_ranges_kernel(const __grid_constant__ wn_attend_job job, int2 *ranges) {
+  const int block = blockIdx.x, tiles = (job.n + WN_TILE - 1) / WN_TILE;
+  int first = INT32_MAX, end = 0;
+  for (int tile = threadIdx.x; tile < tiles; tile += 32)
+    if (wn_row_tile_active<MASKED>(job, tile, block)) first = min(first, tile), end = tile + 1;
+  first = __reduce_min_sync(~0u, first);
+  end = __reduce_max_sync(~0u, end);
+  if (threadIdx.x == 0) ranges[block] = make_int2(end > 0 ? first : 0, end);
+}
+
+/* The next active row tile of a range from `tile` on, or its end. */
+template <bool MASKED>
+__device__ __forceinline__ int wn_next_rows(const wn_attend_job &job, int tile, int end, int block) {
+  while (tile < end && !wn_row_tile_active<MASKED>(job, tile, block)) tile++;
   return tile;
 }
 
@@ -135,12 +148,12 @@ __global__ void __launch_bounds__(WN_MAKERS, 1)
   block += part.block;
   const int first = block * WN_BLOCK_ROWS + warp_key, key = first + (int)(threadIdx.x & 31) / 4;
   float made[NO][4];
-  int t = wn_next_rows<MASKED>(job, 0, tiles, block);
-  if (t >= tiles) return;
+  const int2 range = part.ranges[block];
+  if (range.y == 0) return;
   wn_clear(made);
   wn_tile_load<WN_BLOCK_ROWS, DQ, WN_MAKERS>(k, job.k, head, block * WN_BLOCK_ROWS, job.m);
   wn_tile_load<WN_BLOCK_ROWS, DV, WN_MAKERS>(v, job.v, head, block * WN_BLOCK_ROWS, job.m);
-  for (; t < tiles; t = wn_next_rows<MASKED>(job, t + 1, tiles, block)) {
+  for (int t = range.x; t < range.y; t = wn_next_rows<MASKED>(job, t + 1, range.y, block)) {
     wn_tile_load<WN_TILE, DQ, WN_MAKERS>(q, job.q, head, t * WN_TILE, job.n);
     wn_tile_load<WN_TILE, DV, WN_MAKERS>(d_o, job.d_o, head, t * WN_TILE, job.n);
     wn_cp_async_commit();
@@ -218,17 +231,17 @@ __device__ __forceinline__ void wn_fetch_stage(uint32_t base, wn_walk_place at, 
 /* A warpgroup's 64 keys. While one makes weights the other's products run. */
 template <int DQ, int DV, bool MASKED>
 __device__ __forceinline__ void wn_keys_make(char *shared, const wn_attend_job &job, const wn_attend_part &part,
-                                             int head, int block, int t, int tiles) {
+                                             int head, int block, int t, int end) {
   typedef wn_walk_layout<DQ, DV, sizeof(wn_row_facts)> layout;
   const uint32_t base = wn_shared_address(shared), v = base + WN_BLOCK_ROWS * DQ * 2;
   const int warp_key = (int)(threadIdx.x >> 5) * 16, lane = threadIdx.x & 31, group_key = warp_key / 64 * 64;
-  const int first = block * WN_BLOCK_ROWS + warp_key;
+  const int first = block * WN_BLOCK_ROWS + warp_key, tiles = (job.n + WN_TILE - 1) / WN_TILE;
   float dk[DQ / 64][8][4], dv[DV / 64][8][4];
   wn_clear_blocks(dk);
   wn_clear_blocks(dv);
   wn_walk_place at = {0, 0};
   wn_mbarrier_wait(base + layout::kept_full, 0);
-  while (t < tiles) {
+  while (t < end) {
     const char *here = shared + layout::kept + at.stage * layout::stage;
     const wn_row_facts *facts = (const wn_row_facts *)(here + layout::tiles);
     const uint32_t q = wn_shared_address(here), d_o = q + WN_TILE * DQ * 2;
@@ -240,7 +253,7 @@ __device__ __forceinline__ void wn_keys_make(char *shared, const wn_attend_job &
     wn_wgmma_commit();
     const bool full = wn_row_tile_full<MASKED>(job, t, block);
     uint4 *image = wn_ds_image(part, tiles, head, block, t, group_key / WN_TILE);
-    t = wn_next_rows<MASKED>(job, t + 1, tiles, block);
+    t = wn_next_rows<MASKED>(job, t + 1, end, block);
     wn_wgmma_wait<0>();
     wn_wgmma_settle(s);
     wn_key_weights<MASKED>(s, facts, 0, first + lane / 4, group_key / WN_TILE, full, job.scale);
@@ -278,19 +291,19 @@ __global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
   typedef wn_walk_layout<DQ, DV, sizeof(wn_row_facts)> layout;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = wn_shared_address(shared);
-  const int tiles = (job.n + WN_TILE - 1) / WN_TILE;
   int head, block;
   wn_block_place(job, blockIdx.x, part.blocks, &head, &block); /* the first keys are seen by most rows: they go first */
   block += part.block;
-  int t = wn_next_rows<MASKED>(job, 0, tiles, block);
-  if (t >= tiles) return;
+  const int2 range = part.ranges[block];
+  int t = range.x;
+  if (range.y == 0) return;
   wn_walk_barriers<layout>(base, 1 + WN_TILE, WN_MAKERS); /* every thread that writes or reads facts */
   if (threadIdx.x >= WN_MAKERS) {
     wn_registers_shrink<24>();
     const int warp = (int)(threadIdx.x - WN_MAKERS) / 32;
     wn_walk_place at = {0, 0};
     if (threadIdx.x == WN_MAKERS) wn_fetch_kept<DQ, DV, layout>(base, &maps.k, &maps.v, head, block * WN_BLOCK_ROWS);
-    for (; warp <= WN_TILE / 32 && t < tiles; t = wn_next_rows<MASKED>(job, t + 1, tiles, block)) {
+    for (; warp <= WN_TILE / 32 && t < range.y; t = wn_next_rows<MASKED>(job, t + 1, range.y, block)) {
       if (threadIdx.x == WN_MAKERS) {
         wn_fetch_stage<DQ, DV, layout>(base, at, &maps.q, &maps.d_o, head, t * WN_TILE);
       } else if (warp > 0) {
@@ -303,7 +316,7 @@ __global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
     }
   } else {
     wn_registers_grow<240>();
-    wn_keys_make<DQ, DV, MASKED>(shared, job, part, head, block, t, tiles);
+    wn_keys_make<DQ, DV, MASKED>(shared, job, part, head, block, t, range.y);
   }
 }
 
@@ -350,8 +363,12 @@ template <bool MASKED> struct wn_attend_backward_launch {
     const size_t mark = wn_arena_mark(device->scratch);
     const int64_t tiles = wn_ceil_div(job->n, WN_TILE), blocks = wn_ceil_div(job->m, WN_BLOCK_ROWS);
     const wn_part_size size = wn_part_of(device, job);
-    void *images, *sums = sum;
+    void *images, *ranges, *sums = sum;
     WN_TRY(wn_cuda_scratch(device, &images, "logit gradients", size.heads * size.blocks * tiles * 2 * WN_IMAGE_BYTES));
+    WN_TRY(wn_cuda_scratch(device, &ranges, "row tiles that see keys", blocks * (int64_t)sizeof(int2)));
+    if (blocks > 0)
+      wn_attend_ranges_kernel<MASKED><<<(unsigned)blocks, 32, 0, wn_cuda_stream(device)>>>(*job, (int2 *)ranges);
+    WN_CUDA_LAUNCHED("attention ranges");
     if (!sum && size.blocks < blocks)
       WN_TRY(wn_cuda_scratch(device, &sums, "query gradients", job->n * (int64_t)(DQ * sizeof(float))));
     for (int64_t head = 0; head < job->heads; head += size.heads) {
@@ -359,7 +376,8 @@ template <bool MASKED> struct wn_attend_backward_launch {
       const wn_attend_job some = wn_take_heads(job, (int32_t)head, (int32_t)heads);
       int64_t at = 0;
       do {
-        wn_attend_part part = {(uint4 *)images, (int32_t)at, 0, (float *)sums, first && at == 0, false};
+        wn_attend_part part = {(uint4 *)images, (const int2 *)ranges, (int32_t)at, 0,
+                               (float *)sums,   first && at == 0,     false};
         if (sum) part.sum += head * job->n * DQ;
         part.blocks = (int32_t)(blocks - at < size.blocks ? blocks - at : size.blocks);
         at += part.blocks;

@@ -16,6 +16,7 @@ enum { WN_IMAGE_BYTES = WN_TILE * WN_TILE * 2 };
 /* A part of a backward: the heads of a job, all rows, blocks block .. block + blocks - 1 of 128 keys. */
 typedef struct wn_attend_part {
   uint4 *images; /* [heads][blocks][row tiles][2]; those of row tiles that see nothing of a block are never written */
+  const int2 *ranges; /* [blocks of the job's keys] row tiles that see a block: the first, one past the last */
   int32_t block, blocks;
   float *sum;       /* [heads, n, DQ]: dQ / scale of the parts before; not used by a part that is first and last */
   bool first, last; /* of the parts with these heads */
