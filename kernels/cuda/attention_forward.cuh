@@ -577,13 +577,16 @@ template <bool MASKED> struct wn_attend_forward_launch {
 
   template <int DQ, int DV, int SHARING> wn_status run_groups() const {
     wn_attend_maps maps;
+    wn_attend_job counted = *job;
     WN_TRY(wn_attend_describe(&maps, job, WN_TILE, WN_GROUP_KEYS / SHARING));
+    WN_TRY(wn_cuda_scratch(device, (void **)&counted.taken, "units taken", sizeof *counted.taken));
+    WN_CUDA_TRY(cudaMemsetAsync(counted.taken, 0, sizeof *counted.taken, wn_cuda_stream(device)));
     const int64_t all_units = wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads;
     const int64_t at_once = wn_cuda_of(device)->n_sms / SHARING;
     WN_ASSERT(all_units <= INT32_MAX / 2, "attention over %d rows of %d heads", job->n, job->heads);
     return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED, SHARING>,
                             SHARING * (all_units < at_once ? all_units : at_once), WN_GROUP_THREADS,
-                            wn_forward_layout<DQ, DV>::bytes, *job, maps);
+                            wn_forward_layout<DQ, DV>::bytes, counted, maps);
   }
 
   template <int DQ, int DV> wn_status run() const {

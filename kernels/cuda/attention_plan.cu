@@ -1,7 +1,6 @@
 /* What the per-head attention kernels need once for all heads: bounds of each 64 rows' visible keys; of a selection, a
- * 64-bit word for every row and key tile and which key tiles 64 rows pick in; the counter that blocks of the forward
- * take their rows from; operands that allow 16-byte accesses. Words are no larger than the selection itself:
- * attention_masked.cu cuts rows, or keys, where they would be. */
+ * 64-bit word for every row and key tile and which key tiles 64 rows pick in; operands that allow 16-byte accesses.
+ * Words are no larger than the selection itself: attention_masked.cu cuts rows, or keys, where they would be. */
 #include <assert.h>
 
 #include "kernels/cuda/attention_tile.cuh"
@@ -14,8 +13,7 @@ enum {
   FEW_ROUNDS = 12      /* of 128 rows of a head for all multiprocessors */
 };
 
-__global__ static void bounds_kernel(wn_tile_bounds *bounds, int32_t *taken, const int32_t *first, const int32_t *last,
-                                     int32_t n) {
+__global__ static void bounds_kernel(wn_tile_bounds *bounds, const int32_t *first, const int32_t *last, int32_t n) {
   const int lane = threadIdx.x, tile = blockIdx.x;
   wn_tile_bounds b = {INT32_MAX, -1, -1, INT32_MAX};
   for (int row = tile * WN_TILE + lane; row < (tile + 1) * WN_TILE; row += 32) {
@@ -30,18 +28,16 @@ __global__ static void bounds_kernel(wn_tile_bounds *bounds, int32_t *taken, con
   b.highest_first = __reduce_max_sync(~0u, b.highest_first);
   b.lowest_last = __reduce_min_sync(~0u, b.lowest_last);
   if (lane == 0) bounds[tile] = b;
-  if (lane == 0 && tile == 0) *taken = 0;
 }
 
 wn_status wn_attend_plan_bounds(wn_device *device, wn_attend_job *job) {
   const int64_t tiles = wn_ceil_div(job->n, WN_TILE);
   void *memory;
-  WN_TRY(wn_cuda_scratch(device, &memory, "bounds of row tiles", (tiles + 1) * (int64_t)sizeof(wn_tile_bounds)));
+  WN_TRY(wn_cuda_scratch(device, &memory, "bounds of row tiles", tiles * (int64_t)sizeof(wn_tile_bounds)));
   job->bounds = (const wn_tile_bounds *)memory;
-  job->taken = (int32_t *)((wn_tile_bounds *)memory + tiles);
   if (tiles == 0) return NULL;
-  bounds_kernel<<<(unsigned)tiles, 32, 0, wn_cuda_stream(device)>>>((wn_tile_bounds *)memory, job->taken, job->first,
-                                                                    job->last, job->n);
+  bounds_kernel<<<(unsigned)tiles, 32, 0, wn_cuda_stream(device)>>>((wn_tile_bounds *)memory, job->first, job->last,
+                                                                    job->n);
   WN_CUDA_LAUNCHED("attention bounds");
   return NULL;
 }
@@ -100,12 +96,11 @@ wn_status wn_attend_plan_words(wn_device *device, wn_attend_job *job, const wn_v
   job->active_pitch = (int32_t)wn_ceil_div(tiles, 32);
   const int64_t active_bytes = rows / WN_TILE * job->active_pitch * 4;
   WN_TRY(wn_cuda_scratch(device, &words, "selection words", rows * tiles * 8));
-  WN_TRY(wn_cuda_scratch(device, &active, "selection tiles", active_bytes + 4));
+  WN_TRY(wn_cuda_scratch(device, &active, "selection tiles", active_bytes));
   job->words = (const uint64_t *)words;
   job->active = (const uint32_t *)active;
-  job->taken = (int32_t *)((char *)active + active_bytes);
-  WN_CUDA_TRY(cudaMemsetAsync(active, 0, (size_t)active_bytes + 4, wn_cuda_stream(device)));
   if (rows == 0 || tiles == 0) return NULL;
+  WN_CUDA_TRY(cudaMemsetAsync(active, 0, (size_t)active_bytes, wn_cuda_stream(device)));
   words_kernel<<<(unsigned)(rows / WORD_ROWS), WORD_ROWS * 32, 0, wn_cuda_stream(device)>>>(
       (uint64_t *)words, job->word_pitch, (uint32_t *)active, job->active_pitch, selection, job->n, key0, job->m,
       n_keys);

@@ -45,7 +45,7 @@ typedef struct wn_attend_job {
   int64_t word_pitch;
   int32_t active_pitch;
   int32_t n, m, heads;
-  int32_t *taken; /* units that the forward's blocks have asked for; 0 at its start */
+  int32_t *taken; /* units that one launch of the forward has given to blocks */
   int32_t group;  /* heads that run together: their keys and values fit the L2 cache */
   float scale;
 } wn_attend_job;
@@ -55,7 +55,7 @@ typedef struct wn_attend_maps {
   CUtensorMap q, k, v, d_o;
 } wn_attend_maps;
 
-/* ---- attention_plan.cu: what is made once for all heads, in scratch; of one forward, since *taken = 0 once ---- */
+/* ---- attention_plan.cu: what is made once for all heads, in scratch ---- */
 
 WN_MUST_USE wn_status wn_attend_plan_bounds(wn_device *device, wn_attend_job *job);
 /* words, active and their pitches, for the job's rows and keys, which begin at key0, a multiple of 64, of n_keys;
