@@ -126,6 +126,31 @@ __device__ __forceinline__ void wn_key_gradients(float (&dp)[NT][4], const uint3
   }
 }
 
+/* A warp's sums are added to its 16 keys of dK or dV in the place of its rows of K or V, once these are done with:
+ * brought, then (after wn_cp_async_commit, wn_cp_async_wait and __syncwarp) added and put back. */
+template <int BLOCKS>
+__device__ __forceinline__ void wn_bring_keys(const wn_view<wn_bf16> &y, int key, int keys, int head, char *tile) {
+  if (!wn_view_vectors(y)) return;
+#pragma unroll
+  for (int c = 0; c < BLOCKS; c++) wn_bring_lines(y, key, keys, 64 * c, head, tile + c * WN_BLOCK_ROWS * 128);
+}
+template <int BLOCKS>
+__device__ __forceinline__ void wn_add_keys(const wn_view<wn_bf16> &y, int key, int keys, int head,
+                                            float (&sums)[BLOCKS][8][4], float factor, char *tile) {
+  const bool lines = wn_view_vectors(y);
+#pragma unroll
+  for (int c = 0; c < BLOCKS; c++) {
+    char *here = tile + c * WN_BLOCK_ROWS * 128;
+    if (!lines) {
+      wn_put_rows<true>(y, key, keys, 64 * c, head, sums[c], factor);
+      continue;
+    }
+    wn_add_lines(sums[c], factor, here);
+    __syncwarp();
+    wn_put_lines(y, key, keys, 64 * c, head, sums[c], here);
+  }
+}
+
 /* ---- any width: warp-level products ---- */
 
 /* What a block of the keys kernel makes: both sums do not fit the registers. */
@@ -137,7 +162,7 @@ enum { WN_SUBTILE = 32 /* rows whose products a warp holds */ };
 template <int DQ, int DV, wn_keys_made MAKE, bool MASKED>
 __global__ void __launch_bounds__(WN_MAKERS, 1)
     wn_attend_keys_kernel(const __grid_constant__ wn_attend_job job, const __grid_constant__ wn_attend_part part) {
-  constexpr int NO = (MAKE == WN_MAKE_DK ? DQ : DV) / 8;
+  constexpr int BLOCKS = (MAKE == WN_MAKE_DK ? DQ : DV) / 64, NO = 8 * BLOCKS;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t k = wn_shared_address(shared), v = k + WN_BLOCK_ROWS * DQ * 2, q = v + WN_BLOCK_ROWS * DV * 2,
                  d_o = q + WN_TILE * DQ * 2;
@@ -147,10 +172,10 @@ __global__ void __launch_bounds__(WN_MAKERS, 1)
   wn_block_place(job, blockIdx.x, part.blocks, &head, &block); /* the first keys are seen by most rows: they go first */
   block += part.block;
   const int first = block * WN_BLOCK_ROWS + warp_key, key = first + (int)(threadIdx.x & 31) / 4;
-  float made[NO][4];
+  float made[BLOCKS][8][4], (&all)[NO][4] = *(float(*)[NO][4])made;
   const int2 range = part.ranges[block];
   if (range.y == 0) return;
-  wn_clear(made);
+  wn_clear_blocks(made);
   wn_tile_load<WN_BLOCK_ROWS, DQ, WN_MAKERS>(k, job.k, head, block * WN_BLOCK_ROWS, job.m);
   wn_tile_load<WN_BLOCK_ROWS, DV, WN_MAKERS>(v, job.v, head, block * WN_BLOCK_ROWS, job.m);
   for (int t = range.x; t < range.y; t = wn_next_rows<MASKED>(job, t + 1, range.y, block)) {
@@ -170,20 +195,25 @@ __global__ void __launch_bounds__(WN_MAKERS, 1)
       wn_key_weights<MASKED>(s, facts, r0, key, warp_key / WN_TILE, full, job.scale);
       wn_fragments<4>(p, s);
       if constexpr (MAKE == WN_MAKE_DV) {
-        wn_product_registers<NO, 2, WN_TILE>(made, p, d_o, r0);
+        wn_product_registers<NO, 2, WN_TILE>(all, p, d_o, r0);
       } else {
         wn_clear(s); /* now dP^T */
         wn_product_shared<4, DV / 16, WN_BLOCK_ROWS, WN_TILE>(s, v, warp_key, d_o, r0);
         wn_key_gradients(s, p, facts, r0);
         wn_fragments<4>(p, s);
-        wn_product_registers<NO, 2, WN_TILE>(made, p, q, r0);
+        wn_product_registers<NO, 2, WN_TILE>(all, p, q, r0);
         wn_ds_put(wn_ds_image(part, tiles, head, block, t, warp_key / WN_TILE), warp_key % WN_TILE, r0 / 32, p);
       }
     }
     __syncthreads(); /* this tile is done with */
   }
-  wn_put_rows<true>(MAKE == WN_MAKE_DK ? job.dk : job.dv, first, job.m, 0, head, made,
-                    MAKE == WN_MAKE_DK ? job.scale : 1);
+  const wn_view<wn_bf16> &to = MAKE == WN_MAKE_DK ? job.dk : job.dv;
+  char *tile = shared + (MAKE == WN_MAKE_DK ? 0 : WN_BLOCK_ROWS * DQ * 2) + warp_key * 128;
+  wn_bring_keys<BLOCKS>(to, first, job.m, head, tile);
+  wn_cp_async_commit();
+  wn_cp_async_wait<0>();
+  __syncwarp();
+  wn_add_keys(to, first, job.m, head, made, MAKE == WN_MAKE_DK ? job.scale : 1, tile);
 }
 
 /* ---- widths up to 192/128: the products of warpgroups ---- */
@@ -277,10 +307,15 @@ __device__ __forceinline__ void wn_keys_make(char *shared, const wn_attend_job &
     wn_mbarrier_arrive(base + layout::empty + 8 * at.stage);
     wn_walk_on(at, layout::stages);
   }
-#pragma unroll
-  for (int c = 0; c < DQ / 64; c++) wn_put_rows<true>(job.dk, first, job.m, 64 * c, head, dk[c], job.scale);
-#pragma unroll
-  for (int c = 0; c < DV / 64; c++) wn_put_rows<true>(job.dv, first, job.m, 64 * c, head, dv[c], 1);
+  char *keys = shared + warp_key * 128, *values = keys + WN_BLOCK_ROWS * DQ * 2;
+  wn_named_sync(1 + wn_uniform((int)threadIdx.x / 128), 128); /* all four warps' products have read K and V */
+  wn_bring_keys<DQ / 64>(job.dk, first, job.m, head, keys);
+  wn_bring_keys<DV / 64>(job.dv, first, job.m, head, values);
+  wn_cp_async_commit();
+  wn_cp_async_wait<0>();
+  __syncwarp();
+  wn_add_keys(job.dk, first, job.m, head, dk, job.scale, keys);
+  wn_add_keys(job.dv, first, job.m, head, dv, 1, values);
 }
 
 /* Two warpgroups of 64 keys each; of a third, a thread starts the copies and two warps bring what is known of rows. */
@@ -320,15 +355,15 @@ __global__ void __launch_bounds__(WN_GROUP_THREADS, 1)
   }
 }
 
-/* Heads and blocks of 128 keys that a part takes: two gigabytes of dS, or where that is too few for the GPU, two blocks
- * for each multiprocessor. Either whole heads, or a range of one head's keys. */
+/* Heads and blocks of 128 keys that a part takes: four gigabytes of dS, or where that is too few for the GPU, two
+ * blocks for each multiprocessor. Either whole heads, or a range of one head's keys. */
 typedef struct wn_part_size {
   int64_t heads, blocks;
 } wn_part_size;
 
 static inline wn_part_size wn_part_of(wn_device *device, const wn_attend_job *job) {
   const int64_t tiles = wn_ceil_div(job->n, WN_TILE), blocks = wn_ceil_div(job->m, WN_BLOCK_ROWS);
-  const int64_t rounds = 2 * wn_cuda_of(device)->n_sms, fits = ((int64_t)2 << 30) / (tiles * 2 * WN_IMAGE_BYTES);
+  const int64_t rounds = 2 * wn_cuda_of(device)->n_sms, fits = ((int64_t)4 << 30) / (tiles * 2 * WN_IMAGE_BYTES);
   const int64_t most = fits > rounds ? fits : rounds;
   if (blocks > most) return {1, wn_ceil_div(blocks, wn_ceil_div(blocks, most))};
   const int64_t heads = blocks > 0 && most / blocks < job->heads ? most / blocks : job->heads;
@@ -366,9 +401,7 @@ template <bool MASKED> struct wn_attend_backward_launch {
     void *images, *ranges, *sums = sum;
     WN_TRY(wn_cuda_scratch(device, &images, "logit gradients", size.heads * size.blocks * tiles * 2 * WN_IMAGE_BYTES));
     WN_TRY(wn_cuda_scratch(device, &ranges, "row tiles that see keys", blocks * (int64_t)sizeof(int2)));
-    if (blocks > 0)
-      wn_attend_ranges_kernel<MASKED><<<(unsigned)blocks, 32, 0, wn_cuda_stream(device)>>>(*job, (int2 *)ranges);
-    WN_CUDA_LAUNCHED("attention ranges");
+    WN_TRY(wn_attend_launch(device, wn_attend_ranges_kernel<MASKED>, blocks, 32, 0, *job, (int2 *)ranges));
     if (!sum && size.blocks < blocks)
       WN_TRY(wn_cuda_scratch(device, &sums, "query gradients", job->n * (int64_t)(DQ * sizeof(float))));
     for (int64_t head = 0; head < job->heads; head += size.heads) {
@@ -376,12 +409,15 @@ template <bool MASKED> struct wn_attend_backward_launch {
       const wn_attend_job some = wn_take_heads(job, (int32_t)head, (int32_t)heads);
       int64_t at = 0;
       do {
-        wn_attend_part part = {(uint4 *)images, (const int2 *)ranges, (int32_t)at, 0,
-                               (float *)sums,   first && at == 0,     false};
-        if (sum) part.sum += head * job->n * DQ;
-        part.blocks = (int32_t)(blocks - at < size.blocks ? blocks - at : size.blocks);
-        at += part.blocks;
-        part.last = last && at == blocks;
+        const int64_t taken = blocks - at < size.blocks ? blocks - at : size.blocks;
+        const wn_attend_part part = {.images = (uint4 *)images,
+                                     .ranges = (const int2 *)ranges,
+                                     .block = (int32_t)at,
+                                     .blocks = (int32_t)taken,
+                                     .sum = sum ? sum + head * job->n * DQ : (float *)sums,
+                                     .first = first && at == 0,
+                                     .last = last && at + taken == blocks};
+        at += taken;
         WN_TRY((keys<DQ, DV>(some, part)));
         WN_TRY((wn_rows_launch<DQ, MASKED>(device, some, part)));
       } while (at < blocks);

@@ -20,9 +20,12 @@
  *      of whole lines; in long calls two blocks share keys
  *   7  blocks, or pairs that share, make units until none is      1.78 ms 771           7.05 ms 507
  *      left (1.76 and 780 in another run)
- * 7 ships: up to 98% and 65% of the 780 TFLOP/s of a large product. With 128 heads, T = 8192, 16384, 32768: forward
- * 3.70 ms 742, 15.8 ms 697, 61.2 ms 719 (FlashAttention 4 in the same run 668, 673, 697), backward 15.1 ms 473, 59.0 ms
- * 485, 240 ms 476 (389, 415, 431 deterministic, in another). Version 1's forward kernel still serves 256/256.
+ *   8  row tiles that see keys looked up once; dK and dV as                             6.76 ms 529
+ *      whole lines; 4 GB of dS at a time, not 2
+ * 8 ships: up to 98% and 68% of the 780 TFLOP/s of a large product. With 128 heads, T = 8192, 16384, 32768: forward
+ * 3.70 ms 742, 15.8 ms 697, 61.2 ms 719 (FlashAttention 4 in the same run 668, 673, 697), backward 14.1 ms 507, 56.2 ms
+ * 509, 221 ms 516 (388, 415, 431 deterministic, 465, 489, 487 as it comes, in the same run). Version 1's forward kernel
+ * still serves 256/256.
  * docs/performance.md has each step. */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"

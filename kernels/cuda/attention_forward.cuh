@@ -98,39 +98,19 @@ template <int NO> __device__ __forceinline__ void wn_rescale(float (&o)[NO][4], 
     for (int e = 0; e < 4; e++) o[j][e] *= decay[e >> 1];
 }
 
-/* A warp's outputs, rounded, to rows row0 .. of y, 64 columns at a time through WN_WARP_LINES bytes of its own: stores
- * are of whole lines. A y that does not allow 16-byte accesses is written as the lanes have it. */
-enum { WN_WARP_LINES = 16 * 128 };
+/* A warp's outputs, rounded, to rows row0 .. of y through WN_WARP_LINES bytes of its own. */
 template <int NO>
-__device__ __forceinline__ void wn_put_lines(const wn_view<wn_bf16> &y, int row0, int rows, int head,
-                                             const float (&o)[NO][4], char *lines) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ void wn_put_outputs(const wn_view<wn_bf16> &y, int row0, int rows, int head,
+                                               const float (&o)[NO][4], char *lines) {
   if (!wn_view_vectors(y)) {
     wn_put_rows<false>(y, row0, rows, 0, head, o, 1);
     return;
   }
 #pragma unroll
-  for (int c = 0; c < NO; c += 8) {
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      const float(&x)[4] = o[c + j], (&z)[4] = o[c + j + 1];
-      const uint32_t four[4] = {wn_pack_bf16(x[0], x[1]), wn_pack_bf16(x[2], x[3]), wn_pack_bf16(z[0], z[1]),
-                                wn_pack_bf16(z[2], z[3])};
-      wn_stmatrix_x4(wn_tile_at<16>(wn_shared_address(lines), lane & 15, j + (lane >> 4)), four);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = 4 * i + lane / 8, chunk = lane & 7;
-      const uint4 eight = *(const uint4 *)(lines + wn_tile_at<16>(0, row, chunk));
-      if (row0 + row < rows && 8 * (c + chunk) < y.width)
-        *(uint4 *)(y.data + (row0 + row) * y.row + head * y.head + 8 * (c + chunk)) = eight;
-    }
-    __syncwarp();
-  }
+  for (int c = 0; c < NO; c += 8) wn_put_lines(y, row0, rows, 8 * c, head, *(const float(*)[8][4]) & o[c], lines);
 }
 
-/* o, lse and delta of a warp's 16 rows; lines: for wn_put_lines. gradient(r, col): d_o of row lane / 4 + 8 r, columns
+/* o, lse and delta of a warp's 16 rows; lines: for wn_put_outputs. gradient(r, col): d_o of row lane / 4 + 8 r, columns
  * col and col + 1, 0 past the end and the width. */
 template <int NO, typename Gradient>
 __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int head, int row0, float (&o)[NO][4],
@@ -160,7 +140,7 @@ __device__ __forceinline__ void wn_finish_rows(const wn_attend_job &job, int hea
   if (job.unrounded.data)
     wn_put_unrounded(job.unrounded, row0, job.n, head, o);
   else
-    wn_put_lines(job.o, row0, job.n, head, o, lines);
+    wn_put_outputs(job.o, row0, job.n, head, o, lines);
 }
 
 /* ---- any width: warp-level products ---- */
@@ -576,6 +556,7 @@ template <bool MASKED> struct wn_attend_forward_launch {
   const wn_attend_job *job;
 
   template <int DQ, int DV, int SHARING> wn_status run_groups() const {
+    const size_t mark = wn_arena_mark(device->scratch);
     wn_attend_maps maps;
     wn_attend_job counted = *job;
     WN_TRY(wn_attend_describe(&maps, job, WN_TILE, WN_GROUP_KEYS / SHARING));
@@ -584,9 +565,11 @@ template <bool MASKED> struct wn_attend_forward_launch {
     const int64_t all_units = wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads;
     const int64_t at_once = wn_cuda_of(device)->n_sms / SHARING;
     WN_ASSERT(all_units <= INT32_MAX / 2, "attention over %d rows of %d heads", job->n, job->heads);
-    return wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED, SHARING>,
+    WN_TRY(wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED, SHARING>,
                             SHARING * (all_units < at_once ? all_units : at_once), WN_GROUP_THREADS,
-                            wn_forward_layout<DQ, DV>::bytes, counted, maps);
+                            wn_forward_layout<DQ, DV>::bytes, counted, maps));
+    wn_arena_release(device->scratch, mark);
+    return NULL;
   }
 
   template <int DQ, int DV> wn_status run() const {

@@ -110,20 +110,27 @@ __device__ __forceinline__ int wn_ds_row(int r) {
 
 /* Sums, with what the parts before left, to the next ones or as the result. */
 template <int NT>
-__device__ __forceinline__ void wn_rows_put(const float (&acc)[NT][4], const wn_attend_job &job,
-                                            const wn_attend_part &part, int head, int row0) {
+__device__ __forceinline__ void wn_rows_put(float (&acc)[NT][4], const wn_attend_job &job, const wn_attend_part &part,
+                                            int head, int row0) {
   const int col = (threadIdx.x & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = row0 + wn_ds_row(r);
     float *sum = part.sum + ((int64_t)head * job.n + row) * (8 * NT) + col;
     if (row >= job.n) continue;
+    if (!part.first) { /* a row's are read before any is written, or each would wait for memory */
+#pragma unroll
+      for (int j = 0; j < NT; j++) {
+        const float2 before = *(const float2 *)(sum + 8 * j);
+        acc[j][2 * r] += before.x;
+        acc[j][2 * r + 1] += before.y;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < NT; j++) {
-      const float2 before = part.first ? make_float2(0, 0) : *(const float2 *)(sum + 8 * j);
-      const float a = acc[j][2 * r] + before.x, b = acc[j][2 * r + 1] + before.y;
+      const float a = acc[j][2 * r], b = acc[j][2 * r + 1];
       if (part.last)
-        wn_put_pair<false>(job.dq, row, head, 8 * j + col, a * job.scale, b * job.scale);
+        wn_put_pair<false>(job.dq, row, head, 8 * j + col, a, b, job.scale);
       else
         *(float2 *)(sum + 8 * j) = make_float2(a, b);
     }

@@ -45,7 +45,7 @@ typedef struct wn_attend_job {
   int64_t word_pitch;
   int32_t active_pitch;
   int32_t n, m, heads;
-  int32_t *taken; /* units that one launch of the forward has given to blocks */
+  int32_t *taken; /* units that blocks of one launch of the forward have asked for; NULL elsewhere */
   int32_t group;  /* heads that run together: their keys and values fit the L2 cache */
   float scale;
 } wn_attend_job;
@@ -343,22 +343,20 @@ __device__ __forceinline__ float2 wn_get_pair(const wn_view<wn_bf16> &x, int row
   return {col < x.width ? __bfloat162float(from[0]) : 0, col + 1 < x.width ? __bfloat162float(from[1]) : 0};
 }
 
-/* Two neighbouring columns from an even one on, cut at the width; (+)= */
+/* Two neighbouring columns from an even one on, cut at the width; (+)= factor a, factor b */
 template <bool ADD>
-__device__ __forceinline__ void wn_put_pair(const wn_view<wn_bf16> &y, int row, int head, int col, float a, float b) {
+__device__ __forceinline__ void wn_put_pair(const wn_view<wn_bf16> &y, int row, int head, int col, float a, float b,
+                                            float factor) {
   if (col >= y.width) return;
   wn_bf16 *to = y.data + row * y.row + head * y.head + col;
   if (wn_pairs(y) && col + 1 < y.width) {
-    if (ADD) {
-      const float2 old = __bfloat1622float2(*(const __nv_bfloat162 *)to);
-      a += old.x;
-      b += old.y;
-    }
-    *(uint32_t *)to = wn_pack_bf16(a, b);
+    const float2 old = ADD ? __bfloat1622float2(*(const __nv_bfloat162 *)to) : float2{0, 0};
+    *(uint32_t *)to =
+        ADD ? wn_pack_bf16(fmaf(a, factor, old.x), fmaf(b, factor, old.y)) : wn_pack_bf16(a * factor, b * factor);
     return;
   }
-  to[0] = __float2bfloat16_rn(ADD ? a + __bfloat162float(to[0]) : a);
-  if (col + 1 < y.width) to[1] = __float2bfloat16_rn(ADD ? b + __bfloat162float(to[1]) : b);
+  to[0] = __float2bfloat16_rn(ADD ? fmaf(a, factor, __bfloat162float(to[0])) : a * factor);
+  if (col + 1 < y.width) to[1] = __float2bfloat16_rn(ADD ? fmaf(b, factor, __bfloat162float(to[1])) : b * factor);
 }
 
 /* A warp's sums [16, 8 NT], times `factor`, to rows row0 .. and columns col0 .. of y. */
@@ -368,9 +366,61 @@ __device__ __forceinline__ void wn_put_rows(const wn_view<wn_bf16> &y, int row0,
   const int lane = threadIdx.x & 31, row = row0 + (lane >> 2), col = col0 + (lane & 3) * 2;
 #pragma unroll
   for (int j = 0; j < NT; j++) {
-    if (row < rows) wn_put_pair<ADD>(y, row, head, 8 * j + col, acc[j][0] * factor, acc[j][1] * factor);
-    if (row + 8 < rows) wn_put_pair<ADD>(y, row + 8, head, 8 * j + col, acc[j][2] * factor, acc[j][3] * factor);
+    if (row < rows) wn_put_pair<ADD>(y, row, head, 8 * j + col, acc[j][0], acc[j][1], factor);
+    if (row + 8 < rows) wn_put_pair<ADD>(y, row + 8, head, 8 * j + col, acc[j][2], acc[j][3], factor);
   }
+}
+
+/* Sums of a warp's 16 rows go out as whole lines of 64 columns, through WN_WARP_LINES bytes of shared memory of the
+ * warp's own, for a y that allows 16-byte accesses (wn_view_vectors). Row by row as the lanes have them, an addition
+ * would wait for memory at every pair of columns. All three: all lanes of the warp. */
+enum { WN_WARP_LINES = 16 * 128 };
+
+/* Rows row0 .., columns col0 .. + 63 of y into the lines, zeros past the ends; there after wn_cp_async_commit and
+ * _wait of every lane and __syncwarp. */
+__device__ __forceinline__ void wn_bring_lines(const wn_view<wn_bf16> &y, int row0, int rows, int col0, int head,
+                                               char *lines) {
+  const int lane = threadIdx.x & 31, chunk = lane & 7;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = 4 * i + lane / 8;
+    const bool there = row0 + row < rows && col0 + 8 * chunk < y.width;
+    const wn_bf16 *from = y.data + (row0 + row) * y.row + head * y.head + col0 + 8 * chunk;
+    wn_cp_async_16(wn_tile_at<16>(wn_shared_address(lines), row, chunk), there ? from : y.data, there ? 16 : 0);
+  }
+}
+/* x[16, 64] = factor x + lines */
+__device__ __forceinline__ void wn_add_lines(float (&x)[8][4], float factor, const char *lines) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const char *from = lines + wn_tile_at<16>(0, lane / 4 + 8 * r, j) + (lane & 3) * 4;
+      const float2 old = __bfloat1622float2(*(const __nv_bfloat162 *)from);
+      x[j][2 * r] = fmaf(x[j][2 * r], factor, old.x);
+      x[j][2 * r + 1] = fmaf(x[j][2 * r + 1], factor, old.y);
+    }
+}
+/* x[16, 64], rounded, to rows row0 .., columns col0 .. of y */
+__device__ __forceinline__ void wn_put_lines(const wn_view<wn_bf16> &y, int row0, int rows, int col0, int head,
+                                             const float (&x)[8][4], char *lines) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    const uint32_t four[4] = {wn_pack_bf16(x[j][0], x[j][1]), wn_pack_bf16(x[j][2], x[j][3]),
+                              wn_pack_bf16(x[j + 1][0], x[j + 1][1]), wn_pack_bf16(x[j + 1][2], x[j + 1][3])};
+    wn_stmatrix_x4(wn_tile_at<16>(wn_shared_address(lines), lane & 15, j + (lane >> 4)), four);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = 4 * i + lane / 8, chunk = lane & 7;
+    const uint4 eight = *(const uint4 *)(lines + wn_tile_at<16>(0, row, chunk));
+    if (row0 + row < rows && col0 + 8 * chunk < y.width)
+      *(uint4 *)(y.data + (row0 + row) * y.row + head * y.head + col0 + 8 * chunk) = eight;
+  }
+  __syncwarp();
 }
 
 /* A warp's outputs [16, 8 NT] as they are to rows row0 .. of y. */

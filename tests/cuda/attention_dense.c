@@ -133,7 +133,7 @@ static void strided_views(void **state) {
   twin_bench *b = twin_begin(state);
   static const int64_t margins[] = {8, 2, 1, 3};
   for (size_t i = 0; i < sizeof margins / sizeof *margins; i++)
-    for (int w = 0; w < 3; w++) check(b, widths[w], twin_causal(b, 100, 0, true), margins[i]);
+    for (int w = 0; w < N_WIDTHS; w++) check(b, widths[w], twin_causal(b, 100, 0, true), margins[i]);
 }
 
 /* k_nope and v are slices of one tensor [m, heads, nope + v], and so are their gradients. */
