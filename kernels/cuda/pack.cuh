@@ -70,17 +70,34 @@ template <int N> __device__ __forceinline__ void wn_pack_store(float *to, const 
   for (int i = 0; i < N / 4; i++) ((float4 *)to)[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
 }
 
-/* Any N: as packs where N elements fill 16 bytes, else one by one. */
-template <typename T, int N> __device__ __forceinline__ void wn_read(float x[N], const T *from) {
-  if constexpr (N * sizeof(T) % 16 == 0) {
-    wn_unpack<N>(x, wn_pack_load<T, N>(from));
+/* Any N: as packs where N elements fill 16 bytes, else one by one. wn_kept: as they are in memory until widened. */
+template <typename T, int N> static constexpr bool wn_packs = N * sizeof(T) % 16 == 0;
+template <typename T, int N, bool PACKS = wn_packs<T, N>> struct wn_kept { wn_pack<T, N> raw; };
+template <typename T, int N> struct wn_kept<T, N, false> { T raw[N]; };
+
+template <typename T, int N> __device__ __forceinline__ wn_kept<T, N> wn_keep(const T *from) {
+  wn_kept<T, N> x;
+  if constexpr (wn_packs<T, N>) {
+    x.raw = wn_pack_load<T, N>(from);
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] = wn_wide(from[i]);
+    for (int i = 0; i < N; i++) x.raw[i] = from[i];
+  }
+  return x;
+}
+template <typename T, int N> __device__ __forceinline__ void wn_widen(float x[N], const wn_kept<T, N> &kept) {
+  if constexpr (wn_packs<T, N>) {
+    wn_unpack<N>(x, kept.raw);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = wn_wide(kept.raw[i]);
   }
 }
+template <typename T, int N> __device__ __forceinline__ void wn_read(float x[N], const T *from) {
+  wn_widen<T, N>(x, wn_keep<T, N>(from));
+}
 template <typename T, int N> __device__ __forceinline__ void wn_write(T *to, const float x[N]) {
-  if constexpr (N * sizeof(T) % 16 == 0) {
+  if constexpr (wn_packs<T, N>) {
     wn_pack_store<N>(to, x);
   } else {
 #pragma unroll
