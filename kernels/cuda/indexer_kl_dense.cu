@@ -19,17 +19,19 @@
  * - 4, in A pairs of blocks share the keys that they read: 9.2, 35.4, 141 ms; 420, 434, 437; 0.44.
  * - 5, 1[q.k > 0] by a multiplication, warpgroups in turns: 8.3, 31.4, 125 ms; 466, 490, 493; 0.50.
  * - 6, in A log2(e) is in the scale and the indexer's keys stay: 8.0, 31.3, 122 ms; 480, 492, 503; 0.51.
+ * - 7, p and I in one launch, C and D in one, shares of dk added side by side: 6.9, 29.6, 118 ms; 560, 521, 523; 0.53
+ *   (version 6, shares added so, in the same run: 7.4, 30.5, 121).
  * Versions were measured a run each, and runs differ by more than the smaller steps. Within one run, at T = 32768,
  * version 5 took 125 ms, without A's turns 126, without turns in C and D and without A's pairs 128; version 6 took
- * 122.3, with keys that do not stay 122.8. Version 6 ships; version 1 serves what operands' shapes or strides exclude
+ * 122.3, with keys that do not stay 122.8. Version 7 ships; version 1 serves what operands' shapes or strides exclude
  * from the others. Of version 6 at T = 32768 A and B take 69 ms (510 counted). Under version 4's load the GPU drew up
- * to 695 W and lowered its clock to 1.65 - 1.75 GHz: power is near its cap. Scratch: 384, 768, 1280 MiB. */
+ * to 695 W and lowered its clock to 1.65 - 1.75 GHz: power is near its cap. Scratch: 384, 768, 1536 MiB. */
 #include "kernels/cuda/indexer_kl.cuh"
 #include "kernels/cuda/indexer_kl_dense.cuh"
 #include "kernels/cuda/operations.cuh"
 
 enum { LOSS_THREADS = 256, LOSS_WARPS = LOSS_THREADS / 32 };
-static const int64_t CHUNK_BYTES = (int64_t)2 << 30, SHARE_BYTES = (int64_t)256 << 20;
+static const int64_t CHUNK_BYTES = (int64_t)2 << 30, SHARE_BYTES = (int64_t)512 << 20;
 
 /* ---- which keys a tile of rows sees ---- */
 

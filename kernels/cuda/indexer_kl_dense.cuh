@@ -44,8 +44,10 @@ template <bool TARGET> __device__ __forceinline__ float wn_dense_kl_term(float t
   return term * (TARGET ? WN_LOG2E : 0.5f * scale);
 }
 
-/* The two for operands of 16-byte rows, by warpgroups. indexer_kl_dense_scores_wide.cu */
-WN_MUST_USE wn_status wn_dense_kl_sum_wide(wn_device *device, const wn_dense_kl_sum *a, bool target);
+/* The two for operands of 16-byte rows, by warpgroups, of one chunk; NULL: not wanted, one of them.
+ * indexer_kl_dense_scores_wide.cu */
+WN_MUST_USE wn_status wn_dense_kl_sums_wide(wn_device *device, const wn_dense_kl_sum *target,
+                                            const wn_dense_kl_sum *index);
 
 /* p and index from the chunk's rows of qa, lse, q and w. indexer_kl_dense_scores.cu */
 WN_MUST_USE wn_status wn_dense_kl_scores(wn_device *device, const wn_dense_kl_chunk *chunk, const wn_view<wn_bf16> &q,

@@ -369,32 +369,60 @@ __global__ static void __launch_bounds__(THREADS, 2) key_kernel(const gradient_p
   write_share<WIDTH, M_TILES>(a, sum, key0 + warp_row);
 }
 
-/* dk += factor * the shares of those splits that have one, in order. A block owns SUM_KEYS keys. */
+/* dk += factor * the shares of those splits that have one, in order. A block owns SUM_KEYS keys, a thread some fours of
+ * their columns, which it reads side by side. */
+template <int WIDTH>
 __global__ static void __launch_bounds__(SUM_THREADS) add_shares_kernel(const wn_dense_kl_gradient a) {
-  __shared__ int32_t has[WN_DENSE_KL_MAX_TILES];
+  constexpr int FOURS = SUM_KEYS * WIDTH / 4 / SUM_THREADS;
+  __shared__ bool has[WN_DENSE_KL_MAX_TILES];
   const int32_t key0 = blockIdx.x * SUM_KEYS;
+  bool any = false;
   if ((int32_t)threadIdx.x < a.shares.n_splits) {
     const int32_t from = threadIdx.x * a.shares.tiles_per_split;
-    bool any = false;
     for (int32_t i = from; i < from + a.shares.tiles_per_split && i < a.chunk.n_row_tiles; i++)
       any |= wn_dense_kl_sees(a.chunk, i, key0);
     has[threadIdx.x] = any;
   }
-  __syncthreads();
-  const int64_t split = (int64_t)a.chunk.columns * a.shares.width;
-  for (int32_t i = threadIdx.x; i < SUM_KEYS * a.shares.width; i += SUM_THREADS) {
-    const int32_t key = key0 + i / a.shares.width, column = i % a.shares.width;
-    if (key >= a.chunk.n_keys || column >= a.dk.width) continue;
-    const float *share = a.shares.data + (int64_t)key * a.shares.width + column;
-    float sum = 0;
-    bool any = false;
-    for (int32_t s = 0; s < a.shares.n_splits; s++)
-      if (has[s]) {
-        sum += share[s * split];
-        any = true;
-      }
-    if (any) a.dk.data[key * a.dk.row + column] += a.factor * sum;
+  if (!__syncthreads_or(any)) return;
+  float4 sum[FOURS] = {};
+  for (int32_t s = 0; s < a.shares.n_splits; s++) {
+    if (!has[s]) continue;
+    const float4 *share = (const float4 *)(a.shares.data + ((int64_t)s * a.chunk.columns + key0) * WIDTH);
+    float4 four[FOURS];
+#pragma unroll
+    for (int f = 0; f < FOURS; f++) four[f] = share[f * SUM_THREADS + threadIdx.x];
+#pragma unroll
+    for (int f = 0; f < FOURS; f++)
+      sum[f] = make_float4(sum[f].x + four[f].x, sum[f].y + four[f].y, sum[f].z + four[f].z, sum[f].w + four[f].w);
   }
+  /* where a four of sums goes, and how many of it are there */
+  auto place = [&](int f, int32_t *here) {
+    const int32_t at = 4 * (f * SUM_THREADS + (int32_t)threadIdx.x), key = key0 + at / WIDTH, column = at % WIDTH;
+    *here = key < a.chunk.n_keys ? min(a.dk.width - column, 4) : 0;
+    return a.dk.data + key * a.dk.row + column;
+  };
+  float old[FOURS][4]; /* all are read before any is written */
+  int32_t here;
+#pragma unroll
+  for (int f = 0; f < FOURS; f++) {
+    const float *from = place(f, &here);
+#pragma unroll
+    for (int e = 0; e < 4; e++) old[f][e] = e < here ? from[e] : 0;
+  }
+#pragma unroll
+  for (int f = 0; f < FOURS; f++) {
+    float *to = place(f, &here);
+    const float own[4] = {sum[f].x, sum[f].y, sum[f].z, sum[f].w};
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (e < here) to[e] = fmaf(a.factor, own[e], old[f][e]);
+  }
+}
+
+template <int WIDTH> static wn_status add_shares(wn_device *device, const wn_dense_kl_gradient *a) {
+  add_shares_kernel<WIDTH><<<(unsigned)(a->chunk.columns / SUM_KEYS), SUM_THREADS, 0, wn_cuda_stream(device)>>>(*a);
+  WN_CUDA_LAUNCHED("indexer_kl_dense's sum of shares");
+  return NULL;
 }
 
 /* ---- launching ---- */
@@ -452,7 +480,9 @@ static wn_status by_warps(wn_device *device, const wn_dense_kl_gradient *g) {
 
 wn_status wn_dense_kl_gradients(wn_device *device, const wn_dense_kl_gradient *a) {
   WN_TRY(wn_dense_kl_gradients_fit(a) ? wn_dense_kl_gradients_wide(device, a) : by_warps(device, a));
-  add_shares_kernel<<<(unsigned)(a->chunk.columns / SUM_KEYS), SUM_THREADS, 0, wn_cuda_stream(device)>>>(*a);
-  WN_CUDA_LAUNCHED("indexer_kl_dense's sum of shares");
-  return NULL;
+  switch (a->shares.width) {
+  case 64: return add_shares<64>(device, a);
+  case 128: return add_shares<128>(device, a);
+  default: return add_shares<256>(device, a);
+  }
 }

@@ -3,8 +3,8 @@
  * A tile of pairs is 128 (row, head) pairs, a tile of keys 128 keys; a block keeps one (X, in shared memory) and
  * streams the others (Y) past it with the bulk copy engine. Each of two warpgroups has 64 rows of X: Z = X Y^T into
  * registers, weighed there to P, which is the first operand of P Y as it stands: the same stage of Y serves both
- * products. The product P Y of one tile and Z of the next are under way together. indexer_kl_dense.cu has the ladder.
- */
+ * products. The product P Y of one tile and Z of the next are under way together. Both kernels are one launch, so that
+ * the queries' blocks fill what the last of the keys' leave idle. indexer_kl_dense.cu has the ladder. */
 #include "kernels/cuda/indexer_kl_dense.cuh"
 #include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/tile_copy.cuh"
@@ -22,6 +22,7 @@ typedef struct wide_params {
   CUtensorMap pairs, keys, g; /* boxes: a slice of a tile of pairs; of a tile of keys; g of the two tiles */
   int32_t group, log_heads;   /* rows of a tile of pairs: TILE >> log_heads */
   int32_t stage_bytes; /* of a stage: Y, then g [group, TILE], then w [TILE] of the pairs when they are streamed */
+  int32_t key_blocks, query_blocks;
 } wide_params;
 
 /* What a block does. */
@@ -29,6 +30,7 @@ typedef struct task {
   int32_t t0, key0;   /* X: the first row of its pairs, or its first key */
   int32_t tiles;      /* of Y */
   int32_t first_tile; /* queries: the first key of Y */
+  int32_t split;      /* keys: of the chunk's row tiles */
 } task;
 
 typedef struct ring {
@@ -193,8 +195,8 @@ __device__ static void write_queries(const wide_params &a, const task &job, cons
   }
 }
 
-__device__ static void write_share(const wide_params &a, const float (&sum)[WIDTH / 8][4], int32_t key) {
-  float *to = a.in.shares.data + ((int64_t)blockIdx.y * a.in.chunk.columns + key) * WIDTH + threadIdx.x % 4 * 2;
+__device__ static void write_share(const wide_params &a, const float (&sum)[WIDTH / 8][4], int32_t split, int32_t key) {
+  float *to = a.in.shares.data + ((int64_t)split * a.in.chunk.columns + key) * WIDTH + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int slot = 0; slot < 2; slot++)
 #pragma unroll
@@ -205,8 +207,8 @@ __device__ static void write_share(const wide_params &a, const float (&sum)[WIDT
 /* ---- blocks ---- */
 
 /* A block owns a tile of pairs; long rows begin first. */
-__device__ static task query_task(const wide_params &a) {
-  task job = {(int32_t)(gridDim.x - 1 - blockIdx.x) * a.group, 0, 0, 0};
+__device__ static task query_task(const wide_params &a, int32_t block) {
+  task job = {(a.query_blocks - 1 - block) * a.group, 0, 0, 0, 0};
   int32_t low = INT32_MAX, high = 0;
   for (int32_t t = job.t0; t < job.t0 + a.group && t < a.in.chunk.n_rows; t++) {
     const int32_t first = a.in.chunk.first_key[t], last = a.in.chunk.last_key[t];
@@ -221,9 +223,10 @@ __device__ static task query_task(const wide_params &a) {
 }
 
 /* A block owns a tile of keys and a split of the chunk's row tiles. */
-__device__ static task key_task(const wide_params &a, int32_t *visible) {
-  task job = {0, (int32_t)blockIdx.x * TILE, 0, 0};
-  const int32_t from = blockIdx.y * a.in.shares.tiles_per_split;
+__device__ static task key_task(const wide_params &a, int32_t block, int32_t *visible) {
+  const int32_t key_tiles = a.in.chunk.columns / TILE;
+  task job = {0, block % key_tiles * TILE, 0, 0, block / key_tiles};
+  const int32_t from = job.split * a.in.shares.tiles_per_split;
   for (int32_t i = from; i < from + a.in.shares.tiles_per_split && i < a.in.chunk.n_row_tiles; i++)
     if (wn_dense_kl_sees(a.in.chunk, i, job.key0)) {
       if (threadIdx.x == 0) visible[job.tiles] = i;
@@ -234,12 +237,8 @@ __device__ static task key_task(const wide_params &a, int32_t *visible) {
 }
 
 template <bool KEYS>
-__global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_constant__ wide_params a) {
-  extern __shared__ char memory[];
-  __shared__ uint64_t barriers[2 * STAGES + 1];
-  __shared__ int32_t visible[WN_DENSE_KL_MAX_TILES];
-  const task job = KEYS ? key_task(a, visible) : query_task(a);
-  if (KEYS && job.tiles == 0) return;
+__device__ static void run(const wide_params &a, const task &job, const int32_t *visible, char *memory,
+                           uint64_t *barriers) {
   const uint32_t unaligned = wn_shared_address(memory), x = (unaligned + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1u);
   ring r = {x + TILE_BYTES, x, wn_shared_address(barriers), 0, 0, memory + (x - unaligned) + TILE_BYTES, 0, 0};
   r.empty = r.full + STAGES * 8;
@@ -263,18 +262,23 @@ __global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_co
     float sum[WIDTH / 8][4] = {}, dw[2] = {};
     multiply<KEYS>(a, job.tiles, r, sum, dw);
     if (KEYS)
-      write_share(a, sum, job.key0 + row);
+      write_share(a, sum, job.split, job.key0 + row);
     else
       write_queries(a, job, sum, dw, row);
   }
 }
 
-template <bool KEYS> static wn_status launch(wn_device *device, const wide_params *a, dim3 grid) {
-  const int bytes = STAGES * a->stage_bytes + TILE_BYTES + ALIGN_BYTES;
-  WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel<KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  wide_kernel<KEYS><<<grid, THREADS, bytes, wn_cuda_stream(device)>>>(*a);
-  WN_CUDA_LAUNCHED("indexer_kl_dense's gradients");
-  return NULL;
+__global__ static void __launch_bounds__(THREADS, 1) wide_kernel(const __grid_constant__ wide_params a) {
+  extern __shared__ char memory[];
+  __shared__ uint64_t barriers[2 * STAGES + 1];
+  __shared__ int32_t visible[WN_DENSE_KL_MAX_TILES];
+  const int32_t block = (int32_t)blockIdx.x;
+  if (block < a.key_blocks) {
+    const task job = key_task(a, block, visible);
+    if (job.tiles > 0) run<true>(a, job, visible, memory, barriers);
+  } else {
+    run<false>(a, query_task(a, block - a.key_blocks), visible, memory, barriers);
+  }
 }
 
 bool wn_dense_kl_gradients_fit(const wn_dense_kl_gradient *a) {
@@ -294,6 +298,11 @@ wn_status wn_dense_kl_gradients_wide(wn_device *device, const wn_dense_kl_gradie
   WN_TRY(wn_cuda_view_map(&a.pairs, in->q, c->n_rows, SLICE, in->q.heads, a.group));
   WN_TRY(wn_cuda_view_map(&a.keys, in->k, c->n_keys, SLICE, 1, TILE));
   WN_TRY(wn_cuda_view_map(&a.g, g, g.n, TILE, 1, a.group));
-  WN_TRY(launch<false>(device, &a, dim3((unsigned)wn_ceil_div(c->n_rows, a.group))));
-  return launch<true>(device, &a, dim3((unsigned)(c->columns / TILE), (unsigned)in->shares.n_splits));
+  a.key_blocks = c->columns / TILE * in->shares.n_splits;
+  a.query_blocks = (int32_t)wn_ceil_div(c->n_rows, a.group);
+  const int bytes = STAGES * a.stage_bytes + TILE_BYTES + ALIGN_BYTES;
+  WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  wide_kernel<<<(unsigned)(a.key_blocks + a.query_blocks), THREADS, bytes, wn_cuda_stream(device)>>>(a);
+  WN_CUDA_LAUNCHED("indexer_kl_dense's gradients");
+  return NULL;
 }

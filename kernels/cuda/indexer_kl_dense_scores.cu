@@ -144,7 +144,6 @@ template <bool TARGET> __global__ static void __launch_bounds__(THREADS, 1) head
 }
 
 template <bool TARGET> static wn_status head_sum(wn_device *device, const wn_dense_kl_sum *a) {
-  if (a->x_vectors && a->y_vectors) return wn_dense_kl_sum_wide(device, a, TARGET);
   const size_t shared_bytes = (size_t)STAGES * STAGE_BYTES + ALIGN_BYTES;
   WN_CUDA_TRY(
       cudaFuncSetAttribute(head_sum_kernel<TARGET>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
@@ -169,8 +168,11 @@ wn_status wn_dense_kl_scores(wn_device *device, const wn_dense_kl_chunk *chunk, 
                             wn_view_vectors(qa),
                             wn_view_vectors(ka)};
   if (ka.heads == 1) target.y.head = 0;
-  WN_TRY(head_sum<true>(device, &target));
   const wn_dense_kl_sum index = {
       *chunk, q, k, w.data, w.row, chunk->index, (float)scale, wn_view_vectors(q), wn_view_vectors(k)};
-  return head_sum<false>(device, &index);
+  const bool wide[2] = {target.x_vectors && target.y_vectors, index.x_vectors && index.y_vectors};
+  if (!wide[0]) WN_TRY(head_sum<true>(device, &target));
+  if (!wide[1]) WN_TRY(head_sum<false>(device, &index));
+  if (!wide[0] && !wide[1]) return NULL;
+  return wn_dense_kl_sums_wide(device, wide[0] ? &target : NULL, wide[1] ? &index : NULL);
 }

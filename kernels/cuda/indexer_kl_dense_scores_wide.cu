@@ -7,7 +7,8 @@
  *
  * A block alone reads 128 + 192 rows a head from the second-level cache. Two blocks with the same keys make a cluster:
  * each fetches half of the keys, and the copy engine gives them to both. That takes 30% off the reads and gained 3% of
- * the time: reads are not what limits it. indexer_kl_dense.cu has the ladder. */
+ * the time: reads are not what limits it. Both sums are one launch, so that tiles of the second, which are done sooner,
+ * fill what the last of the first leave idle. indexer_kl_dense.cu has the ladder. */
 #include "kernels/cuda/indexer_kl_dense.cuh"
 #include "kernels/cuda/ptx/mbarrier.cuh"
 #include "kernels/cuda/ptx/tile_copy.cuh"
@@ -24,7 +25,12 @@ enum { SHARED_BYTES = STAGES * STAGE_BYTES + ALIGN_BYTES, PRODUCER_REGISTERS = 2
 typedef struct wide_params {
   wn_dense_kl_sum sum;
   CUtensorMap x, y; /* [rows, heads, width], boxes of a tile's rows (y: of half a tile's), one head, a slice */
+  bool target;
 } wide_params;
+
+typedef struct wide_sums {
+  wide_params of[2]; /* in the order of the grid's last dimension */
+} wide_sums;
 
 typedef struct ring {
   uint32_t data, full, empty; /* addresses: stages; a barrier a stage each */
@@ -126,11 +132,11 @@ __device__ static void consume(const wide_params &a, ring r, int32_t row0, int32
           make_float2(sum[i / 4][i % 4] * share, sum[i / 4][i % 4 + 1] * share);
 }
 
-template <bool TARGET>
 __global__ static void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(THREADS, 1)
-    wide_kernel(const __grid_constant__ wide_params a) {
+    wide_kernel(const __grid_constant__ wide_sums sums) {
   extern __shared__ char memory[];
   __shared__ uint64_t barriers[2 * STAGES + 1];
+  const wide_params &a = sums.of[blockIdx.z];
   const int32_t row0 = blockIdx.x * ROWS, key0 = blockIdx.y * KEYS;
   const int32_t slices = (a.sum.x.width + SLICE - 1) / SLICE;
   bool seen = false; /* by a row of either block: they go together */
@@ -161,24 +167,30 @@ __global__ static void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(THREADS, 1
     if (threadIdx.x == 0) produce(a, r, row0, key0, slices);
   } else {
     wn_registers_grow<CONSUMER_REGISTERS>();
-    consume<TARGET>(a, r, row0, key0, slices);
+    if (a.target)
+      consume<true>(a, r, row0, key0, slices);
+    else
+      consume<false>(a, r, row0, key0, slices);
   }
   wn_cluster_sync(); /* a block's memory stays while the other may still write or arrive there */
 }
 
-template <bool TARGET> static wn_status launch(wn_device *device, const wide_params *a) {
-  WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel<TARGET>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-  const dim3 grid((unsigned)wn_ceil_div(a->sum.chunk.n_row_tiles, PAIR) * PAIR,
-                  (unsigned)wn_ceil_div(a->sum.chunk.columns, KEYS));
-  wide_kernel<TARGET><<<grid, THREADS, SHARED_BYTES, wn_cuda_stream(device)>>>(*a);
-  WN_CUDA_LAUNCHED("indexer_kl_dense's head sums");
-  return NULL;
+static wn_status describe(wide_params *a, const wn_dense_kl_sum *sum, bool target) {
+  a->sum = *sum;
+  a->target = target;
+  WN_TRY(wn_cuda_view_map(&a->x, sum->x, sum->chunk.n_rows, SLICE, 1, ROWS));
+  return wn_cuda_view_map(&a->y, sum->y, sum->chunk.n_keys, SLICE, 1, KEYS / PAIR);
 }
 
-wn_status wn_dense_kl_sum_wide(wn_device *device, const wn_dense_kl_sum *sum, bool target) {
-  wide_params a = {};
-  a.sum = *sum;
-  WN_TRY(wn_cuda_view_map(&a.x, sum->x, sum->chunk.n_rows, SLICE, 1, ROWS));
-  WN_TRY(wn_cuda_view_map(&a.y, sum->y, sum->chunk.n_keys, SLICE, 1, KEYS / PAIR));
-  return target ? launch<true>(device, &a) : launch<false>(device, &a);
+wn_status wn_dense_kl_sums_wide(wn_device *device, const wn_dense_kl_sum *target, const wn_dense_kl_sum *index) {
+  const wn_dense_kl_chunk *c = target ? &target->chunk : &index->chunk;
+  wide_sums sums = {};
+  unsigned n = 0;
+  if (target) WN_TRY(describe(&sums.of[n++], target, true));
+  if (index) WN_TRY(describe(&sums.of[n++], index, false));
+  WN_CUDA_TRY(cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+  const dim3 grid((unsigned)wn_ceil_div(c->n_row_tiles, PAIR) * PAIR, (unsigned)wn_ceil_div(c->columns, KEYS), n);
+  wide_kernel<<<grid, THREADS, SHARED_BYTES, wn_cuda_stream(device)>>>(sums);
+  WN_CUDA_LAUNCHED("indexer_kl_dense's head sums");
+  return NULL;
 }

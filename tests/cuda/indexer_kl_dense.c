@@ -232,13 +232,17 @@ static void chunks_of_rows_add_up(void **state) {
   twin_end(b);
 }
 
-/* So many keys that a share of dk is made by several tiles of rows, and that most tiles are never touched. */
+/* So many keys that a share of dk is made by several tiles of rows, and that most tiles are never touched; by warps and
+ * by warpgroups. */
 static void few_keys_of_many(void **state) {
   twin_bench *b = twin_begin(state);
-  shape c = {.heads = 2, .width = 16, .n_index = 4, .index_width = 16, .w_deviation = 1};
-  scene s = make_scene(b, &c, windows(b, 1100, 131072, 119, 200));
-  check_scene(b, &s);
-  twin_end(b);
+  static const int32_t index[][2] = {{4, 72}, {8, 128}};
+  for (int i = 0; i < 2; i++) {
+    shape c = {.heads = 2, .width = 16, .n_index = index[i][0], .index_width = index[i][1], .w_deviation = 1};
+    scene s = make_scene(b, &c, windows(b, 1100, 131072, 119, 200));
+    check_scene(b, &s);
+    twin_end(b);
+  }
 }
 
 static void empty_rows_give_nothing(void **state) {
