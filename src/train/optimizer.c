@@ -1,5 +1,6 @@
 #include "train/optimizer.h"
 
+#include <float.h>
 #include <math.h>
 
 #include "kernels/kernels.h"
@@ -46,6 +47,12 @@ wn_status wn_optimizer_norms(wn_gradient_norms *out, wn_device *device, wn_world
 
 static double clip_scale(double norm, double clip, double divisor) {
   return (clip > 0 && norm > clip ? clip / norm : 1.0) / divisor;
+}
+
+bool wn_optimizer_overflows(const wn_gradient_norms *norms, double clip_grad) {
+  double norm = fmax(norms->base, norms->indexer);
+  if (clip_grad > 0) norm = fmin(norm, clip_grad);
+  return norm * norm > (double)FLT_MAX;
 }
 
 /* Elements from .. to - 1 of a piece. Between parameters lies padding whose gradients, moments and masters are 0, and

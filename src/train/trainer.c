@@ -105,7 +105,8 @@ static wn_status update(trainer *t, int64_t step, wn_train_row *row) {
   row->indexer_lr = run->recipe.train_indexer ? u.indexer_lr : NAN;
   row->grad_norm = run->recipe.train_base ? u.norms.base : NAN;
   row->indexer_grad_norm = run->recipe.train_indexer ? u.norms.indexer : NAN;
-  row->skipped = u.norms.non_finite != 0 || !isfinite(row->loss);
+  row->skipped =
+      u.norms.non_finite != 0 || !isfinite(row->loss) || wn_optimizer_overflows(&u.norms, job->optimizer.clip_grad);
   if (row->skipped) {
     state->skipped++;
     state->skipped_in_a_row++;
@@ -173,8 +174,9 @@ static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats
     WN_TRY(wn_metrics_layers(t->metrics, row->step, &run->model->config, &t->sums, run->recipe.train_indexer,
                              run->model->config.has_indexer));
   if (row->skipped) {
-    wn_warn(run->log, "step %lld skipped: its loss or gradient is not finite (%lld in a row)", (long long)row->step,
-            (long long)run->state.skipped_in_a_row);
+    wn_warn(run->log,
+            "step %lld skipped: its loss or gradient, or the gradient's square, is not finite (%lld in a row)",
+            (long long)row->step, (long long)run->state.skipped_in_a_row);
     WN_TRY(wn_metrics_event(t->metrics, row->step, 0, "skipped", "loss or gradient not finite"));
   }
   return NULL;
