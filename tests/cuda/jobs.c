@@ -172,44 +172,34 @@ static void every_selection_evaluates(void **state) {
 /* ---- dumps ---- */
 
 /* Documents of seven, one after another, of which the last row alone has to leave a key out of its six picks. */
-enum { DUMP_DOCUMENT = TINY_TOPK + 1, DUMP_TOKENS = 6 * DUMP_DOCUMENT, DUMPS = 12 };
+enum { DUMP_DOCUMENT = TINY_TOPK + 1, DUMP_TOKENS = 6 * DUMP_DOCUMENT, DUMPS = 12, DUMPS_THAT_AGREE = 2 };
 
-/* Of the rows that are not `apart`; NULL: of everything. */
-static double cosine(const wn_st_entry *a, const wn_st_entry *b, const bool *apart) {
+static double cosine(const wn_st_entry *a, const wn_st_entry *b) {
   double ab = 0, aa = 0, bb = 0;
-  size_t count = a->bytes / sizeof(float), row = count / DUMP_TOKENS;
-  for (size_t i = 0; i < count; i++) {
+  for (size_t i = 0; i < a->bytes / sizeof(float); i++) {
     double x = (double)((const float *)a->data)[i], y = (double)((const float *)b->data)[i];
-    if (apart && apart[i / row]) continue;
-    if (!isfinite(y)) {
-      assert_true(x == y);
-      continue;
-    }
+    if (!isfinite(y)) continue;
     ab += x * y;
     aa += x * x;
     bb += y * y;
   }
-  return aa == 0 && bb == 0 ? 1 : ab / sqrt(aa * bb);
+  return aa == 0 && bb == 0 ? 1 : aa == 0 || bb == 0 ? 0 : ab / sqrt(aa * bb);
 }
 
-static bool all_zero(const wn_st_entry *t) {
-  for (size_t i = 0; i < t->bytes / sizeof(float); i++)
-    if (((const float *)t->data)[i] != 0) return false;
-  return true;
-}
-
-/* NULL: absent */
-static const wn_st_entry *of_layer(const wn_safetensors *dump, const char *tensor, int layer) {
-  char name[64];
-  snprintf(name, sizeof name, "%s.%d", tensor, layer);
-  return wn_safetensors_find(dump, name);
-}
-
-static void expect_same_names(const wn_safetensors *cpu, const wn_safetensors *gpu) {
+/* What no rounding changes: names, types and shapes; which numbers are finite (scores of keys that a row does not see
+ * are not); that a loss reaches either the indexer's gradients or the others. */
+static void expect_same_tensors(const wn_safetensors *cpu, const wn_safetensors *gpu, const char *grads) {
   assert_int_equal(wn_safetensors_count(cpu), wn_safetensors_count(gpu));
   for (int64_t i = 0; i < wn_safetensors_count(cpu); i++) {
     const wn_st_entry *a = wn_safetensors_at(cpu, i), *b = wn_safetensors_find(gpu, a->name);
     if (!b || a->dtype != b->dtype || !wn_st_shaped(b, a->rank, a->dim)) fail_msg("%s is another tensor", a->name);
+    if (a->dtype != WN_F32) continue;
+    bool reached = strncmp(a->name, "grad.", 5) || !strstr(a->name, ".indexer.") == !strcmp(grads, "base");
+    for (size_t e = 0; e < a->bytes / sizeof(float); e++) {
+      float x = ((const float *)a->data)[e], y = ((const float *)b->data)[e];
+      if (isfinite(x) ? !isfinite(y) : x != y) fail_msg("%s[%zu] is %g, and %g", a->name, e, (double)x, (double)y);
+      if (!reached && (x != 0 || y != 0)) fail_msg("%s[%zu] is %g, and %g", a->name, e, (double)x, (double)y);
+    }
   }
 }
 
@@ -227,72 +217,52 @@ static int32_t read_picks(bool picked[DUMP_TOKENS], const int32_t *picks, int64_
   return n;
 }
 
-/* Whether row t of a layer, whose inputs agree, has other picks on the GPU: as many as on the CPU, and each that
- * differs as near to the row's threshold as the two's scores are to each other, which is 5% of the layer's largest at
- * most. */
-static bool row_turned(const wn_safetensors *cpu, const wn_safetensors *gpu, int layer, int32_t t) {
-  const wn_st_entry *scores = of_layer(cpu, "index_scores", layer), *picks = of_layer(cpu, "topk", layer);
-  const float *all = (const float *)scores->data, *x = all + t * DUMP_TOKENS;
-  const float *y = (const float *)of_layer(gpu, "index_scores", layer)->data + t * DUMP_TOKENS;
-  const int64_t k = picks->dim[1];
+/* Whether a row of k picks has other ones on the GPU: as many as on the CPU, and each that differs as near to the row's
+ * threshold as the two's scores x and y allow, which move it by their largest difference at most. */
+static bool row_turned(const int32_t *cpu, const int32_t *gpu, int64_t k, const float *x, const float *y) {
   bool mine[DUMP_TOKENS], theirs[DUMP_TOKENS], turned = false;
-  const int32_t n = read_picks(mine, (const int32_t *)picks->data + t * k, k, x);
-  assert_int_equal(n, read_picks(theirs, (const int32_t *)of_layer(gpu, "topk", layer)->data + t * k, k, x));
-  double error = 0, largest = 0, threshold = INFINITY;
-  for (int32_t i = 0; i < DUMP_TOKENS * DUMP_TOKENS; i++)
-    if (isfinite(all[i])) largest = fmax(largest, fabs((double)all[i]));
+  const int32_t n = read_picks(mine, cpu, k, x);
+  assert_int_equal(n, read_picks(theirs, gpu, k, x));
+  double error = 0, threshold = INFINITY;
   for (int32_t key = 0; key < DUMP_TOKENS; key++) {
-    assert_true(isfinite(x[key]) ? isfinite(y[key]) : x[key] == y[key]);
     if (isfinite(x[key])) error = fmax(error, fabs((double)x[key] - (double)y[key]));
     if (mine[key]) threshold = fmin(threshold, (double)x[key]);
   }
-  if (!(error <= 0.05 * largest)) fail_msg("layer %d, row %d: scores of %.3g differ by %.3g", layer, t, largest, error);
   for (int32_t key = 0; key < DUMP_TOKENS; key++) {
     if (mine[key] == theirs[key]) continue;
     turned = true;
     if (!(fabs((double)x[key] - threshold) <= 2 * error))
-      fail_msg("layer %d, row %d: key %d is %.3g from the threshold, scores differ by %.3g", layer, t, key,
-               fabs((double)x[key] - threshold), error);
+      fail_msg("key %d is %.3g from the threshold, scores differ by %.3g", key, fabs((double)x[key] - threshold),
+               error);
   }
   return turned;
 }
 
-/* Layer by layer: hidden states of the rows that no turned pick has reached, which rows that pick all they see never
- * are, and the logits. Returns how many rows had other picks. */
-static int expect_same_layers(const wn_safetensors *cpu, const wn_safetensors *gpu, bool sparse) {
-  bool apart[DUMP_TOKENS] = {false};
+/* How many rows of all layers have other picks. */
+static int rows_turned(const wn_safetensors *cpu, const wn_safetensors *gpu) {
   int turned = 0;
   for (int layer = 0;; layer++) {
-    const wn_st_entry *mine = of_layer(gpu, "hidden", layer);
-    if (!mine) break;
-    assert_false(apart[0]);
-    double c = cosine(mine, of_layer(cpu, "hidden", layer), apart);
-    if (!(c > 0.995)) fail_msg("hidden.%d of the GPU has cosine %.6f to the CPU's", layer, c);
-    if (!sparse || !of_layer(gpu, "topk", layer)) continue;
-    bool reached = false, next[DUMP_TOKENS];
-    for (int32_t t = 0; t < DUMP_TOKENS; t++) {
-      if (t % DUMP_DOCUMENT == 0) reached = false;
-      bool own = !apart[t] && !reached && row_turned(cpu, gpu, layer, t);
-      turned += own;
-      next[t] = apart[t] || reached || own;
-      reached = reached || apart[t];
-    }
-    memcpy(apart, next, sizeof apart);
+    char picks[64], scores[64];
+    snprintf(picks, sizeof picks, "topk.%d", layer);
+    snprintf(scores, sizeof scores, "index_scores.%d", layer);
+    const wn_st_entry *a = wn_safetensors_find(cpu, picks), *b = wn_safetensors_find(gpu, picks);
+    const wn_st_entry *x = wn_safetensors_find(cpu, scores), *y = wn_safetensors_find(gpu, scores);
+    if (!a) return turned;
+    for (int64_t t = 0, k = a->dim[1]; t < DUMP_TOKENS; t++)
+      turned += row_turned((const int32_t *)a->data + t * k, (const int32_t *)b->data + t * k, k,
+                           (const float *)x->data + t * DUMP_TOKENS, (const float *)y->data + t * DUMP_TOKENS);
   }
-  double c = cosine(wn_safetensors_find(gpu, "logits"), wn_safetensors_find(cpu, "logits"), apart);
-  if (!(c > 0.995)) fail_msg("logits of the GPU have cosine %.6f to the CPU's", c);
-  return turned;
 }
 
-/* Two dumps of a pass over one of several sequences: same names and shapes; hidden states and logits that agree where
- * no turned pick has reached; what must be zero is. Returns whether every tensor points the same way as well: after a
- * pick, or an expert, that a rounding turns gradients are others. */
+/* Two dumps of a pass over one of several sequences: the same tensors, and picks that each side's scores allow. Returns
+ * whether all picks are the same and every tensor points the same way: after a pick, or an expert, that a rounding
+ * turns what follows is something else. */
 static bool dump_agrees(void **state, const char *model, int sequence, const char *attention, const char *grads) {
-  const char *dir = *state;
+  const char *dir = *state, *worst = "";
   wn_safetensors *dump[2];
   char path[2][WN_PATH_BYTES], tokens[DUMP_TOKENS * 4] = "", documents[DUMP_TOKENS * 4] = "";
-  double worst = 1;
-  bool agree = true;
+  double least = 1;
+  bool agrees = true;
   for (int i = 0; i < DUMP_TOKENS; i++) {
     size_t at = strlen(tokens), of = strlen(documents);
     snprintf(tokens + at, sizeof tokens - at, "%s%d", i ? "," : "", (7 + 13 * sequence + i * (i + sequence)) % 97);
@@ -304,28 +274,29 @@ static bool dump_agrees(void **state, const char *model, int sequence, const cha
                    dir, model, tokens, documents, path[gpu], attention, gpu ? "cuda" : "cpu", grads);
     OK(wn_safetensors_open(&dump[gpu], path[gpu]));
   }
-  expect_same_names(dump[0], dump[1]);
-  int turned = expect_same_layers(dump[0], dump[1], strcmp(attention, "sparse") == 0);
+  expect_same_tensors(dump[0], dump[1], grads);
+  int turned = rows_turned(dump[0], dump[1]);
   for (int64_t i = 0; i < wn_safetensors_count(dump[0]); i++) {
-    const wn_st_entry *cpu = wn_safetensors_at(dump[0], i), *gpu = wn_safetensors_find(dump[1], cpu->name);
+    const wn_st_entry *cpu = wn_safetensors_at(dump[0], i);
     if (cpu->dtype != WN_F32) continue;
-    if (all_zero(cpu) && !all_zero(gpu)) fail_msg("%s is zero on the CPU", cpu->name);
-    double c = cosine(gpu, cpu, NULL); /* NaN where the GPU alone has zeros */
-    agree = agree && c > 0.98;
-    if (!(c >= worst)) worst = c;
+    double c = cosine(wn_safetensors_find(dump[1], cpu->name), cpu);
+    bool exact = strcmp(cpu->name, "logits") == 0 || strncmp(cpu->name, "hidden.", 7) == 0;
+    agrees = agrees && c > (exact ? 0.999 : 0.98);
+    if (c < least) least = c, worst = cpu->name;
   }
-  print_message("  %s, gradients of %s, sequence %d: %d rows have other picks, smallest cosine of a tensor %.6f\n",
-                attention, grads, sequence, turned, worst);
+  print_message("  %s, gradients of %s, sequence %d: %d rows have other picks, smallest cosine %.6f %s\n", attention,
+                grads, sequence, turned, least, worst);
   wn_safetensors_close(dump[0]);
   wn_safetensors_close(dump[1]);
-  return turned == 0 && agree;
+  return turned == 0 && agrees;
 }
 
-/* In one sequence of some at least nothing turns. */
+/* In some of the sequences nothing turns. */
 static void expect_agreement(void **state, const char *model, const char *attention, const char *grads) {
-  for (int sequence = 0; sequence < DUMPS; sequence++)
-    if (dump_agrees(state, model, sequence, attention, grads)) return;
-  fail_msg("%s, gradients of %s agree in no sequence", attention, grads);
+  int agree = 0;
+  for (int sequence = 0; sequence < DUMPS && agree < DUMPS_THAT_AGREE; sequence++)
+    agree += dump_agrees(state, model, sequence, attention, grads);
+  if (agree < DUMPS_THAT_AGREE) fail_msg("%s, gradients of %s agree in %d sequences", attention, grads, agree);
 }
 
 /* The narrow model leaves out keys, the wide one none. */
