@@ -398,7 +398,7 @@ template <bool MASKED> struct wn_attend_backward_launch {
     const size_t mark = wn_arena_mark(device->scratch);
     const int64_t tiles = wn_ceil_div(job->n, WN_TILE), blocks = wn_ceil_div(job->m, WN_BLOCK_ROWS);
     const wn_part_size size = wn_part_of(device, job);
-    void *images, *ranges, *sums = sum;
+    void *images, *ranges, *sums = NULL;
     WN_TRY(wn_cuda_scratch(device, &images, "logit gradients", size.heads * size.blocks * tiles * 2 * WN_IMAGE_BYTES));
     WN_TRY(wn_cuda_scratch(device, &ranges, "row tiles that see keys", blocks * (int64_t)sizeof(int2)));
     WN_TRY(wn_attend_launch(device, wn_attend_ranges_kernel<MASKED>, blocks, 32, 0, *job, (int2 *)ranges));

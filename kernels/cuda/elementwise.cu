@@ -9,7 +9,7 @@
  *   sincosf, 4 units a thread              1.81 ms  56%                      0.83 ms  61%
  *   quarter turns in FP64, 2 units         1.50 ms  67%                      0.65 ms  78%
  *   units widened after the turns          1.20 ms  84%                      0.58 ms  87%
- *   four accesses of a thread under way    1.19 ms  85%                      the same
+ *   four accesses of a thread under way    1.18 ms  86%                      the same
  *
  * Tensors whose widths, strides or addresses are no multiples of 16 bytes go element by element through the same
  * kernels (N = 1). Operands of one call have one dtype, BF16 or F32. */

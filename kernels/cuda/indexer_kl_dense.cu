@@ -19,8 +19,8 @@
  * - 4, in A pairs of blocks share the keys that they read: 9.2, 35.4, 141 ms; 420, 434, 437; 0.44.
  * - 5, 1[q.k > 0] by a multiplication, warpgroups in turns: 8.3, 31.4, 125 ms; 466, 490, 493; 0.50.
  * - 6, in A log2(e) is in the scale and the indexer's keys stay: 8.0, 31.3, 122 ms; 480, 492, 503; 0.51.
- * - 7, p and I in one launch, C and D in one, shares of dk added side by side: 6.9, 29.6, 118 ms; 560, 521, 523; 0.53
- *   (version 6, shares added so, in the same run: 7.4, 30.5, 121).
+ * - 7, p and I in one launch, C and D in one, shares of dk added side by side: 6.9, 29.5, 118 ms; 560, 522, 520; 0.53
+ *   (with two launches each, in the same run: 7.4, 30.5, 120).
  * Versions were measured a run each, and runs differ by more than the smaller steps. Within one run, at T = 32768,
  * version 5 took 125 ms, without A's turns 126, without turns in C and D and without A's pairs 128; version 6 took
  * 122.3, with keys that do not stay 122.8. Version 7 ships; version 1 serves what operands' shapes or strides exclude

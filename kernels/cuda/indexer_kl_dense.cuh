@@ -44,7 +44,7 @@ template <bool TARGET> __device__ __forceinline__ float wn_dense_kl_term(float t
   return term * (TARGET ? WN_LOG2E : 0.5f * scale);
 }
 
-/* The two for operands of 16-byte rows, by warpgroups, of one chunk; NULL: not wanted, one of them.
+/* The target, the scores, or both in one launch (NULL: not that one), for operands of 16-byte rows, by warpgroups.
  * indexer_kl_dense_scores_wide.cu */
 WN_MUST_USE wn_status wn_dense_kl_sums_wide(wn_device *device, const wn_dense_kl_sum *target,
                                             const wn_dense_kl_sum *index);

@@ -183,6 +183,7 @@ static wn_status describe(wide_params *a, const wn_dense_kl_sum *sum, bool targe
 }
 
 wn_status wn_dense_kl_sums_wide(wn_device *device, const wn_dense_kl_sum *target, const wn_dense_kl_sum *index) {
+  WN_ASSERT(target || index, "neither sum is wanted");
   const wn_dense_kl_chunk *c = target ? &target->chunk : &index->chunk;
   wide_sums sums = {};
   unsigned n = 0;

@@ -11,7 +11,7 @@
  * Ladder, one H200, n = 131072 rows, share of the copy rate of 4.24 TB/s:
  *                                             [n,7168]        [n,1536]        [n,512]
  *   rms_norm                                  0.98 ms  90%    0.218 ms  87%   0.082 ms  77%
- *   more rounds of shorter blocks             0.98 ms  91%    0.214 ms  89%   0.075 ms  84%
+ *   more rounds of shorter blocks             0.97 ms  91%    0.214 ms  89%   0.075 ms  84%
  *   rms_norm_backward, rows to registers      1.54 ms  86%    0.372 ms  77%   0.125 ms  76%
  *   the next row on its way to shared memory  1.43 ms  93%    0.324 ms  88%   0.127 ms  75%
  *

@@ -161,6 +161,8 @@ static void agrees_on_odd_shapes(void **state) {
       {.n = 1, .heads = 2, .width = 16, .n_index = 2, .index_width = 16, .w_deviation = 1},
       {.n = 2, .heads = 1, .width = 8, .n_index = 1, .index_width = 8, .w_deviation = 1},
       {.n = 3, .heads = 4, .width = 18, .n_index = 2, .index_width = 12, .w_deviation = 1},
+      {.n = 131, .heads = 4, .width = 18, .n_index = 2, .index_width = 16, .w_deviation = 1},
+      {.n = 133, .heads = 2, .width = 16, .n_index = 3, .index_width = 12, .w_deviation = 1},
       {.n = 127, .heads = 4, .width = 24, .n_index = 2, .index_width = 24, .w_deviation = 1},
       {.n = 129, .heads = 3, .width = 40, .n_index = 5, .index_width = 32, .w_deviation = 1, .coeff = 0.25},
       {.n = 257, .heads = 5, .width = 33, .n_index = 3, .index_width = 17, .w_deviation = 1, .holes = true},
