@@ -127,7 +127,7 @@ __device__ __forceinline__ void wn_key_gradients(float (&dp)[NT][4], const uint3
 }
 
 /* A warp's sums are added to its 16 keys of dK or dV in the place of its rows of K or V, once these are done with:
- * brought, then (after wn_cp_async_commit, wn_cp_async_wait and __syncwarp) added and put back. */
+ * brought, then (after wn_lines_come) added and put back. */
 template <int BLOCKS>
 __device__ __forceinline__ void wn_bring_keys(const wn_view<wn_bf16> &y, int key, int keys, int head, char *tile) {
   if (!wn_view_vectors(y)) return;
@@ -162,7 +162,7 @@ enum { WN_SUBTILE = 32 /* rows whose products a warp holds */ };
 template <int DQ, int DV, wn_keys_made MAKE, bool MASKED>
 __global__ void __launch_bounds__(WN_MAKERS, 1)
     wn_attend_keys_kernel(const __grid_constant__ wn_attend_job job, const __grid_constant__ wn_attend_part part) {
-  constexpr int BLOCKS = (MAKE == WN_MAKE_DK ? DQ : DV) / 64, NO = 8 * BLOCKS;
+  constexpr int NO = (MAKE == WN_MAKE_DK ? DQ : DV) / 8;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t k = wn_shared_address(shared), v = k + WN_BLOCK_ROWS * DQ * 2, q = v + WN_BLOCK_ROWS * DV * 2,
                  d_o = q + WN_TILE * DQ * 2;
@@ -172,10 +172,10 @@ __global__ void __launch_bounds__(WN_MAKERS, 1)
   wn_block_place(job, blockIdx.x, part.blocks, &head, &block); /* the first keys are seen by most rows: they go first */
   block += part.block;
   const int first = block * WN_BLOCK_ROWS + warp_key, key = first + (int)(threadIdx.x & 31) / 4;
-  float made[BLOCKS][8][4], (&all)[NO][4] = *(float(*)[NO][4])made;
+  float made[NO][4];
   const int2 range = part.ranges[block];
   if (range.y == 0) return;
-  wn_clear_blocks(made);
+  wn_clear(made);
   wn_tile_load<WN_BLOCK_ROWS, DQ, WN_MAKERS>(k, job.k, head, block * WN_BLOCK_ROWS, job.m);
   wn_tile_load<WN_BLOCK_ROWS, DV, WN_MAKERS>(v, job.v, head, block * WN_BLOCK_ROWS, job.m);
   for (int t = range.x; t < range.y; t = wn_next_rows<MASKED>(job, t + 1, range.y, block)) {
@@ -195,13 +195,13 @@ __global__ void __launch_bounds__(WN_MAKERS, 1)
       wn_key_weights<MASKED>(s, facts, r0, key, warp_key / WN_TILE, full, job.scale);
       wn_fragments<4>(p, s);
       if constexpr (MAKE == WN_MAKE_DV) {
-        wn_product_registers<NO, 2, WN_TILE>(all, p, d_o, r0);
+        wn_product_registers<NO, 2, WN_TILE>(made, p, d_o, r0);
       } else {
         wn_clear(s); /* now dP^T */
         wn_product_shared<4, DV / 16, WN_BLOCK_ROWS, WN_TILE>(s, v, warp_key, d_o, r0);
         wn_key_gradients(s, p, facts, r0);
         wn_fragments<4>(p, s);
-        wn_product_registers<NO, 2, WN_TILE>(all, p, q, r0);
+        wn_product_registers<NO, 2, WN_TILE>(made, p, q, r0);
         wn_ds_put(wn_ds_image(part, tiles, head, block, t, warp_key / WN_TILE), warp_key % WN_TILE, r0 / 32, p);
       }
     }
@@ -209,11 +209,9 @@ __global__ void __launch_bounds__(WN_MAKERS, 1)
   }
   const wn_view<wn_bf16> &to = MAKE == WN_MAKE_DK ? job.dk : job.dv;
   char *tile = shared + (MAKE == WN_MAKE_DK ? 0 : WN_BLOCK_ROWS * DQ * 2) + warp_key * 128;
-  wn_bring_keys<BLOCKS>(to, first, job.m, head, tile);
-  wn_cp_async_commit();
-  wn_cp_async_wait<0>();
-  __syncwarp();
-  wn_add_keys(to, first, job.m, head, made, MAKE == WN_MAKE_DK ? job.scale : 1, tile);
+  wn_bring_keys<NO / 8>(to, first, job.m, head, tile);
+  wn_lines_come();
+  wn_add_keys(to, first, job.m, head, *(float(*)[NO / 8][8][4]) made, MAKE == WN_MAKE_DK ? job.scale : 1, tile);
 }
 
 /* ---- widths up to 192/128: the products of warpgroups ---- */
@@ -311,9 +309,7 @@ __device__ __forceinline__ void wn_keys_make(char *shared, const wn_attend_job &
   wn_named_sync(1 + wn_uniform((int)threadIdx.x / 128), 128); /* all four warps' products have read K and V */
   wn_bring_keys<DQ / 64>(job.dk, first, job.m, head, keys);
   wn_bring_keys<DV / 64>(job.dv, first, job.m, head, values);
-  wn_cp_async_commit();
-  wn_cp_async_wait<0>();
-  __syncwarp();
+  wn_lines_come();
   wn_add_keys(job.dk, first, job.m, head, dk, job.scale, keys);
   wn_add_keys(job.dv, first, job.m, head, dv, 1, values);
 }

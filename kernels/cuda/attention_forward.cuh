@@ -246,8 +246,7 @@ enum { WN_K_FULL = 0, WN_K_EMPTY = 16, WN_V_FULL = 32, WN_V_EMPTY = 48, WN_Q_FUL
 
 /* What the kernel's blocks share: SHARING is 1, or 2 where two blocks of a cluster have rows of one head that follow
  * each other, and each fetches half of a tile's keys and values for both: half the traffic with the L2 cache, which is
- * power that products can have. A unit is the rows of SHARING blocks; a number names a unit of a head
- *. */
+ * power that products can have. A unit is the rows of SHARING blocks; a number names a unit of a head. */
 
 /* The row tile of a warpgroup. Of two blocks the outer and the inner tiles, so that the last keys, which only the last
  * rows see, are as much work for both. */
@@ -297,12 +296,12 @@ template <int SHARING> __device__ __forceinline__ void wn_place_done(uint32_t ba
  * begin with the others, since another kernel runs or no two places are free, finds the shortest units left, or none.
  */
 template <int DQ, int DV, int SHARING>
-__device__ __forceinline__ int wn_forward_take(char *memory, const wn_attend_job &job, int units, int rank,
-                                               uint32_t turn) {
+__device__ __forceinline__ int wn_forward_take(char *memory, const wn_attend_job &job, int32_t *counter, int units,
+                                               int rank, uint32_t turn) {
   typedef wn_forward_layout<DQ, DV> layout;
   const uint32_t shared = wn_shared_address(memory), barriers = shared + layout::barriers;
   volatile int32_t *const here = (volatile int32_t *)(memory + layout::unit);
-  const int taken = rank == 0 ? atomicAdd(job.taken, 1) : 0, at = taken < units * job.heads ? taken : -1;
+  const int taken = rank == 0 ? atomicAdd(counter, 1) : 0, at = taken < units * job.heads ? taken : -1;
   wn_mbarrier_wait(barriers + WN_Q_EMPTY, (turn & 1) ^ 1); /* passes at once the first time, as those for keys */
   if (rank == 0) {
     *here = at;
@@ -319,7 +318,7 @@ __device__ __forceinline__ int wn_forward_take(char *memory, const wn_attend_job
  */
 template <int DQ, int DV, bool MASKED, int SHARING>
 __device__ __forceinline__ void wn_forward_produce(char *memory, const wn_attend_job &job, const wn_attend_maps &maps,
-                                                   int units, int rank) {
+                                                   int32_t *counter, int units, int rank) {
   typedef wn_forward_layout<DQ, DV> layout;
   const uint32_t shared = wn_shared_address(memory), barriers = shared + layout::barriers;
   uint32_t keys = 0, values = 0; /* tiles fetched */
@@ -332,7 +331,7 @@ __device__ __forceinline__ void wn_forward_produce(char *memory, const wn_attend
   };
   for (uint32_t turn = 0;; turn++) {
     int head, unit;
-    const int at = wn_forward_take<DQ, DV, SHARING>(memory, job, units, rank, turn);
+    const int at = wn_forward_take<DQ, DV, SHARING>(memory, job, counter, units, rank, turn);
     if (at < 0) {
       wn_mbarrier_arrive(barriers + WN_Q_FULL);
       return;
@@ -438,12 +437,15 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
   wn_forward_queries<DQ, SHARING>(q, base, warp_row, barriers + WN_Q_EMPTY);
   if (2 * pair < own.end) {
     for (; pair < first; pair++) wn_forward_pass_over<SHARING>(barriers, keys, values);
+    /* the stage of the next keys or values, which have come; products may begin */
+    auto come = [&](uint32_t full, uint32_t tiles) {
+      wn_mbarrier_wait(barriers + full + 8 * (tiles & 1), tiles >> 1 & 1);
+      wn_wgmma_fence();
+      return tiles & 1;
+    };
     /* s = Q K^T of the next keys, under way */
     auto start_logits = [&]() {
-      const uint32_t k = keys & 1;
-      wn_mbarrier_wait(barriers + WN_K_FULL + 8 * k, keys >> 1 & 1);
-      wn_wgmma_fence();
-      wn_group_logits<DQ>(s, q, base + layout::keys + k * layout::k_bytes);
+      wn_group_logits<DQ>(s, q, base + layout::keys + come(WN_K_FULL, keys) * layout::k_bytes);
       wn_wgmma_commit();
     };
     /* once they have come: the keys are done with; what rows do not see is masked */
@@ -455,10 +457,7 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
     };
     /* o += P V, under way */
     auto add_values = [&]() {
-      const uint32_t v = values & 1;
-      wn_mbarrier_wait(barriers + WN_V_FULL + 8 * v, values >> 1 & 1);
-      wn_wgmma_fence();
-      wn_group_values<DV>(o, p, base + layout::values + v * layout::v_bytes);
+      wn_group_values<DV>(o, p, base + layout::values + come(WN_V_FULL, values) * layout::v_bytes);
       wn_wgmma_commit();
     };
     auto end_values = [&]() {
@@ -504,11 +503,12 @@ __device__ __forceinline__ void wn_forward_unit(char *shared, const wn_attend_jo
 }
 
 /* Two warpgroups of 64 rows each, and one whose first thread starts the copies, two tiles of 128 keys ahead. Units are
- * made until none is left: the next one's first tiles are fetched while this one's rows go out. */
+ * made until none is left: the next one's first tiles are fetched while this one's rows go out. counter: units that
+ * blocks have asked for, 0 at the start. */
 template <int DQ, int DV, bool MASKED, int SHARING>
 __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREADS, 1)
     wn_attend_forward_group_kernel(const __grid_constant__ wn_attend_job job,
-                                   const __grid_constant__ wn_attend_maps maps) {
+                                   const __grid_constant__ wn_attend_maps maps, int32_t *counter) {
   extern __shared__ __align__(1024) char shared[];
   typedef wn_forward_layout<DQ, DV> layout;
   const uint32_t barriers = wn_shared_address(shared) + layout::barriers;
@@ -532,7 +532,7 @@ __global__ void __cluster_dims__(SHARING, 1, 1) __launch_bounds__(WN_GROUP_THREA
     wn_cluster_sync();
   if (threadIdx.x >= WN_MAKERS) {
     wn_registers_shrink<24>();
-    if (threadIdx.x == WN_MAKERS) wn_forward_produce<DQ, DV, MASKED, SHARING>(shared, job, maps, units, rank);
+    if (threadIdx.x == WN_MAKERS) wn_forward_produce<DQ, DV, MASKED, SHARING>(shared, job, maps, counter, units, rank);
   } else {
     wn_registers_grow<240>();
     uint32_t keys = 0, values = 0;
@@ -558,16 +558,16 @@ template <bool MASKED> struct wn_attend_forward_launch {
   template <int DQ, int DV, int SHARING> wn_status run_groups() const {
     const size_t mark = wn_arena_mark(device->scratch);
     wn_attend_maps maps;
-    wn_attend_job counted = *job;
+    void *counter;
     WN_TRY(wn_attend_describe(&maps, job, WN_TILE, WN_GROUP_KEYS / SHARING));
-    WN_TRY(wn_cuda_scratch(device, (void **)&counted.taken, "units taken", sizeof *counted.taken));
-    WN_CUDA_TRY(cudaMemsetAsync(counted.taken, 0, sizeof *counted.taken, wn_cuda_stream(device)));
+    WN_TRY(wn_cuda_scratch(device, &counter, "units taken", sizeof(int32_t)));
+    WN_CUDA_TRY(cudaMemsetAsync(counter, 0, sizeof(int32_t), wn_cuda_stream(device)));
     const int64_t all_units = wn_ceil_div(job->n, SHARING * WN_BLOCK_ROWS) * job->heads;
     const int64_t at_once = wn_cuda_of(device)->n_sms / SHARING;
     WN_ASSERT(all_units <= INT32_MAX / 2, "attention over %d rows of %d heads", job->n, job->heads);
     WN_TRY(wn_attend_launch(device, wn_attend_forward_group_kernel<DQ, DV, MASKED, SHARING>,
                             SHARING * (all_units < at_once ? all_units : at_once), WN_GROUP_THREADS,
-                            wn_forward_layout<DQ, DV>::bytes, counted, maps));
+                            wn_forward_layout<DQ, DV>::bytes, *job, maps, (int32_t *)counter));
     wn_arena_release(device->scratch, mark);
     return NULL;
   }

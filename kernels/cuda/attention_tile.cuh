@@ -45,8 +45,7 @@ typedef struct wn_attend_job {
   int64_t word_pitch;
   int32_t active_pitch;
   int32_t n, m, heads;
-  int32_t *taken; /* units that blocks of one launch of the forward have asked for; NULL elsewhere */
-  int32_t group;  /* heads that run together: their keys and values fit the L2 cache */
+  int32_t group; /* heads that run together: their keys and values fit the L2 cache */
   float scale;
 } wn_attend_job;
 
@@ -373,11 +372,10 @@ __device__ __forceinline__ void wn_put_rows(const wn_view<wn_bf16> &y, int row0,
 
 /* Sums of a warp's 16 rows go out as whole lines of 64 columns, through WN_WARP_LINES bytes of shared memory of the
  * warp's own, for a y that allows 16-byte accesses (wn_view_vectors). Row by row as the lanes have them, an addition
- * would wait for memory at every pair of columns. All three: all lanes of the warp. */
+ * would wait for memory at every pair of columns. All lanes of the warp. */
 enum { WN_WARP_LINES = 16 * 128 };
 
-/* Rows row0 .., columns col0 .. + 63 of y into the lines, zeros past the ends; there after wn_cp_async_commit and
- * _wait of every lane and __syncwarp. */
+/* Rows row0 .., columns col0 .. + 63 of y into the lines, zeros past the ends; there after wn_lines_come. */
 __device__ __forceinline__ void wn_bring_lines(const wn_view<wn_bf16> &y, int row0, int rows, int col0, int head,
                                                char *lines) {
   const int lane = threadIdx.x & 31, chunk = lane & 7;
@@ -388,6 +386,12 @@ __device__ __forceinline__ void wn_bring_lines(const wn_view<wn_bf16> &y, int ro
     const wn_bf16 *from = y.data + (row0 + row) * y.row + head * y.head + col0 + 8 * chunk;
     wn_cp_async_16(wn_tile_at<16>(wn_shared_address(lines), row, chunk), there ? from : y.data, there ? 16 : 0);
   }
+}
+/* All lines that this warp brings have come. */
+__device__ __forceinline__ void wn_lines_come(void) {
+  wn_cp_async_commit();
+  wn_cp_async_wait<0>();
+  __syncwarp();
 }
 /* x[16, 64] = factor x + lines */
 __device__ __forceinline__ void wn_add_lines(float (&x)[8][4], float factor, const char *lines) {

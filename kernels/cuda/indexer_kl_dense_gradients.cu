@@ -388,12 +388,11 @@ __global__ static void __launch_bounds__(SUM_THREADS) add_shares_kernel(const wn
   for (int32_t s = 0; s < a.shares.n_splits; s++) {
     if (!has[s]) continue;
     const float4 *share = (const float4 *)(a.shares.data + ((int64_t)s * a.chunk.columns + key0) * WIDTH);
-    float4 four[FOURS];
 #pragma unroll
-    for (int f = 0; f < FOURS; f++) four[f] = share[f * SUM_THREADS + threadIdx.x];
-#pragma unroll
-    for (int f = 0; f < FOURS; f++)
-      sum[f] = make_float4(sum[f].x + four[f].x, sum[f].y + four[f].y, sum[f].z + four[f].z, sum[f].w + four[f].w);
+    for (int f = 0; f < FOURS; f++) {
+      const float4 x = share[f * SUM_THREADS + threadIdx.x];
+      sum[f] = make_float4(sum[f].x + x.x, sum[f].y + x.y, sum[f].z + x.z, sum[f].w + x.w);
+    }
   }
   /* where a four of sums goes, and how many of it are there */
   auto place = [&](int f, int32_t *here) {

@@ -49,10 +49,10 @@ static double clip_scale(double norm, double clip, double divisor) {
   return (clip > 0 && norm > clip ? clip / norm : 1.0) / divisor;
 }
 
-bool wn_optimizer_overflows(const wn_gradient_norms *norms, double clip_grad) {
+bool wn_optimizer_takes(const wn_gradient_norms *norms, double clip_grad) {
   double norm = fmax(norms->base, norms->indexer);
   if (clip_grad > 0) norm = fmin(norm, clip_grad);
-  return norm * norm > (double)FLT_MAX;
+  return norms->non_finite == 0 && norm * norm <= (double)FLT_MAX;
 }
 
 /* Elements from .. to - 1 of a piece. Between parameters lies padding whose gradients, moments and masters are 0, and

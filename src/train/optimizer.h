@@ -15,9 +15,9 @@ typedef struct wn_gradient_norms {
 WN_MUST_USE wn_status wn_optimizer_norms(wn_gradient_norms *out, wn_device *device, wn_world *world, wn_store *store,
                                          double base_divisor, double indexer_divisor);
 
-/* Whether squares of the gradients that an update would take, clipped, could be beyond FP32: Adam's second moment would
- * be infinite, and stay so. */
-bool wn_optimizer_overflows(const wn_gradient_norms *norms, double clip_grad);
+/* Whether an update can take the gradient: all of it is finite, and so, in FP32, are its squares once clipped, or
+ * Adam's second moment would be infinite, and stay so. */
+bool wn_optimizer_takes(const wn_gradient_norms *norms, double clip_grad);
 
 typedef struct wn_update {
   double lr, indexer_lr;

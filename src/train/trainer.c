@@ -16,6 +16,9 @@
 #include "train/schedule.h"
 #include "train/step.h"
 
+/* What a skipped step has that is not finite. */
+#define UNTAKEN "loss, gradient or gradient's square"
+
 /* The only mutable global: a signal handler can reach nothing else. */
 static volatile sig_atomic_t stop_requested;
 static void request_stop(int signal_number) {
@@ -105,8 +108,7 @@ static wn_status update(trainer *t, int64_t step, wn_train_row *row) {
   row->indexer_lr = run->recipe.train_indexer ? u.indexer_lr : NAN;
   row->grad_norm = run->recipe.train_base ? u.norms.base : NAN;
   row->indexer_grad_norm = run->recipe.train_indexer ? u.norms.indexer : NAN;
-  row->skipped =
-      u.norms.non_finite != 0 || !isfinite(row->loss) || wn_optimizer_overflows(&u.norms, job->optimizer.clip_grad);
+  row->skipped = !isfinite(row->loss) || !wn_optimizer_takes(&u.norms, job->optimizer.clip_grad);
   if (row->skipped) {
     state->skipped++;
     state->skipped_in_a_row++;
@@ -174,10 +176,9 @@ static wn_status write_rows(trainer *t, const wn_train_row *row, bool with_stats
     WN_TRY(wn_metrics_layers(t->metrics, row->step, &run->model->config, &t->sums, run->recipe.train_indexer,
                              run->model->config.has_indexer));
   if (row->skipped) {
-    wn_warn(run->log,
-            "step %lld skipped: its loss or gradient, or the gradient's square, is not finite (%lld in a row)",
-            (long long)row->step, (long long)run->state.skipped_in_a_row);
-    WN_TRY(wn_metrics_event(t->metrics, row->step, 0, "skipped", "loss or gradient not finite"));
+    wn_warn(run->log, "step %lld skipped: its " UNTAKEN " is not finite (%lld in a row)", (long long)row->step,
+            (long long)run->state.skipped_in_a_row);
+    WN_TRY(wn_metrics_event(t->metrics, row->step, 0, "skipped", UNTAKEN " not finite"));
   }
   return NULL;
 }
@@ -296,7 +297,7 @@ static wn_status one_step(trainer *t, bool *stop) {
   if (run->state.skipped_in_a_row > job->training.max_skipped_in_a_row)
     return WN_FAIL_HINT(
         WN_E_TRAINING, "start another run_dir with the last good checkpoint as init and a lower learning rate",
-        "%lld steps in a row had a loss or gradient that is not finite (training.max_skipped_in_a_row is %d)",
+        "%lld steps in a row had a " UNTAKEN " that is not finite (training.max_skipped_in_a_row is %d)",
         (long long)run->state.skipped_in_a_row, job->training.max_skipped_in_a_row);
   if (run->valid && (due(job->metrics.eval_every, step + 1) || (job->metrics.eval_every > 0 && last))) {
     WN_TRY(evaluate(t));

@@ -117,9 +117,8 @@ static void every_width_and_length(void **state) {
 static void fewer_keys_than_picks(void **state) {
   twin_bench *b = twin_begin(state);
   static const int32_t lengths[] = {40, 64, 65};
-  for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+  for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
     check(b, (shape){64, 3, 192, 128}, twin_causal(b, lengths[i], 0, false), (draw){64, -1}, 0);
-  }
 }
 
 static void empty_rows_and_padding(void **state) {
@@ -174,9 +173,7 @@ static void strided_views(void **state) {
   twin_bench *b = twin_begin(state);
   static const int64_t margins[] = {8, 2, 1};
   for (size_t i = 0; i < sizeof margins / sizeof *margins; i++)
-    for (int w = 0; w < 3; w++) {
-      check(b, shapes[w], twin_causal(b, 100, 0, true), (draw){shapes[w].k, -1}, margins[i]);
-    }
+    for (int w = 0; w < 3; w++) check(b, shapes[w], twin_causal(b, 100, 0, true), (draw){shapes[w].k, -1}, margins[i]);
 }
 
 static void p_alone_and_gradients_alone(void **state) {

@@ -102,9 +102,8 @@ static void gives_up(void **state, const char *stage, int32_t ranks) {
             "%s %s/job.yaml init=%s/%s run_dir=%s/%s training.steps=9 checkpoint.interval=1 metrics.eval_every=0",
             stage, dir, dir, init, dir, run);
   if (p.code != WN_E_TRAINING ||
-      !strstr(
-          p.err,
-          "winnow: 4 steps in a row had a loss or gradient that is not finite (training.max_skipped_in_a_row is 3)"))
+      !strstr(p.err, "winnow: 4 steps in a row had a loss, gradient or gradient's square that is not finite "
+                     "(training.max_skipped_in_a_row is 3)"))
     fail_msg("%s ended with %d: %s", stage, p.code, p.err);
   wn_state s = state_of(state, run, 3);
   assert_true(s.step == 3 && s.skipped == 3 && s.skipped_in_a_row == 3 && s.adam_base == 0 && s.adam_indexer == 0 &&
